@@ -1,0 +1,217 @@
+"""Augmentation: one geometry for image, label and validity (the weak view), colour on top (the strong view), CutMix boxes.
+
+Geometry runs on uint8 in the loader's workers, one random generator per sample; colour runs on float batches on the
+training device with parameters drawn per sample; boxes are drawn on the host and cost one small transfer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as TF
+from torch import Tensor
+
+from .data.base import IGNORE
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in [0, 1]
+FILL = tuple(round(255 * m) for m in MEAN)  # padding: the mean colour, zero after normalisation
+
+
+def geometry(
+    image: Tensor,
+    label: Tensor | None,
+    crop: tuple[int, int],
+    scale: tuple[float, float],
+    base: int,
+    rng: np.random.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weak view: random scale, random crop, padding, horizontal flip; the same for image, label and validity.
+
+    image (3, H, W) uint8, label (H, W) uint8 or None -> image (3, h, w) uint8, label (h, w) uint8, valid (h, w) bool
+    with (h, w) = crop. Padding is FILL in the image, IGNORE in the label (all IGNORE without a label), False in valid.
+    scale: range of the factor r, uniform. base 0: the image is scaled by r; base > 0: its long side becomes r * base
+    (released MKD: base 512, r in [0.5, 2]). The crop is taken first and only it is resampled.
+    """
+    height, width = image.shape[-2:]
+    factor = rng.uniform(*scale) * (base / max(height, width) if base else 1)
+    scaled = [max(1, round(side * factor)) for side in (height, width)]
+    # The window in the scaled image, then the same window in the source: at most the whole image.
+    inside = [min(c, s) for c, s in zip(crop, scaled, strict=True)]
+    top, left = (int(rng.integers(s - i + 1)) for s, i in zip(scaled, inside, strict=True))
+    y0, x0 = int(top / factor), int(left / factor)
+    y1 = min(height, max(y0 + 1, math.ceil((top + inside[0]) / factor)))
+    x1 = min(width, max(x0 + 1, math.ceil((left + inside[1]) / factor)))
+    window = image[:, y0:y1, x0:x1]
+    label = torch.full((height, width), IGNORE, dtype=torch.uint8) if label is None else label
+    target = label[y0:y1, x0:x1]
+    if window.shape[-2:] != tuple(inside):
+        window = TF.resize_image(window, inside, interpolation=TF.InterpolationMode.BILINEAR, antialias=True)
+        target = TF.resize_mask(target[None], inside)[0]
+    if rng.random() < 0.5:
+        window, target = window.flip(-1), target.flip(-1)
+    room = [c - i for c, i in zip(crop, inside, strict=True)]
+    above, before = (int(rng.integers(r + 1)) for r in room)
+    place = (slice(above, above + inside[0]), slice(before, before + inside[1]))
+    out = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].repeat(1, *crop)
+    out[:, place[0], place[1]] = window
+    out_label = torch.full(crop, IGNORE, dtype=torch.uint8)
+    out_label[place] = target
+    valid = torch.zeros(crop, dtype=torch.bool)
+    valid[place] = True
+    return out, out_label, valid
+
+
+def normalise(image: Tensor) -> Tensor:
+    """(B, 3, H, W) in [0, 1] -> zero mean, unit variance over ImageNet."""
+    return TF.normalize(image, MEAN, STD)
+
+
+# Colour operations: (B, 3, H, W) float in [0, 1] -> the same; parameters are (B, 1, 1, 1) and drawn per sample.
+
+
+def _uniform(images: Tensor, low: float, high: float) -> Tensor:
+    return torch.empty(len(images), 1, 1, 1, device=images.device).uniform_(low, high)
+
+
+def _grey(images: Tensor) -> Tensor:
+    return (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+
+
+def _blend(images: Tensor, other: Tensor, amount: Tensor) -> Tensor:
+    return (amount * images + (1 - amount) * other).clamp(0, 1)
+
+
+def brightness(images: Tensor, strength: float = 0.5) -> Tensor:
+    return (images * _uniform(images, 1 - strength, 1 + strength)).clamp(0, 1)
+
+
+def contrast(images: Tensor, strength: float = 0.5) -> Tensor:
+    return _blend(images, _grey(images).mean((2, 3), keepdim=True), _uniform(images, 1 - strength, 1 + strength))
+
+
+def saturation(images: Tensor, strength: float = 0.5) -> Tensor:
+    return _blend(images, _grey(images), _uniform(images, 1 - strength, 1 + strength))
+
+
+def hue(images: Tensor, strength: float = 0.25) -> Tensor:
+    """Turn the hue by up to `strength` of a full turn: a rotation of the chroma plane of YIQ, one 3x3 matrix per sample."""
+    turn = _uniform(images, -strength, strength).flatten() * 2 * math.pi
+    to_yiq = images.new_tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    rotation = torch.zeros(len(images), 3, 3, device=images.device)
+    rotation[:, 0, 0] = 1
+    rotation[:, 1, 1] = rotation[:, 2, 2] = turn.cos()
+    rotation[:, 1, 2], rotation[:, 2, 1] = -turn.sin(), turn.sin()
+    matrix = torch.linalg.inv(to_yiq) @ rotation @ to_yiq
+    return torch.einsum("bij,bjhw->bihw", matrix, images).clamp(0, 1)
+
+
+def colour_jitter(images: Tensor) -> Tensor:
+    """Brightness, contrast, saturation +-0.5, hue +-0.25 of a turn, in this order."""
+    return hue(saturation(contrast(brightness(images))))
+
+
+def blur(images: Tensor) -> Tensor:
+    """Gaussian blur, sigma U(0.1, 2) per sample, kernel 7."""
+    sigma = _uniform(images, 0.1, 2.0).flatten(1)
+    tap = torch.arange(-3, 4, device=images.device)
+    kernel = torch.softmax(-(tap**2) / (2 * sigma**2), 1)  # (B, 7)
+    stack = torch.nn.functional.pad(images, (3, 3, 3, 3), mode="reflect").flatten(0, 1)[None]  # (1, 3B, H+6, W+6)
+    kernel = kernel.repeat_interleave(3, 0)[:, None]
+    stack = torch.nn.functional.conv2d(stack, kernel[..., None], groups=len(kernel))
+    return torch.nn.functional.conv2d(stack, kernel[:, :, None], groups=len(kernel))[0].unflatten(0, images.shape[:2])
+
+
+def greyscale(images: Tensor) -> Tensor:
+    return _grey(images).expand_as(images)
+
+
+def equalize(images: Tensor) -> Tensor:
+    return TF.equalize(images)
+
+
+def solarize(images: Tensor) -> Tensor:
+    """Invert what is brighter than one half."""
+    return torch.where(images >= 0.5, 1 - images, images)
+
+
+def distort(images: Tensor) -> Tensor:
+    """Photometric distortion of the released MKD weak view: brightness, contrast, saturation, hue, each with probability 0.5.
+
+    Ranges: +-32/255, x U(0.5, 1.5) twice, +-0.1 turn. Deviation: RGB (the released code works on BGR arrays), contrast before HSV only.
+    """
+    images = _sometimes(lambda x: (x + _uniform(x, -32 / 255, 32 / 255)).clamp(0, 1), 0.5)(images)
+    for operation, strength in ((contrast, 0.5), (saturation, 0.5), (hue, 0.1)):
+        images = _sometimes(lambda x, f=operation, s=strength: f(x, s), 0.5)(images)
+    return images
+
+
+def _sometimes(operation: Callable[[Tensor], Tensor], probability: float) -> Callable[[Tensor], Tensor]:
+    """The operation on a random part of the batch."""
+
+    def apply(images: Tensor) -> Tensor:
+        return torch.where(torch.rand(len(images), 1, 1, 1, device=images.device) < probability, operation(images), images)
+
+    return apply
+
+
+def one_of(images: Tensor) -> Tensor:
+    """MKD: exactly one operator per image. Weights of the released code: jitter 0.3, blur 0.5, equalize 0.1, solarize 0.1, grey 0.5."""
+    operations = (colour_jitter, blur, equalize, solarize, greyscale)
+    choice = torch.multinomial(torch.tensor([0.3, 0.5, 0.1, 0.1, 0.5]), len(images), replacement=True)  # on the host: no sync
+    out = images.clone()
+    for k, operation in enumerate(operations):
+        chosen = (choice == k).nonzero().flatten().to(images.device, non_blocking=True)
+        if len(chosen):
+            out[chosen] = operation(images[chosen])
+    return out
+
+
+def chain(images: Tensor) -> Tensor:
+    """FixMatch / UniMatch: jitter with probability 0.8, grey 0.2, blur 0.5."""
+    for operation, probability in ((colour_jitter, 0.8), (greyscale, 0.2), (blur, 0.5)):
+        images = _sometimes(operation, probability)(images)
+    return images
+
+
+STRONG: dict[str, Callable[[Tensor], Tensor]] = {"one_of": one_of, "chain": chain, "none": lambda images: images}
+
+
+# CutMix. A mask is True where an image keeps its own pixel and False where its partner's is pasted.
+
+
+def partner(tensor: Tensor) -> Tensor:
+    """Sample i's partner is sample i + 1 of the batch, the last one's is the first (released MKD): never itself for B >= 2."""
+    return tensor.roll(-1, 0)
+
+
+def mix(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Own value where mask (B, H, W) holds, the partner's elsewhere, for (B, H, W) or (B, C, H, W): images, logits, labels, validity."""
+    return torch.where(mask if tensor.ndim == 3 else mask[:, None], tensor, partner(tensor))
+
+
+def xor_boxes(
+    batch: int, size: Sequence[int], device: torch.device | str = "cpu", boxes: int = 3, area: tuple[float, float] = (0.25, 0.5)
+) -> Tensor:
+    """CutMix mask (batch, H, W) bool of CPS and MKD ("BOX-3"): `boxes` boxes toggle, True inside an odd number of them.
+
+    Each box draws an area fraction p ~ U(area), a log-uniform aspect y = p ** U(0, 1), x = p / y, both sides times sqrt(1 / boxes), and
+    a place inside the image. French et al. use one box of area 0.5: boxes=1, area=(0.5, 0.5). 0 boxes: all True, no mixing.
+    Released MKD mixes M * own + (1 - M) * partner with this M: own pixels are the smaller part (mean 0.252).
+    Drawn from torch's global generator on the host, sent over once.
+    """
+    height, width = size
+    if boxes == 0:
+        return torch.ones(batch, height, width, dtype=torch.bool, device=device)
+    p = torch.empty(batch, boxes).uniform_(*area)
+    y = p ** torch.rand(batch, boxes)
+    sides = torch.stack((y, p / y), -1) * math.sqrt(1 / boxes)
+    extent = (sides * torch.tensor([height, width])).round()  # (batch, boxes, 2)
+    start = ((torch.tensor([height, width]) - extent) * torch.rand(batch, boxes, 2)).round()
+    rows, columns = torch.arange(height), torch.arange(width)
+    in_rows = (rows >= start[..., :1]) & (rows < (start + extent)[..., :1])  # (batch, boxes, H)
+    in_columns = (columns >= start[..., 1:]) & (columns < (start + extent)[..., 1:])
+    inside = in_rows[..., :, None] & in_columns[..., None, :]
+    return (inside.sum(1) % 2 == 1).to(device, non_blocking=True)

@@ -1,0 +1,37 @@
+"""Errors for names that do not exist: they restate the call, guess what was meant, and list what there is."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+
+def choose(kind: str, name: str, allowed: Iterable[str]) -> str:
+    """`name` if it is one of `allowed`, else ValueError: "there is no <kind> <name>; did you mean ...? There are: ..."."""
+    allowed = list(allowed)
+    if name in allowed:
+        return name
+    raise ValueError(f"there is no {kind} {name!r}{_guess(name, allowed)} There are: {', '.join(allowed)}")
+
+
+def check_options(owner: str, make: Callable[..., Any], options: Mapping[str, Any], skip: Iterable[str] = ()) -> None:
+    """ValueError unless `make(**options)` would accept every name and get all that it needs; `skip`: parameters that are not options."""
+    parameters = {n: p for n, p in inspect.signature(make).parameters.items() if n not in set(skip)}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise TypeError(f"{owner}: options must be named in the signature, it takes **kwargs")
+    has = f" It has: {', '.join(parameters) or 'no options'}"
+    for name in options:
+        if name not in parameters:
+            raise ValueError(f"{owner} has no option {name!r}{_guess(name, list(parameters))}{has}")
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in options:
+            raise ValueError(f"{owner} needs the option {name!r}.{has}")
+
+
+def _guess(name: str, allowed: list[str]) -> str:
+    # case and separators are the commonest slips, and difflib is blind to them
+    plain = {a.lower().replace("-", "_"): a for a in reversed(allowed)}
+    close = get_close_matches(str(name).lower().replace("-", "_"), plain, n=1, cutoff=0.5)
+    return f"; did you mean {plain[close[0]]!r}?" if close else "."

@@ -1,0 +1,125 @@
+"""RunConfig: one run, checked before anything starts; equal configurations have equal ids."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from .augment import STRONG
+from .choices import check_options, choose
+from .data import DATASETS
+from .methods import METHODS
+from .models import ARCHITECTURES, file_sha256
+
+# What cannot change the result (device and threads change the last bits at most) or is covered by something that does.
+NOT_IDENTITY = {"root", "device", "threads", "workers", "checkpoint_every", "log_every", "weights"}
+
+
+class RunConfig(BaseModel):
+    """Everything that decides a run. Flat; unknown keys, methods, options and values out of range are errors that list what is allowed.
+
+    `options` are the keyword arguments of the method's constructor, `dataset_options` those of the data set's; defaults are filled in, so
+    the record of a run states every hyper-parameter.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    # Data.
+    dataset: str = Field("shapes", description="shapes, folder, voc, voc_aug, cityscapes, coco")
+    root: str = Field("", description="folder of the data set; not needed for shapes")
+    dataset_options: dict[str, Any] = {}
+    split: str = Field("random/32", description='"cps/1_16", "u2pl/1_8", "classic/92", "pseudoseg/1_512", "random/1_16", or a list folder')
+    # Method and networks.
+    method: str = "mkd"
+    options: dict[str, Any] = {}
+    arch: Literal[ARCHITECTURES] = "deeplabv3plus"  # type: ignore[valid-type]
+    encoder: str = "resnet50"
+    weights: str = Field("", description="local file with the encoder's ImageNet weights; '' starts from random ones")
+    channels: int = Field(256, gt=0, description="of the decoder")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    norm: Literal["batch", "group"] = "batch"
+    bn_momentum: float = Field(0.1, gt=0, le=1)
+    # Views.
+    crop: tuple[int, int] = Field((512, 512), description="height, width; multiples of 16")
+    scale: tuple[float, float] = Field((0.5, 2.0), description="range of the random scale")
+    base: int = Field(0, ge=0, description="0: scale the native size; else the long side becomes scale * base")
+    strong: Literal[tuple(STRONG)] = "one_of"  # type: ignore[valid-type]
+    weak_photometric: bool = Field(False, description="colour distortion in the weak view and on labeled images (released MKD)")
+    # Optimisation.
+    steps: int = Field(30_000, gt=0)
+    batch: int = Field(16, gt=0, description="labeled images a step, and as many unlabeled ones")
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(0.0025, gt=0)
+    weight_decay: float = Field(5e-4, ge=0)
+    power: float = Field(0.9, ge=0, description="poly schedule: lr (1 - step / steps) ** power")
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = Field(0, ge=0)
+    # Evaluation.
+    protocol: Literal["whole", "long512", "sliding"] = "whole"
+    evaluate_every: int = Field(0, ge=0, description="steps; 0: at the end only")
+    quality_images: int = Field(64, ge=0, description="unlabeled images with withheld labels on which pseudo-labels are measured")
+    # Machine: not part of the id.
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
+    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: its own choice")
+    workers: int = Field(0, ge=0, description="loader processes")
+    checkpoint_every: int = Field(1_000, gt=0)
+    log_every: int = Field(50, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        for key in data if isinstance(data, dict) else ():
+            choose("RunConfig key", key, cls.model_fields)
+        return data
+
+    @field_validator("dataset")
+    @classmethod
+    def _dataset(cls, name: str) -> str:
+        return choose("data set", name, DATASETS)
+
+    @field_validator("method")
+    @classmethod
+    def _method(cls, name: str) -> str:
+        return choose("method", name, METHODS)
+
+    @field_validator("crop")
+    @classmethod
+    def _crop(cls, crop: tuple[int, int]) -> tuple[int, int]:
+        if any(side <= 0 or side % 16 for side in crop):
+            raise ValueError(f"crop sides must be positive multiples of 16 (the encoder's stride); got {crop}")
+        return crop
+
+    @field_validator("scale")
+    @classmethod
+    def _scale(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1]:
+            raise ValueError(f"scale must be (low, high) with 0 < low <= high; got {scale}")
+        return scale
+
+    @model_validator(mode="after")
+    def _complete(self) -> RunConfig:
+        for field, cls, skip in (("options", METHODS[self.method], {"build"}), ("dataset_options", DATASETS[self.dataset], {"root"})):
+            given = getattr(self, field)
+            kind = self.method if field == "options" else self.dataset
+            check_options(kind, cls, given, skip=skip)
+            defaults = {n: p.default for n, p in inspect.signature(cls).parameters.items() if n not in skip}
+            object.__setattr__(self, field, defaults | given)
+        if self.batch < 2 and self.norm == "batch":
+            raise ValueError("batch must be at least 2: BatchNorm cannot normalise a single image (DeepLabV3+ pools to 1 x 1); or norm='group'")
+        return self
+
+    @property
+    def id(self) -> str:
+        """Readable prefix and a hash of all that can change the result: `shapes-random_32-mkd-s0-1f2e3d4c`."""
+        identity = self.model_dump(mode="json", exclude=NOT_IDENTITY)
+        identity["weights"] = file_sha256(self.weights) if self.weights else ""
+        if self.dataset == "folder":
+            identity["root"] = Path(self.root).resolve().name
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+        data = identity.get("root") or self.dataset
+        return f"{data}-{self.split}-{self.method}-s{self.seed}-{digest}".replace("/", "_").replace(" ", "_")

@@ -1,0 +1,184 @@
+"""What a data set is to the rest of the suite: ids, images, labels, class names, a palette; and how files are read."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+IGNORE = 255
+
+
+class DataError(ValueError):
+    """Something is wrong with the user's data: the message says what, where, and what is allowed."""
+
+
+class SegDataset(ABC):
+    """A set of images with integer label maps.
+
+    name     registry name, e.g. "voc"
+    classes  names of the C classes, index = label value
+    palette  (C, 3) uint8 RGB colours for pictures
+    train    ids of the universe that labeled and unlabeled images are drawn from
+    val      ids that are evaluated; disjoint from train
+    root     the folder of the files; None where the data set is generated
+    where    where to get the files and where they belong; closes every message about missing ones
+    pattern  regular expression of an id's normal form inside a line of a list file
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    palette: np.ndarray
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+    root: Path | None = None
+    where: str = ""
+    pattern: str = r"\S+"
+
+    @abstractmethod
+    def image(self, id: str) -> Tensor:
+        """(3, H, W) uint8 RGB."""
+
+    @abstractmethod
+    def label(self, id: str) -> Tensor:
+        """(H, W) uint8 in 0..C-1, IGNORE = 255. DataError where the image has no label."""
+
+    @abstractmethod
+    def has_label(self, id: str) -> bool:
+        """Whether label(id) can be read; unlabeled images of one's own have none."""
+
+    def files(self, id: str) -> tuple[Path | None, Path | None]:
+        """(image file, mask file) of an id as expected, existing or not; None for a mask that is not meant to exist.
+
+        (None, None) where the data set is generated.
+        """
+        return None, None
+
+    def read_list(self, path: Path) -> tuple[str, ...]:
+        """The ids of a list file, in its order; see `parse_ids`."""
+        return parse_ids(read_text(path), self.pattern, str(path))
+
+
+class FileDataset(SegDataset):
+    """A data set of files under `root`: a subclass says which ones (`files`) and reads nothing itself."""
+
+    root: Path
+
+    @abstractmethod
+    def files(self, id: str) -> tuple[Path, Path | None]: ...
+
+    def image(self, id: str) -> Tensor:
+        return read_image(self.files(id)[0])
+
+    def label(self, id: str) -> Tensor:
+        mask = self.files(id)[1]
+        if mask is None:
+            raise DataError(f"{id} has no mask: its line in the list names none")
+        return read_label(mask, len(self.classes))
+
+    def has_label(self, id: str) -> bool:
+        mask = self.files(id)[1]
+        return mask is not None and mask.is_file()
+
+
+def parse_ids(text: str, pattern: str, source: str) -> tuple[str, ...]:
+    """The ids of a list: the first match of `pattern` in each line that is not blank, whatever paths surround it.
+
+    DataError for a line without an id, for an id that occurs twice and for an empty list; `source` names the list in it.
+    """
+    ids = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            match = re.search(pattern, line)
+            if match is None:
+                raise DataError(f"{source}, line {number}: no id of the form {pattern} in {line.strip()!r}")
+            ids.append(match[0])
+    return checked_ids(ids, source)
+
+
+def checked_ids(ids: Sequence[str], source: str) -> tuple[str, ...]:
+    """`ids` unless there are none or some occur twice: DataError."""
+    if not ids:
+        raise DataError(f"{source}: the list is empty")
+    twice = [id for id, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise DataError(f"{source}: {some(twice, 'images')} listed more than once")
+    return tuple(ids)
+
+
+def some(items: Iterable[object], noun: str) -> str:
+    """"7 images (a, b, c, d, e, ...)": a count and the first five."""
+    items = [str(item) for item in items]
+    return f"{len(items)} {noun} ({', '.join(items[:5])}{', ...' if len(items) > 5 else ''})"
+
+
+def find_root(name: str, root: str | Path, folders: Sequence[str], where: str, below: Sequence[str] = ("",)) -> Path:
+    """The first of root / below that holds one of `folders` (or just exists); DataError that says what was expected."""
+    if not str(root):
+        raise DataError(f"data set {name!r} needs root, the folder that holds {' or '.join(folders) or 'the files'}. {where}")
+    path = Path(root).expanduser()
+    for candidate in below:
+        if any((path / candidate / folder).is_dir() for folder in folders or ("",)):
+            return path / candidate
+    found = f"{path} has no folder {' or '.join(folders)}" if path.is_dir() else f"{path} is not a folder"
+    raise DataError(f"data set {name!r}: {found}. {where}")
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with or without byte order mark; DataError where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a readable text file ({error})") from error
+
+
+def read_image(path: Path) -> Tensor:
+    """(3, H, W) uint8 RGB of any picture that PIL reads; grey, palette and RGBA pictures are converted (alpha is dropped)."""
+    picture = _decoded(path, "picture")
+    if picture.mode.startswith(("I", "F")):
+        raise DataError(f"{path}: {picture.mode} pictures (16 or 32 bits a channel) are not supported; convert to 8 bits")
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def read_label(path: Path, classes: int | None = None) -> Tensor:
+    """(H, W) uint8 label indices of a grey or palette PNG; the palette is never applied.
+
+    With `classes`, DataError for a value that is neither in 0..classes-1 nor IGNORE.
+    """
+    picture = _decoded(path, "mask")
+    if picture.mode not in ("L", "P", "1"):
+        raise DataError(f"{path}: a mask must be a grey or palette PNG of class indices, this one has mode {picture.mode}")
+    label = np.array(picture, dtype=np.uint8)
+    if classes is not None:
+        outside = label[(label >= classes) & (label != IGNORE)]
+        if outside.size:
+            values = ", ".join(map(str, np.unique(outside)[:5]))
+            raise DataError(f"{path}: label values {values} outside 0..{classes - 1} and {IGNORE} ({outside.size} pixels)")
+    return torch.from_numpy(label)
+
+
+def _decoded(path: Path, kind: str) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: this {kind} is missing") from error
+    except Exception as error:  # PIL's decoders raise a dozen types on damaged files (OSError, SyntaxError, struct.error, ...)
+        raise DataError(f"{path}: not a readable {kind} ({error})") from error
+
+
+def colormap(classes: int) -> np.ndarray:
+    """(classes, 3) uint8: PASCAL VOC's colours, which spread the bits of the index over the high bits of R, G and B (VOC devkit)."""
+    index = np.arange(classes)[:, None]
+    colours = np.zeros((classes, 3), np.int64)
+    for bit in range(8):
+        colours |= ((index >> (3 * bit + np.arange(3))) & 1) << (7 - bit)
+    return colours.astype(np.uint8)

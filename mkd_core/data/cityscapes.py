@@ -1,0 +1,74 @@
+"""`cityscapes` in the layout of its archives: leftImg8bit and gtFine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .base import IGNORE, DataError, FileDataset, find_root, read_label
+
+# index, official id, name, colour: cityscapesScripts, helpers/labels.py
+LABELS = (
+    (7, "road", (128, 64, 128)),
+    (8, "sidewalk", (244, 35, 232)),
+    (11, "building", (70, 70, 70)),
+    (12, "wall", (102, 102, 156)),
+    (13, "fence", (190, 153, 153)),
+    (17, "pole", (153, 153, 153)),
+    (19, "traffic light", (250, 170, 30)),
+    (20, "traffic sign", (220, 220, 0)),
+    (21, "vegetation", (107, 142, 35)),
+    (22, "terrain", (152, 251, 152)),
+    (23, "sky", (70, 130, 180)),
+    (24, "person", (220, 20, 60)),
+    (25, "rider", (255, 0, 0)),
+    (26, "car", (0, 0, 142)),
+    (27, "truck", (0, 0, 70)),
+    (28, "bus", (0, 60, 100)),
+    (31, "train", (0, 80, 100)),
+    (32, "motorcycle", (0, 0, 230)),
+    (33, "bicycle", (119, 11, 32)),
+)
+TRAIN_ID = torch.full((256,), IGNORE, dtype=torch.uint8)
+TRAIN_ID[[id for id, _, _ in LABELS]] = torch.arange(len(LABELS), dtype=torch.uint8)
+
+
+class Cityscapes(FileDataset):
+    """2,975 training and 500 validation images of 2048 x 1024 pixels, 19 classes; the images on disk are the lists.
+
+    Masks are gtFine's labelTrainIds where the official script has made them, else labelIds mapped to the 19 classes.
+    """
+
+    name = "cityscapes"
+    classes = tuple(name for _, name, _ in LABELS)
+    palette = np.array([colour for _, _, colour in LABELS], np.uint8)
+    pattern = r"[a-z0-9-]+_\d{6}_\d{6}"
+    where = (
+        "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip, after registration: https://www.cityscapes-dataset.com/downloads/; "
+        "expected are leftImg8bit/{train,val}/<city>/<id>_leftImg8bit.png and gtFine/{train,val}/<city>/<id>_gtFine_labelIds.png."
+    )
+
+    def __init__(self, root: str):
+        self.root = find_root(self.name, root, ["leftImg8bit"], self.where)
+        self.train, self.val = (self._ids(part) for part in ("train", "val"))
+        if not self.train + self.val:
+            raise DataError(f"no images in {self.root / 'leftImg8bit'}/{{train,val}}/<city>. {self.where}")
+        self._val = frozenset(self.val)
+
+    def _ids(self, part: str) -> tuple[str, ...]:
+        end = "_leftImg8bit.png"
+        return tuple(sorted(path.name.removesuffix(end) for path in (self.root / "leftImg8bit" / part).glob(f"*/*{end}")))
+
+    def files(self, id: str) -> tuple[Path, Path]:
+        place = Path("val" if id in self._val else "train", id.partition("_")[0])
+        masks = [self.root / "gtFine" / place / f"{id}_gtFine_{kind}.png" for kind in ("labelTrainIds", "labelIds")]
+        return self.root / "leftImg8bit" / place / f"{id}_leftImg8bit.png", masks[0] if masks[0].is_file() else masks[1]
+
+    def label(self, id: str) -> Tensor:
+        mask = self.files(id)[1]
+        if mask.name.endswith("_labelTrainIds.png"):
+            return read_label(mask, len(self.classes))
+        return TRAIN_ID[read_label(mask).long()]

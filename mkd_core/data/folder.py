@@ -1,0 +1,94 @@
+"""`folder`, a person's own images: a root folder and list files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from .base import IGNORE, DataError, FileDataset, checked_ids, colormap, find_root, read_text
+
+
+class Folder(FileDataset):
+    """Images and masks named by list files; every path is relative to `root`, and an image's path is its id.
+
+    A line is "image mask", or "image" alone for an image without label; names with spaces are parted from each other by a tab.
+    Masks are grey or palette PNGs of class indices, 255 = ignored.
+
+    classes  the names, or their number; default: the lines of `classes.txt` under root
+    palette  [[r, g, b], ...], a colour for each class; default: VOC's colours
+    train    list of the training images; may be absent where every split is a folder with labeled.txt and unlabeled.txt
+    val      list of the evaluated images, all with masks; "" for none
+    """
+
+    name = "folder"
+    where = "train.txt and val.txt (options train, val) under root hold one 'image mask' pair per line, or an image alone."
+
+    def __init__(
+        self,
+        root: str,
+        classes: Sequence[str] | int | None = None,
+        palette: Sequence[Sequence[int]] | None = None,
+        train: str = "train.txt",
+        val: str = "val.txt",
+    ):
+        self.root = find_root(self.name, root, [], self.where)
+        self.classes = _class_names(self.root, classes)
+        self.palette = colormap(len(self.classes)) if palette is None else _colours(palette, len(self.classes))
+        self._masks: dict[str, str | None] = {}
+        self.train = self.read_list(self.root / train) if (self.root / train).is_file() else ()
+        self.val = self.read_list(self.root / val) if val else ()
+        bare = [id for id in self.val if self._masks[id] is None]
+        if bare:
+            raise DataError(f"{self.root / val}, images without mask, first {bare[0]}: evaluated images need one")
+
+    def files(self, id: str) -> tuple[Path, Path | None]:
+        mask = self._masks.get(id)
+        return self.root / id, self.root / mask if mask else None
+
+    def read_list(self, path: Path) -> tuple[str, ...]:
+        """The images of a list file; their masks are remembered."""
+        ids = []
+        for number, line in enumerate(read_text(path).splitlines(), 1):
+            if line.strip():
+                image, mask = self._pair(line.strip(), f"{path}, line {number}")
+                if mask and (self._masks.get(image) or mask) != mask:
+                    raise DataError(f"{path}, line {number}: {image} has mask {self._masks[image]} in one list and {mask} in another")
+                self._masks[image] = mask or self._masks.get(image)
+                ids.append(image)
+        return checked_ids(ids, str(path))
+
+    def _pair(self, line: str, place: str) -> tuple[str, str | None]:
+        fields = line.split("\t") if "\t" in line else self._split_at_space(line)
+        fields = [str(PurePosixPath(field.strip())) for field in fields if field.strip()]  # "./a.png" and "a.png" are one image
+        if len(fields) > 2:
+            raise DataError(f"{place}: expected 'image mask' or 'image', got {line!r}; part names that hold spaces by a tab")
+        return fields[0], fields[1] if len(fields) == 2 else None
+
+    def _split_at_space(self, line: str) -> list[str]:
+        words = line.split()
+        if len(words) == 1 or (self.root / line).is_file():
+            return [line]
+        pairs = [[" ".join(words[:k]), " ".join(words[k:])] for k in range(1, len(words))]
+        found = [pair for pair in pairs if all((self.root / name).is_file() for name in pair)]
+        return found[0] if len(found) == 1 else words
+
+
+def _class_names(root: Path, classes: Sequence[str] | int | None) -> tuple[str, ...]:
+    if classes is None:
+        if not (root / "classes.txt").is_file():
+            file = root / "classes.txt"
+            raise DataError(f"which classes do the masks hold? Give classes=[names], classes=<number>, or one name per line in {file}")
+        classes = [line.strip() for line in read_text(root / "classes.txt").splitlines() if line.strip()]
+    names = tuple(f"class {k}" for k in range(classes)) if isinstance(classes, int) else tuple(map(str, classes))
+    if isinstance(classes, str) or not 1 < len(names) <= IGNORE or len(set(names)) < len(names):
+        raise DataError(f"classes must be 2 to {IGNORE} different names, or their number; got {classes!r}")
+    return names
+
+
+def _colours(palette: Sequence[Sequence[int]], classes: int) -> np.ndarray:
+    colours = np.asarray(palette)
+    if colours.shape != (classes, 3) or colours.min() < 0 or colours.max() > 255:
+        raise DataError(f"palette must hold {classes} colours [r, g, b] in 0..255, one for each class; got {palette!r}")
+    return colours.astype(np.uint8)

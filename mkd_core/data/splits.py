@@ -1,0 +1,200 @@
+"""Labeled and unlabeled images by name: published lists (checked against their hashes), random draws, one's own folders."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pooch
+import yaml
+
+from ..choices import choose
+from .base import IGNORE, DataError, SegDataset, parse_ids, read_text, some
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which images are labeled, which are not: ids in sorted order, with the set hash of each part."""
+
+    name: str
+    labeled: tuple[str, ...] = field(repr=False)
+    unlabeled: tuple[str, ...] = field(repr=False)
+    sha256: str
+    sha256_unlabeled: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {len(self.labeled)} labeled, {len(self.unlabeled)} unlabeled"
+
+
+def set_hash(ids: Iterable[str]) -> str:
+    """sha256 of the sorted unique ids, one per line, each ended by a line feed: independent of a file's order and syntax."""
+    return hashlib.sha256("".join(f"{id}\n" for id in sorted(set(ids))).encode()).hexdigest()
+
+
+def load_split(dataset: SegDataset, name: str, seed: int = 0) -> Split:
+    """The split `name` of a data set; unlabeled = the training images that are not labeled, computed.
+
+    "cps/1_16", "cps/662"   a published list (splits.yaml), by fraction or by count, verified against its hash
+    "random/1_16"           ceil(N / 16) images drawn from `seed`; "random/32": 32 images; "random/32@3": seed 3. See `draw`
+    "full"                  every image that has a label; unlabeled = all training images, as wherever nothing else remains
+    "splits/mine"           a folder under the data set's root with labeled.txt and, optionally, unlabeled.txt, then taken as it is
+
+    ValueError for a name that does not exist, DataError for lists that are empty, overlap, or leave the training set.
+    """
+    if name != "full" and not name.startswith("random/") and name not in published_splits(dataset.name):
+        if dataset.root and (dataset.root / name / "labeled.txt").is_file():
+            return _from_folder(dataset, name, dataset.root / name)
+    if not dataset.train:
+        raise DataError(f"data set {dataset.name!r} has no training images under {dataset.root}. {dataset.where}")
+    if name == "full":
+        return _split(dataset, name, [id for id in dataset.train if _may_be_labeled(dataset, id)])
+    wish = re.fullmatch(r"(random/(1_)?([1-9]\d*))(?:@(\d+))?", name)
+    if wish is None:
+        return _published_split(dataset, name)
+    stem, fraction, size, fixed = wish.groups()
+    count = math.ceil(len(dataset.train) / int(size)) if fraction else int(size)
+    seed = int(fixed or seed)
+    return _split(dataset, f"{stem}@{seed}", draw(dataset, count, seed))
+
+
+def draw(dataset: SegDataset, count: int, seed: int) -> list[str]:
+    """`count` labeled ids, every class present: our rule. The same on every machine, and independent of the order of files.
+
+    Images are ranked by sha256("seed:id") and the first `count` that have a label are taken. While a class is missing, the next
+    image in rank that holds one joins, and the last image that holds no class alone leaves. Each mask is opened at most once; a
+    class that no image of the data set holds is given up only after all were seen. DataError where the draw is impossible.
+    """
+    ranked = sorted(dataset.train, key=lambda id: hashlib.sha256(f"{seed}:{id}".encode()).digest())
+    pool = (id for id in ranked if _may_be_labeled(dataset, id))
+    holds = {id: _classes_of(dataset, id) for id in islice(pool, count)}
+    if len(holds) < count:
+        raise DataError(f"random: {count} labeled images wanted, data set {dataset.name!r} has {len(holds)}")
+    counts = Counter(c for classes in holds.values() for c in classes)
+    seen = set(counts)
+    for id in pool if len(seen) < len(dataset.classes) else ():
+        new = _classes_of(dataset, id)
+        seen |= new
+        if not new <= counts.keys():
+            after = counts + Counter(new)
+            spare = [old for old, classes in holds.items() if all(after[c] > 1 for c in classes)]
+            if spare:
+                counts = after - Counter(holds.pop(spare[-1]))
+                holds[id] = new
+        if len(counts) == len(dataset.classes):
+            break
+    if absent := [dataset.classes[c] for c in sorted(seen - counts.keys())]:
+        raise DataError(f"random: no {count} images found that hold every class, {absent} would be absent; ask for more")
+    return list(holds)
+
+
+def published(key: str, pattern: str) -> tuple[str, ...]:
+    """The sorted ids of a published set such as "voc/train" (splits.yaml, `sets`), verified."""
+    count, file, sha256 = _lists()["sets"][key]
+    return _verified(file, pattern, count, sha256)
+
+
+def published_splits(dataset: str) -> dict[str, int]:
+    """Name -> number of labeled images of the published splits of a data set."""
+    return {name: count for name, (count, _, _) in _lists().get(dataset, {}).items()}
+
+
+def as_published(key: str, ids: Sequence[str]) -> bool | None:
+    """Whether `ids` are the published set "voc/train", "voc/val", ...; None where there is none of that name."""
+    if key not in _lists()["sets"]:
+        return None
+    count, _, sha256 = _lists()["sets"][key]
+    return len(ids) == count and sha256 in (None, set_hash(ids))
+
+
+@cache
+def _lists() -> dict:
+    return yaml.safe_load(Path(__file__).with_name("splits.yaml").read_text())
+
+
+def _published_split(dataset: SegDataset, name: str) -> Split:
+    counts = published_splits(dataset.name)
+    family, _, size = name.partition("/")
+    by_count = [full for full, count in counts.items() if full.startswith(family + "/") and str(count) == size]
+    own = [str(found.parent.relative_to(dataset.root)) for found in sorted(dataset.root.rglob("labeled.txt"))] if dataset.root else []
+    known = [*counts, *own, "random/1_16", "random/32", "random/32@3", "full"]
+    name = choose(f"{dataset.name} split", by_count[0] if by_count else name, known)
+    count, file, sha256 = _lists()[dataset.name][name]
+    labeled = _verified(file, dataset.pattern, count, sha256)
+    if not as_published(f"{dataset.name}/train", dataset.train):
+        missing = some(sorted(set(labeled) - set(dataset.train)), "labeled images")
+        raise DataError(
+            f"split {name} is drawn from the {_lists()['sets'][f'{dataset.name}/train'][0]} training images of {dataset.name!r}; "
+            f"{dataset.root} has {len(dataset.train)}, without {missing}. {dataset.where} For a part of the data use 'random/1_16'."
+        )
+    return _split(dataset, name, labeled)
+
+
+def _from_folder(dataset: SegDataset, name: str, folder: Path) -> Split:
+    labeled = dataset.read_list(folder / "labeled.txt")
+    given = folder / "unlabeled.txt"
+    unlabeled = dataset.read_list(given) if given.is_file() else None
+    if not dataset.train and unlabeled is None:
+        raise DataError(f"{given} is needed where the data set has no list of training images")
+    return _split(dataset, name, labeled, unlabeled)
+
+
+def _split(dataset: SegDataset, name: str, labeled: Iterable[str], unlabeled: Iterable[str] | None = None) -> Split:
+    labeled, given = sorted(labeled), unlabeled is not None
+    if unlabeled is None:
+        # where all are labeled, all serve as unlabeled images too: the "Full" column of the paper's Table 1
+        everything = name == "full" or len(labeled) == len(dataset.train)
+        unlabeled = dataset.train if everything else set(dataset.train) - set(labeled)
+    elif overlap := sorted(set(labeled) & set(unlabeled)):
+        raise DataError(f"split {name}: {some(overlap, 'images')} both labeled and unlabeled")
+    unlabeled = sorted(unlabeled)
+    if leak := sorted({*labeled, *unlabeled} & set(dataset.val)):
+        raise DataError(f"split {name}: {some(leak, 'images')} of the validation set in training")
+    if not given and (outside := sorted(set(labeled) - set(dataset.train))):
+        raise DataError(f"split {name}: {some(outside, 'images')} not among the training images of {dataset.name!r}")
+    if bare := [id for id in labeled if not _may_be_labeled(dataset, id)]:
+        raise DataError(f"split {name}: {some(bare, 'labeled images')} without a mask")
+    if not labeled:
+        raise DataError(f"split {name}: no labeled images")
+    return Split(name, tuple(labeled), tuple(unlabeled), set_hash(labeled), set_hash(unlabeled))
+
+
+def _may_be_labeled(dataset: SegDataset, id: str) -> bool:
+    """Whether a mask is meant to exist: one that is then missing is a fault to report, not an unlabeled image."""
+    return dataset.files(id)[1] is not None or dataset.has_label(id)
+
+
+def _classes_of(dataset: SegDataset, id: str) -> set[int]:
+    return set(np.unique(dataset.label(id).numpy()).tolist()) - {IGNORE}
+
+
+def _verified(file: str, pattern: str, count: int, sha256: str) -> tuple[str, ...]:
+    ids = parse_ids(_fetch(file), pattern, file)
+    if len(ids) != count or set_hash(ids) != sha256:
+        raise DataError(f"{file}: {len(ids)} ids with hash {set_hash(ids)}, published are {count} with {sha256}")
+    return tuple(sorted(ids))
+
+
+def _fetch(file: str) -> str:
+    """The text of "<source>/<path>": from the mirror that MKD_SPLITS names, else downloaded once into the user's cache."""
+    source, _, path = file.partition("/")
+    address = _lists()["sources"][source]
+    try:
+        if mirror := os.environ.get("MKD_SPLITS"):
+            local = Path(mirror).expanduser() / address["mirror"] / path
+            zipped = local.with_name(local.name + ".gz")
+            return gzip.decompress(zipped.read_bytes()).decode() if zipped.is_file() else read_text(local)
+        url, sha256 = f"{address['url']}/{path}", _lists()["files"][file]
+        return read_text(Path(pooch.retrieve(url, f"sha256:{sha256}", fname=file.replace("/", "_"), path=pooch.os_cache("mkd"))))
+    except (OSError, EOFError, ValueError) as error:
+        advice = "Without a network, let MKD_SPLITS name a folder that holds the published lists."
+        raise DataError(f"cannot get the list {address['url']}/{path}: {error}. {advice}") from error

@@ -1,0 +1,72 @@
+"""`voc` and `voc_aug`, PASCAL VOC 2012 and its augmented training set, in the layout of the VOC devkit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+from .base import FileDataset, colormap, find_root
+from .splits import published
+
+CLASSES = (
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
+    "sofa train tvmonitor"
+).split()
+
+
+class VOC(FileDataset):
+    """1,464 training and 1,449 validation images, 21 classes, 255 = void.
+
+    root               VOC2012, or the folder above it or above VOCdevkit
+    prefer_aug_masks   read SegmentationClassAug wherever it has the mask, as MKD, U2PL and CCT do
+
+    The lists in ImageSets/Segmentation are used where they exist (a part of the data may be listed there), else the published ones.
+    """
+
+    name = "voc"
+    classes = tuple(CLASSES)
+    palette = colormap(21)
+    pattern = r"\d{4}_\d{6}"
+    where = (
+        "VOC 2012 (JPEGImages, SegmentationClass, ImageSets): http://host.robots.ox.ac.uk/pascal/VOC/voc2012/"
+        "VOCtrainval_11-May-2012.tar, or `mkd check --download`."
+    )
+    train_list = "train"
+
+    def __init__(self, root: str, prefer_aug_masks: bool = False):
+        self.root = find_root(self.name, root, ["JPEGImages"], self.where, below=("", "VOC2012", "VOCdevkit/VOC2012"))
+        self.prefer_aug_masks = prefer_aug_masks
+        self.train = self._list(self.train_list, f"{self.name}/train")
+        self.val = self._list("val", "voc/val")
+        # ids that VOC itself annotated: elsewhere a file in SegmentationClass is a copy of the augmented mask at best
+        self._original = frozenset(self._list("train", "voc/train") + self.val)
+
+    def _list(self, file: str, key: str) -> tuple[str, ...]:
+        path = self.root / "ImageSets/Segmentation" / f"{file}.txt"
+        return self.read_list(path) if path.is_file() else published(key, self.pattern)
+
+    def files(self, id: str) -> tuple[Path, Path]:
+        """A mask in SegmentationClass where VOC annotated the image, else in SegmentationClassAug; the other where that is missing."""
+        folders = ["SegmentationClass", "SegmentationClassAug"]
+        if self.prefer_aug_masks or id not in self._original:
+            folders.reverse()
+        masks = [self.root / folder / f"{id}.png" for folder in folders]
+        return self.root / "JPEGImages" / f"{id}.jpg", next((mask for mask in masks if mask.is_file()), masks[0])
+
+
+class VOCAug(VOC):
+    """VOC with the 10,582 training images of train_aug: masks of SBD in SegmentationClassAug, or all in SegmentationClass."""
+
+    name = "voc_aug"
+    where = VOC.where + (
+        " SegmentationClassAug: the archive that the READMEs of CCT and AdvSemiSeg link, or SBD converted to PNG ("
+        "http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz)."
+    )
+    train_list = "train_aug"
+
+
+def download(root: str) -> None:
+    """VOC 2012 into root/VOCdevkit/VOC2012, verified by torchvision's checksum (2 GB)."""
+    from torchvision.datasets import VOCSegmentation  # here: the data sets are read without torchvision
+
+    VOCSegmentation(root, year="2012", image_set="trainval", download=True)

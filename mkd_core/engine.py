@@ -1,0 +1,435 @@
+"""run(config) -> Record: fit, evaluate, checkpoint and resume. One loop, which does not know which method it trains.
+
+A step is a function of (weights, seed, step): samples, views and every random draw are derived from the seed and the step number, so a
+run that was killed goes on from its last checkpoint and ends with the same weights, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from . import records
+from .augment import STRONG, distort, normalise
+from .config import RunConfig
+from .data import SegDataset, open_dataset
+from .data.base import IGNORE
+from .data.check import check
+from .data.splits import Split, load_split
+from .data.stream import Steps, Stream
+from .methods import METHODS, Batch, Method
+from .metrics import PseudoLabelQuality, confusion_matrix, iou, miou
+from .models import SegNet, file_sha256, load_encoder, resize
+from .records import Record
+
+QUALITY_THRESHOLD = 0.95  # MKD's T: pseudo-label quality is reported at it and at 0
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training met a loss that is not finite; the message names the step and its images. The last checkpoint is from before."""
+
+
+def build_net(config: RunConfig, num_classes: int, arch: str | None = None) -> SegNet:
+    """A freshly initialised network, the encoder from config.weights where given. Two calls differ in what is random."""
+    net = SegNet(
+        num_classes, arch=arch or config.arch, encoder=config.encoder, channels=config.channels, dropout=config.dropout,
+        norm=config.norm, bn_momentum=config.bn_momentum,
+    )  # fmt: skip
+    if config.weights:
+        load_encoder(net, config.weights)
+    return net
+
+
+def build_method(config: RunConfig, num_classes: int) -> Method:
+    """The method with networks initialised from the seed: the first network is the same for every method."""
+    seed_step(config.seed, -1)
+    method = METHODS[config.method](partial(build_net, config, num_classes), **config.options)
+    if config.batch < method.min_batch:
+        raise ValueError(f"{config.method} with these options needs a batch of at least {method.min_batch} (CutMix needs a partner); got {config.batch}")
+    return method
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Make torch's random draws on every device a function of (seed, step)."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step + 1]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def make_batch(tensors: Sequence[Tensor], config: RunConfig, views: int, device: torch.device) -> Batch:
+    """uint8 tensors of a step -> Batch on the device: colour views drawn there, normalised."""
+    x, y, u, valid = (t.to(device, non_blocking=True) for t in tensors)
+    x, u = x.float() / 255, u.float() / 255
+    strong = tuple(normalise(STRONG[config.strong](u)) for _ in range(views))  # from the geometric view alone, as released
+    if config.weak_photometric:
+        x, u = distort(x), distort(u)
+    return Batch(normalise(x), y.long(), normalise(u), strong, valid)
+
+
+def poly(config: RunConfig, step: int) -> float:
+    return config.lr * (1 - step / config.steps) ** config.power
+
+
+def make_optimizer(config: RunConfig, method: Method) -> torch.optim.Optimizer:
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(parameters, config.lr, momentum=0.9, weight_decay=config.weight_decay)
+
+
+# Evaluation.
+
+
+@torch.no_grad()
+def probabilities(net: nn.Module, images: Tensor, protocol: str, window: tuple[int, int]) -> Tensor:
+    """Class probabilities of normalised images (B, 3, H, W) of any size -> (B, C, H, W), by a named protocol.
+
+    whole    the image at its own size, padded to a multiple of 32 at the bottom and right (our choice for VOC and COCO)
+    long512  resized so that the long side is 512, logits resized back (released MKD)
+    sliding  windows of the crop's size, stride ceil(2/3 window), the last one shifted back inside (CPS); probabilities averaged (our choice)
+    """
+    size = images.shape[-2:]
+    if protocol == "long512":
+        factor = 512 / max(size)
+        small = resize(images, (round(size[0] * factor), round(size[1] * factor)))
+        return resize(_padded(net, small), size).softmax(1)
+    if protocol == "whole":
+        return _padded(net, images).softmax(1)
+    total: Tensor | float = 0.0
+    count = images.new_zeros(1, 1, *size)
+    for top in _starts(size[0], window[0]):
+        for left in _starts(size[1], window[1]):
+            where = (..., slice(top, top + window[0]), slice(left, left + window[1]))
+            prob = _padded(net, images[where]).softmax(1)
+            if isinstance(total, float):
+                total = images.new_zeros(len(images), prob.shape[1], *size)
+            total[where] += prob
+            count[where] += 1
+    return total / count
+
+
+def _padded(net: nn.Module, images: Tensor, multiple: int = 32) -> Tensor:
+    height, width = images.shape[-2:]
+    pad = (0, -width % multiple, 0, -height % multiple) if (height % 16 or width % 16) else (0, 0, 0, 0)
+    return net(nn.functional.pad(images, pad))[..., :height, :width].float()
+
+
+def _starts(side: int, window: int) -> list[int]:
+    stride = math.ceil(window * 2 / 3)
+    last = max(0, side - window)
+    return sorted({min(s, last) for s in range(0, last + stride, stride)})
+
+
+class _Items:
+    """(image, label) by position, for a loader."""
+
+    def __init__(self, dataset: SegDataset, ids: Sequence[str]):
+        self.dataset, self.ids = dataset, ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.dataset.image(self.ids[i]), self.dataset.label(self.ids[i])
+
+
+def _equal_sizes(items: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of consecutive images of one size, up to about a megapixel: the same whatever the machine."""
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    for image, label in items:
+        if images and (image.shape != images[0].shape or len(images) * image[0].numel() >= 2**18):
+            yield torch.stack(images), torch.stack(labels)
+            images, labels = [], []
+        images.append(image)
+        labels.append(label)
+    if images:
+        yield torch.stack(images), torch.stack(labels)
+
+
+@torch.no_grad()
+def evaluate(
+    nets: dict[str, nn.Module], dataset: SegDataset, ids: Sequence[str], *, protocol: str = "whole", window: tuple[int, int] = (512, 512),
+    device: torch.device | str = "cpu", workers: int = 0, precision: str = "float32", quality: float | None = None,
+) -> tuple[dict[str, Tensor], dict[str, PseudoLabelQuality]]:  # fmt: skip
+    """Confusion matrices (C, C) of each network over the images `ids`, and of "mean", their averaged probabilities, where there are several.
+
+    quality: a confidence threshold; with it, the pseudo-label quality of each network too. Networks are evaluated in eval mode and put
+    back into the mode that they were in.
+    """
+    modes = {name: net.training for name, net in nets.items()}
+    for net in nets.values():
+        net.eval()
+    classes = len(dataset.classes)
+    names = [*nets, "mean"] if len(nets) > 1 else [*nets]
+    confusion = {name: torch.zeros(classes, classes, dtype=torch.int64, device=device) for name in names}
+    qualities = {name: PseudoLabelQuality(classes, quality, device) for name in names} if quality is not None else {}
+    for images, labels in _equal_sizes(DataLoader(_Items(dataset, ids), batch_size=None, num_workers=workers)):
+        images, labels = normalise(images.to(device).float() / 255), labels.to(device)
+        mean: Tensor | float = 0.0
+        for name in names:
+            if name != "mean":
+                with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
+                    prob = probabilities(nets[name], images, protocol, window)
+                mean = mean + prob / len(nets)
+            else:
+                prob = mean
+            confusion[name] += confusion_matrix(prob.argmax(1), labels, classes)
+            if qualities:
+                qualities[name].update(prob, labels)
+    for name, net in nets.items():
+        net.train(modes[name])
+    return confusion, qualities
+
+
+# Running.
+
+
+class Progress:
+    """One line about the run: a single notebook output that is updated, or a line every few seconds in a terminal. Quiet: nothing."""
+
+    def __init__(self, title: str, quiet: bool = False):
+        self.title, self.quiet, self.handle, self.last = title, quiet, None, 0.0
+        self.notebook = not quiet and "ipykernel" in sys.modules
+
+    def __call__(self, text: str, now: bool = False) -> None:
+        if self.quiet or (not now and time.monotonic() - self.last < (0.5 if self.notebook else 10)):
+            return
+        self.last = time.monotonic()
+        if not self.notebook:
+            print(f"{self.title}: {text}", flush=True)
+            return
+        from IPython.display import Pretty, display
+
+        line = Pretty(f"{self.title}: {text}")
+        if self.handle is None:
+            self.handle = display(line, display_id=True)
+        else:
+            self.handle.update(line)
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto": the first GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>; got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name} asked for, but torch sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Record:
+    """Train and evaluate one configuration; resume it where it was interrupted; return its record at once where it exists.
+
+    Everything that can be wrong with the input is checked before the first step. Raises DataError, ValueError, NonFiniteLoss; RuntimeError
+    where another process is at the same run.
+    """
+    folder = (runs or records.RUNS) / config.id
+    if found := records.load(folder):
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            return records.load(folder) or _Run(config, folder, quiet).finish()
+    except Timeout as error:
+        raise RuntimeError(f"another process is at run {config.id} (it holds {folder / 'lock'}); wait for it or stop it") from error
+
+
+class _Run:
+    """Set-up, loop and record of one run; what a checkpoint must hold is in `state`."""
+
+    def __init__(self, config: RunConfig, folder: Path, quiet: bool):
+        self.config, self.folder = config, folder
+        self.progress = Progress(config.id, quiet)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.device = pick_device(config.device)
+        self.dataset = open_dataset(config.dataset, config.root, **config.dataset_options)
+        self.split = load_split(self.dataset, config.split, config.seed)
+        check(self.dataset, self.split).raise_if_bad()
+        self.method = build_method(config, len(self.dataset.classes)).to(self.device)
+        self.optimizer = make_optimizer(config, self.method)
+        view = dict(seed=config.seed, crop=config.crop, scale=config.scale, base=config.base)
+        self.steps = Steps(
+            Stream(self.dataset, self.split.labeled, name="labeled", labeled=True, **view),
+            Stream(self.dataset, self.split.unlabeled or self.split.labeled, name="unlabeled", labeled=False, **view),
+            config.batch,
+        )
+        withheld = [i for i in self.split.unlabeled if self.dataset.has_label(i)]
+        rng = np.random.default_rng(config.seed)
+        self.withheld = [withheld[i] for i in sorted(rng.permutation(len(withheld))[: config.quality_images])]
+        self.history: list[dict[str, Any]] = []
+        self.step, self.seconds, self.seconds_training = 0, 0.0, 0.0
+        records.write_atomically(folder / "config.json", config.model_dump_json(indent=1) + "\n")
+        self._restore()
+
+    def finish(self) -> Record:
+        self._fit()
+        record = self._record()
+        records.save(record, self.folder)
+        self.progress(f"done, mIoU {record.miou:.1f} in {record.seconds:.0f} s", now=True)
+        return record
+
+    # The loop.
+
+    def _fit(self) -> None:
+        config, method = self.config, self.method
+        method.train()
+        batches = self.steps.batches(self.step, config.steps, config.workers, pin=self.device.type == "cuda")
+        bad = torch.full((), -1, device=self.device)  # the first step with a loss that is not finite: read only at logging
+        clock = _Clock()
+        for tensors in batches:
+            seed_step(config.seed, self.step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = poly(config, self.step)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                terms, stats = method(make_batch(tensors, config, method.views, self.device), self.step / config.steps)
+            loss = torch.stack([t.float() for t in terms.values()]).sum()
+            bad = torch.where((bad < 0) & ~loss.detach().isfinite(), self.step, bad)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            self.step += 1
+            method.update(self.step)
+
+            last = self.step == config.steps
+            evaluating = last or (config.evaluate_every and self.step % config.evaluate_every == 0)
+            if self.step % config.log_every == 0 or evaluating or self.step % config.checkpoint_every == 0:
+                self._stop_if_bad(bad)
+                row = {"step": self.step, "lr": poly(config, self.step - 1), "loss": loss.item()}
+                row |= {f"term/{k}": v.item() for k, v in terms.items()} | {f"stat/{k}": v.item() for k, v in stats.items()}
+                self.seconds_training += clock.lap()
+                rate = 2 * config.batch * self.step / self.seconds_training
+                if evaluating:
+                    self.progress(f"step {self.step:,} of {config.steps:,}, evaluating", now=last)
+                    row |= self._evaluate()
+                self.seconds += clock.since()
+                self._log(row)
+                left = (config.steps - self.step) * 2 * config.batch / rate
+                self.progress(f"step {self.step:,} of {config.steps:,}, loss {row['loss']:.3f}, {rate:.0f} images/s, {left / 60:.1f} min left")
+                if self.step % config.checkpoint_every == 0 or last:
+                    self._save()
+
+    def _stop_if_bad(self, bad: Tensor) -> None:
+        if (step := int(bad)) >= 0:
+            labeled, unlabeled = self.steps.ids(step)
+            kept = self.folder / "checkpoint.pt"
+            raise NonFiniteLoss(
+                f"run {self.config.id}: the loss was not finite at step {step}. Labeled images: {', '.join(labeled)}; unlabeled images: "
+                f"{', '.join(unlabeled)}. " + (f"The last good checkpoint is {kept}." if kept.exists() else "There is no checkpoint yet.")
+            )
+
+    def _evaluate(self) -> dict[str, Any]:
+        config = self.config
+        common = dict(protocol=config.protocol, window=config.crop, device=self.device, workers=config.workers, precision=config.precision)
+        confusion, _ = evaluate(self.method.predictors, self.dataset, self.dataset.val, **common)
+        found: dict[str, Any] = {"miou": {name: miou(c) for name, c in confusion.items()}}
+        found["iou"] = {name: [None if math.isnan(v) else v for v in iou(c).tolist()] for name, c in confusion.items()}
+        if self.withheld:
+            _, quality = evaluate(self.method.predictors, self.dataset, self.withheld, quality=QUALITY_THRESHOLD, **common)
+            found["pseudo_labels"] = {name: q.summary() for name, q in quality.items()}
+        self.method.train()
+        return found
+
+    # What survives a kill.
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self.history.append(row)
+        with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step, "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "history": json.dumps(self.history),
+            "seconds": self.seconds, "seconds_training": self.seconds_training,
+        }  # fmt: skip
+        path, temporary = self.folder / "checkpoint.pt", self.folder / ".checkpoint.pt.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _restore(self) -> None:
+        path = self.folder / "checkpoint.pt"
+        if path.exists():
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            self.method.load_state_dict(state["method"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.history = state["step"], json.loads(state["history"])
+            self.seconds, self.seconds_training = state["seconds"], state["seconds_training"]
+            self.progress(f"goes on from step {self.step:,}", now=True)
+        # Rows after the checkpoint will be written again.
+        records.write_atomically(self.folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in self.history))
+
+    def _record(self) -> Record:
+        config, split = self.config, self.split
+        evaluations = [row for row in self.history if "miou" in row]
+        last = evaluations[-1]
+        first = next(iter(last["miou"]))
+        best = max(evaluations, key=lambda row: row["miou"][first])
+        cuda = self.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        return Record(
+            id=config.id,
+            status="done",
+            config=config.model_dump(mode="json"),
+            miou=last["miou"][first],
+            miou_best=best["miou"][first],
+            step_best=best["step"],
+            iou=last["iou"][first],
+            classes=list(self.dataset.classes),
+            predictors=last["miou"],
+            predictors_best={name: max(row["miou"][name] for row in evaluations) for name in last["miou"]},
+            pseudo_labels=last.get("pseudo_labels"),
+            seconds=round(self.seconds, 2),
+            images_per_second=round(2 * config.batch * config.steps / self.seconds_training, 2),
+            peak_memory_mb=round(memory, 1),
+            device=torch.cuda.get_device_name(self.device) if cuda else "cpu",
+            threads=torch.get_num_threads(),
+            precision=config.precision,
+            seed=config.seed,
+            split={
+                "name": split.name, "sha256": split.sha256, "sha256_unlabeled": split.sha256_unlabeled,
+                "labeled": len(split.labeled), "unlabeled": len(split.unlabeled),
+            },  # fmt: skip
+            weights={"name": Path(config.weights).name, "sha256": file_sha256(config.weights)} if config.weights else {"name": "", "sha256": ""},
+            protocol=config.protocol,
+            evaluated={"images": len(self.dataset.val), "set": config.dataset_options.get("val", "val")},
+            versions=records.environment(),
+            commit=records.commit(),
+        )
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.mark = self.part = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds of training since the last whole interval ended."""
+        self.part = time.perf_counter()
+        return self.part - self.mark
+
+    def since(self) -> float:
+        """Seconds since the last call, evaluation included."""
+        now = time.perf_counter()
+        elapsed, self.mark = now - self.mark, now
+        return elapsed

@@ -1,0 +1,59 @@
+"""The verbs of the methods: cross-entropy, pseudo-labels, consistency distances, ramps. No host synchronisation anywhere."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .data.base import IGNORE
+
+
+def cross_entropy(logits: Tensor, label: Tensor, over: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy over the pixels whose label is not IGNORE; 0 (with a graph) where there are none.
+
+    logits (B, C, H, W), label (B, H, W) int64 -> scalar. `over`, a (B, H, W) bool map, makes the denominator the pixels of `over`
+    instead of the labelled ones: FixMatch's "selected over valid", which shrinks as fewer pixels are confident.
+    """
+    loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none").sum()
+    return loss / ((label != IGNORE) if over is None else over).sum().clamp_min(1)
+
+
+@torch.no_grad()
+def pseudo_label(logits: Tensor, threshold: float = 0.0, valid: Tensor | None = None) -> Tensor:
+    """Hard labels of logits (B, C, H, W) -> (B, H, W) int64; IGNORE where confidence < threshold or valid (B, H, W) is False.
+
+    Threshold 0 keeps every pixel (MKD Eq. (2)); 0.95 is MKD's knowledge selection (Eq. (3)).
+    """
+    label = logits.argmax(1)
+    if threshold > 0:
+        label = label.masked_fill(confidence(logits) < threshold, IGNORE)
+    return label if valid is None else label.masked_fill(~valid, IGNORE)
+
+
+@torch.no_grad()
+def confidence(logits: Tensor) -> Tensor:
+    """Largest class probability: (B, C, H, W) -> (B, H, W) in [1/C, 1]."""
+    return (logits.amax(1) - logits.logsumexp(1)).exp()
+
+
+def squared_distance(prob: Tensor, target: Tensor) -> Tensor:
+    """Per-pixel mean over classes of (prob - target)^2: (B, C, H, W) twice -> (B, H, W). Its mean is "MSE" of the CPS authors' MT."""
+    return (prob - target).square().mean(1)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of values over the True pixels of mask, 0 where there are none."""
+    return (values * mask).sum() / mask.sum().clamp_min(1)
+
+
+def ramp(progress: float, length: float) -> float:
+    """Quadratic ramp 0 -> 1 over the first `length` of training, progress in [0, 1); length 0: always 1. Our choice, for nets from scratch."""
+    return 1.0 if length <= 0 else min(1.0, progress / length) ** 2
+
+
+def cosine(progress: float) -> float:
+    """Cosine ramp 0 -> 1 over the whole training (released MKD's strength of FDA)."""
+    return 0.5 - 0.5 * math.cos(math.pi * progress)

@@ -1,0 +1,156 @@
+"""MKD: two co-trained students and their mean teachers; teacher 1 labels for student 2 and teacher 2 for student 1.
+
+Yuan et al. 2023, arXiv:2208.11499.   L = L_s + alpha L_st + beta L_ss                                   Eq. (5)
+L_s  = sum_i CE(s_i(x), y)                       L_st = sum_i CE(s_i(strong), argmax t_j(weak)), j != i   Eq. (6), (2)
+L_ss = sum_i CE(s_i(strong), argmax s_j(strong)), j != i                                                 Eq. (7)
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..augment import mix, xor_boxes
+from ..ema import EMA
+from ..data.base import IGNORE
+from ..losses import confidence, cosine, cross_entropy, masked_mean, pseudo_label, ramp
+from ..models import SegNet, nearest, resize
+from ..semantics import ClassMoments
+from .base import Batch, Build, Method, Terms
+
+
+class MKD(Method):
+    """Defaults are the recipe *paper*; parameters/recipes/released.yaml holds the released configuration. Zero removes a term.
+
+    Table 4's five switches: co-training is the base (beta, released code 1.0);
+      alpha      weight of L_st, mutual mean teachers (released code 1.5); 0: no teachers at work
+      sda        strong colour and CutMix for the students; False: everybody sees the weak view, nothing is mixed
+      threshold  T of knowledge selection (paper 0.95); 0: off. `select` places it: "st" (paper), "ss" or "both" (Table 5)
+      fda        lambda_0 of feature augmentation, reached by a cosine (released code 1.5); 0: off
+    mutual       False: each teacher labels for its own student, the "naive MT" that the paper reports as unstable
+    arch2        architecture of the second branch, student and teacher (Table 6: "pspnet"); None: as the first
+    decay        EMA cap, Eq. (1)'s gamma: not in the paper, 0.6 in the released code; 0.99 is our choice
+    boxes        of the CutMix mask (released code 3)
+    rampup       alpha and beta grow as (progress / rampup)^2 (our choice for networks from scratch; 0: constant, as published)
+    stride       of the loss grid of L_st and L_ss: 1 full resolution (paper says nothing), 8 as released
+    on_labeled   L_st and L_ss on labeled pixels too (released code; the paper's superscript u says no)
+    ignore_padding  padded pixels carry no pseudo-label (released code: they do)
+    denominator  "selected": mean over the pixels that T keeps (released code); "valid": over all pixels inside the image
+    fda_label    the class c of a pixel in Eq. (4): "target" of the loss (the paper's y_i) or the prediction of its "own" logits (released)
+    fda_on_teacher, target_after_fda   as released, with fda_label "own" only: teachers are shifted too; argmax after the shift
+    teacher_mode, ema_buffers   BatchNorm of the teachers, see EMA
+
+    Deviations: Eq. (3) prints the student's probability; the text and Table 5 select on the teacher, and so do we.
+    With a threshold that keeps nothing the term is 0 (released code: 0 / 0).
+    """
+
+    views = 1
+
+    def __init__(
+        self, build: Build, *, alpha: float = 1.5, beta: float = 1.0, sda: bool = True, threshold: float = 0.95,
+        select: Literal["st", "ss", "both"] = "st", fda: float = 0.0, mutual: bool = True, arch2: str | None = None, decay: float = 0.99,
+        boxes: int = 3, rampup: float = 0.0, stride: int = 1, on_labeled: bool = False, ignore_padding: bool = True,
+        denominator: Literal["selected", "valid"] = "selected", fda_label: Literal["target", "own"] = "target",
+        fda_on_teacher: bool = False, target_after_fda: bool = False, teacher_mode: str = "train", ema_buffers: str = "none",
+    ):  # fmt: skip
+        super().__init__()
+        if fda_label == "target" and (fda_on_teacher or target_after_fda):
+            raise ValueError("mkd: fda_on_teacher and target_after_fda need fda_label='own': a target cannot depend on itself")
+        self.students = nn.ModuleList([build(), build(arch=arch2) if arch2 else build()])
+        self.teachers = nn.ModuleList([EMA(s, decay, buffers=ema_buffers, mode=teacher_mode) for s in self.students if alpha])
+        nets = [*self.students, *(t.module for t in self.teachers)][: 4 if fda_on_teacher else 2]
+        self.moments = nn.ModuleList([ClassMoments(*net.classifier.weight.shape[:2]) for net in nets if fda])
+        self.alpha, self.beta, self.threshold, self.select, self.fda = alpha, beta, threshold, select, fda
+        self.sda, self.mutual, self.boxes, self.rampup, self.stride = sda, mutual, boxes, rampup, stride
+        self.on_labeled, self.ignore_padding, self.denominator = on_labeled, ignore_padding, denominator
+        self.fda_label, self.fda_on_teacher, self.target_after_fda = fda_label, fda_on_teacher, target_after_fda
+        self.min_batch = 2 if sda and boxes else 1
+
+    def forward(self, batch: Batch, progress: float) -> tuple[Terms, Terms]:
+        size = batch.weak.shape[-2:]
+        grid = torch.Size(side // self.stride for side in size)
+        mask = xor_boxes(len(batch.weak), size, batch.weak.device, self.boxes) if self.sda else None
+        strong = batch.weak if mask is None else mix(batch.strong[0], mask)
+        inside = self._inside(batch, mask, grid)
+        first = 0 if self.on_labeled else len(batch.x)  # where the pixels of L_st and L_ss begin in [labeled; unlabeled]
+
+        # Students see labeled and strong images, teachers weak ones; separate forwards, so separate BatchNorm statistics.
+        looks = [[Look(s, batch.x), Look(s, strong)] for s in self.students]
+        sup = torch.stack([cross_entropy(resize(x.logits, size), batch.y) for x, _ in looks]).sum()
+        with torch.no_grad():
+            for t in (t.module for t in self.teachers):
+                looks.append([Look(t, batch.x)] * self.on_labeled + [Look(t, batch.weak).mixed(mask, grid)])
+        nets = [*self.students, *(t.module for t in self.teachers)]
+        raw = [torch.cat([resize(x.logits, grid) for x in pair])[first if i < 2 else 0 :] for i, pair in enumerate(looks)]  # (N, C, grid)
+        threshold = [self.threshold * (self.select != "st")] * 2 + [self.threshold * (self.select != "ss")] * 2
+        kept = [inside & (confidence(z) >= t) if t else inside for z, t in zip(raw, threshold, strict=False)]
+        targets = [pseudo_label(z, valid=k) for z, k in zip(raw, kept, strict=True)]
+
+        # FDA: the logits of a pixel of class c rise by row c of its network's table.
+        labeler = ([3, 2] if self.mutual else [2, 3]) if self.alpha else [1, 0]  # who labels for student 1 and 2: the teachers come third
+        strength, logits, tables = self.fda * cosine(progress), list(raw), []
+        y = nearest(batch.y, grid)
+        for i, moments in enumerate(self.moments):
+            label = raw[i].argmax(1) if self.fda_label == "own" else targets[labeler[i]]
+            pairs = zip(looks[i][::-1], (label[-len(strong) :], y), strict=False)
+            moments.update(*map(torch.cat, zip(*(x.pixels(of, grid) for x, of in pairs), strict=True)))
+            tables.append(moments.table(nets[i].classifier.weight[:, :, 0, 0].detach(), strength))
+            if self.fda_label == "own":
+                label = torch.cat((y, label[len(y) :])) if self.on_labeled else label  # the truth, where it is known
+                logits[i] = moments.shift(raw[i], label, tables[i])
+        if self.target_after_fda:
+            targets = [pseudo_label(z, valid=k) for z, k in zip(logits, kept, strict=True)]
+
+        def distil(student: int, by: int) -> Tensor:
+            z = logits[student]
+            if tables and self.fda_label == "target":
+                z = ClassMoments.shift(z, targets[by], tables[student])
+            return cross_entropy(z, targets[by], over=inside if self.denominator == "valid" else None)
+
+        grown = ramp(progress, self.rampup)
+        terms, stats = {"sup": sup}, {"agreement": masked_mean((raw[0].argmax(1) == raw[1].argmax(1)).float(), inside)}
+        if self.beta:
+            terms["ss"] = self.beta * grown * (distil(0, by=1) + distil(1, by=0))
+        if self.alpha:
+            terms["st"] = self.alpha * grown * (distil(0, by=labeler[0]) + distil(1, by=labeler[1]))
+            stats["kept"] = masked_mean(torch.stack([k.float() for k in kept[2:]]), torch.stack([inside] * 2))
+        return terms, stats
+
+    def update(self, step: int) -> None:
+        for teacher, student in zip(self.teachers, self.students, strict=False):
+            teacher.update(student, step)
+
+    @property
+    def predictors(self) -> dict[str, nn.Module]:
+        students = {f"student {i}": s for i, s in enumerate(self.students, 1)}
+        return students | {f"teacher {i}": t for i, t in enumerate(self.teachers, 1)}
+
+    def _inside(self, batch: Batch, mask: Tensor | None, grid: torch.Size) -> Tensor:
+        """(N, grid) bool: the pixels that L_st and L_ss may use, labeled ones first where they count."""
+        unlabeled, labeled = batch.valid, batch.y != IGNORE
+        if not self.ignore_padding:
+            unlabeled, labeled = torch.ones_like(unlabeled), torch.ones_like(labeled)
+        unlabeled = unlabeled if mask is None else mix(unlabeled, mask)
+        return nearest(torch.cat((labeled, unlabeled)) if self.on_labeled else unlabeled, grid)
+
+
+class Look:
+    """One network's features (n, D, h, w) and logits (n, C, h, w) of one batch of images, at the decoder's resolution."""
+
+    def __init__(self, net: SegNet, images: Tensor):
+        self.features = net.features(images)
+        self.logits = net.classifier(self.features)
+
+    def mixed(self, mask: Tensor | None, grid: torch.Size) -> Look:
+        """Logits on the loss grid and features, mixed as the mask (n, H, W) mixed the students' images."""
+        if mask is not None:
+            self.logits = mix(resize(self.logits, grid), nearest(mask, grid))
+            self.features = mix(self.features, nearest(mask, self.features.shape[-2:]))
+        return self
+
+    def pixels(self, label: Tensor, grid: torch.Size) -> tuple[Tensor, Tensor]:
+        """Features (N, D) and labels (N,) for the class moments, on the coarser of the loss grid and the decoder's grid."""
+        features = resize(self.features, min(grid, self.features.shape[-2:])).detach()
+        return features.movedim(1, -1).flatten(0, -2), nearest(label, features.shape[-2:]).flatten()

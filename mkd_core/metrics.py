@@ -1,0 +1,62 @@
+"""Confusion matrix, IoU, and how good pseudo-labels are. Everything stays on the device until it is read once at the end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .data.base import IGNORE
+
+
+def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
+    """Pixels counted by (truth, prediction): two int maps of equal shape -> (C, C) int64 on their device; IGNORE is left out.
+
+    One bincount, no boolean indexing (its size would have to be read by the host).
+    """
+    ignored = num_classes**2
+    index = torch.where(label == IGNORE, ignored, label.long() * num_classes + prediction.long())
+    return torch.bincount(index.flatten(), minlength=ignored + 1)[:ignored].view(num_classes, num_classes)
+
+
+def iou(confusion: Tensor) -> Tensor:
+    """(C, C) counts -> (C,) float64 intersection over union in percent; NaN for a class that neither occurs nor is predicted."""
+    confusion = confusion.double()
+    hit = confusion.diagonal()
+    return 100 * hit / (confusion.sum(0) + confusion.sum(1) - hit)
+
+
+def miou(confusion: Tensor) -> float:
+    """Mean IoU in percent over the classes that occur or are predicted."""
+    return iou(confusion).nanmean().item()
+
+
+class PseudoLabelQuality:
+    """Share of pixels whose confidence reaches `threshold`, and how many of those labels are right, against withheld labels."""
+
+    def __init__(self, num_classes: int, threshold: float, device: torch.device | str = "cpu"):
+        self.threshold = threshold
+        self.all = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+        self.kept = torch.zeros_like(self.all)
+
+    def update(self, prob: Tensor, label: Tensor) -> None:
+        """prob (B, C, H, W), label (B, H, W) with IGNORE left out."""
+        confidence, prediction = prob.max(1)
+        classes = len(self.all)
+        self.all += confusion_matrix(prediction, label, classes)
+        self.kept += confusion_matrix(prediction, torch.where(confidence >= self.threshold, label, IGNORE), classes)
+
+    def summary(self) -> dict[str, float | list[float | None]]:
+        """kept and accuracy in percent, accuracy_all at threshold 0; per predicted class `kept_per_class`, `accuracy_per_class`."""
+        everything, kept = self.all.double(), self.kept.double()
+
+        def share(part: Tensor, whole: Tensor) -> list[float | None]:
+            return [round(100 * p / w, 3) if w else None for p, w in zip(part.tolist(), whole.tolist(), strict=True)]
+
+        return {
+            "threshold": self.threshold,
+            "kept": share(kept.sum()[None], everything.sum()[None])[0],
+            "accuracy": share(kept.trace()[None], kept.sum()[None])[0],
+            "accuracy_all": share(everything.trace()[None], everything.sum()[None])[0],
+            "kept_per_class": share(kept.sum(0), everything.sum(0)),
+            "accuracy_per_class": share(kept.diagonal(), kept.sum(0)),
+        }

@@ -1,0 +1,116 @@
+"""SegNet: a segmentation_models_pytorch encoder-decoder opened into features -> 1x1 classifier, and how weights get in."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import segmentation_models_pytorch as smp
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ARCHITECTURES = ("deeplabv3plus", "pspnet")
+
+
+class SegNet(nn.Module):
+    """Encoder and decoder of smp with a 1x1 classifier of our own, so that FDA sees the classifier's input.
+
+    features(x): (B, 3, H, W) -> (B, D, h, w), the decoder's output (h = H/4 for DeepLabV3+, H/8 for PSPNet)
+    classifier:  Conv2d D -> C, 1x1; its weight is FDA's W
+    forward(x):  (B, C, H, W) logits, bilinear from (h, w), align_corners False
+    stride:      H and W must be multiples of it
+
+    arch      "deeplabv3plus": output stride 16, ASPP rates (6, 12, 18), separable convolutions (the paper's head)
+              "pspnet": output stride 8, the other half of Table 6
+    encoder   any smp encoder; "tu-<name>" is timm's. smp's resnet50 has the standard stem, the paper's is ResNet-v1c
+              ("tu-resnet50d"-type stems are the nearest); Xception-65 is "tu-xception65"
+    channels  of the decoder, 256 in the paper
+    norm      "batch" or "group" (GroupNorm in place of every BatchNorm: small networks from scratch)
+    Deviations: PSPNet's classifier is 1x1 here, 3x3 in smp.
+    """
+
+    def __init__(
+        self, num_classes: int, *, arch: str = "deeplabv3plus", encoder: str = "resnet50", channels: int = 256, dropout: float = 0.0,
+        norm: str = "batch", bn_momentum: float = 0.1,
+    ):  # fmt: skip
+        super().__init__()
+        if arch == "deeplabv3plus":
+            net = smp.DeepLabV3Plus(
+                encoder, encoder_weights=None, encoder_output_stride=16, decoder_atrous_rates=(6, 12, 18),
+                decoder_channels=channels, decoder_aspp_dropout=dropout, classes=num_classes,
+            )  # fmt: skip
+            self.stride = 16
+        elif arch == "pspnet":
+            net = smp.PSPNet(
+                encoder, encoder_weights=None, encoder_depth=5, psp_out_channels=2 * channels, psp_dropout=dropout, classes=num_classes
+            )
+            net.encoder.make_dilated(8)  # without it, and with smp's default depth of 3, the last two stages never run
+            self.stride = 8
+        else:
+            raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}; got {arch!r}")
+        self.encoder, self.decoder = net.encoder, net.decoder
+        self.classifier = nn.Conv2d(net.segmentation_head[0].in_channels, num_classes, 1)
+        if norm == "group":
+            _replace_batchnorm(self)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = bn_momentum
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return resize(self.classifier(self.features(x)), x.shape[-2:])
+
+
+def resize(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Bilinear, align_corners False; nothing where the size is right already."""
+    return maps if maps.shape[-2:] == tuple(size) else F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def nearest(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Nearest neighbour for labels, masks (B, H, W) and maps (B, C, H, W) of any dtype: row i comes from row floor(i H / h)."""
+    if maps.shape[-2:] == tuple(size):
+        return maps
+    rows, columns = (torch.arange(n, device=maps.device) * side // n for n, side in zip(size, maps.shape[-2:], strict=True))
+    return maps[..., rows[:, None], columns]
+
+
+def _replace_batchnorm(module: nn.Module, groups: int = 8) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            # The largest group count that divides the channels; timm's norm-and-activation layers keep their activation.
+            count = next(g for g in range(min(groups, child.num_features), 0, -1) if child.num_features % g == 0)
+            norm: nn.Module = nn.GroupNorm(count, child.num_features)
+            setattr(module, name, nn.Sequential(norm, child.act) if hasattr(child, "act") else norm)
+        else:
+            _replace_batchnorm(child, groups)
+
+
+def load_encoder(net: SegNet, weights: str) -> None:
+    """ImageNet weights into the encoder, from a local .pth or .safetensors file with the encoder's own keys. Nothing is unpickled.
+
+    Raises ValueError where the file is missing, needs unpickling, or has other keys or shapes.
+    """
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise ValueError(f"weights file {weights} does not exist; give a local .pth or .safetensors file of the encoder, or '' for random weights")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - torch raises half a dozen unrelated classes here; all mean the same to the user
+        raise ValueError(f"{weights} holds no plain tensors (only weights_only=True loads; nothing is unpickled): {error}") from error
+    try:
+        net.encoder.load_state_dict(state)
+    except (RuntimeError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{weights} does not fit the encoder: {str(error)[:600]}") from error
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(Path(path).expanduser(), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
