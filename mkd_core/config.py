@@ -1,4 +1,4 @@
-"""RunConfig: one run, checked before anything starts; equal configurations have equal ids."""
+"""RunConfig: one run; Grid: one table. Both are checked before anything starts; equal configurations have equal ids."""
 
 from __future__ import annotations
 
@@ -123,3 +123,27 @@ class RunConfig(BaseModel):
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
         data = identity.get("root") or self.dataset
         return f"{data}-{self.split}-{self.method}-s{self.seed}-{digest}".replace("/", "_").replace(" ", "_")
+
+
+class Grid(BaseModel):
+    """The runs of a table: every row with every seed. A row's keys win over the common ones; all configurations are checked at once."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    common: dict[str, Any]
+    rows: dict[str, dict[str, Any]] = Field(min_length=1)
+    seeds: list[int] = Field(min_length=1)
+
+    @property
+    def runs(self) -> dict[str, list[RunConfig]]:
+        """Row name -> one configuration a seed."""
+        return {name: [RunConfig(**self.common | row | {"seed": seed}) for seed in self.seeds] for name, row in self.rows.items()}
+
+    @model_validator(mode="after")
+    def _all_valid(self) -> Grid:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"a seed is given twice: {self.seeds}")
+        ids = [config.id for configs in self.runs.values() for config in configs]
+        if twice := {i for i in ids if ids.count(i) > 1}:
+            raise ValueError(f"two rows are the same run: {', '.join(sorted(twice))}")
+        return self

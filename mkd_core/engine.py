@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import resource
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,6 +67,20 @@ def build_method(config: RunConfig, num_classes: int) -> Method:
     return method
 
 
+def load_method(folder: str | Path, device: torch.device | str = "cpu") -> Method:
+    """The trained method of a run folder, in eval mode: rebuilt from its config.json, weights from its checkpoint.pt. No data are needed.
+
+    Like every build, it seeds torch. `load_method(RUNS / config.id).predictors` are the networks that were evaluated.
+    """
+    config = RunConfig.model_validate_json((Path(folder) / "config.json").read_text())
+    state = torch.load(Path(folder) / "checkpoint.pt", map_location=device, weights_only=True)["method"]
+    classes = next(len(value) for name, value in state.items() if name.endswith("classifier.weight"))
+    # The checkpoint holds the encoder too: its ImageNet file may be gone.
+    method = build_method(config.model_copy(update={"weights": ""}), classes).to(device)
+    method.load_state_dict(state)
+    return method.eval()
+
+
 def seed_step(seed: int, step: int) -> None:
     """Make torch's random draws on every device a function of (seed, step)."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step + 1]).generate_state(1, np.uint64)[0] >> 1))
@@ -85,8 +103,8 @@ def poly(config: RunConfig, step: int) -> float:
 def make_optimizer(config: RunConfig, method: Method) -> torch.optim.Optimizer:
     parameters = [p for p in method.parameters() if p.requires_grad]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(parameters, config.lr, momentum=0.9, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.SGD(parameters, config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True)
 
 
 # Evaluation.
@@ -194,6 +212,17 @@ def evaluate(
     return confusion, qualities
 
 
+@torch.no_grad()
+def segment(
+    net: nn.Module, dataset: SegDataset, ids: Sequence[str], *, protocol: str = "whole", window: tuple[int, int] = (512, 512),
+    device: torch.device | str = "cpu",
+) -> list[Tensor]:  # fmt: skip
+    """Predicted labels (H, W) uint8 on the host, one map an image, at the image's own size."""
+    net.eval()
+    images = (normalise(dataset.image(id)[None].to(device).float() / 255) for id in ids)
+    return [probabilities(net, image, protocol, window).argmax(1)[0].to("cpu", torch.uint8) for image in images]
+
+
 # Running.
 
 
@@ -248,6 +277,45 @@ def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Rec
             return records.load(folder) or _Run(config, folder, quiet).finish()
     except Timeout as error:
         raise RuntimeError(f"another process is at run {config.id} (it holds {folder / 'lock'}); wait for it or stop it") from error
+
+
+def run_all(configs: Sequence[RunConfig], slots: int = 1, runs: Path | None = None) -> list[Record]:
+    """run() for each configuration, `slots` at a time in processes of their own; what has a record is not run. The longest should come first.
+
+    The first error stops the runs that have not begun and is raised.
+    """
+    if slots == 1:
+        return [run(config, runs) for config in configs]
+    show, started = Progress(f"{len(configs)} runs"), time.monotonic()
+    with ProcessPoolExecutor(slots, multiprocessing.get_context("spawn"), initializer=_die_with_parent) as pool:
+        futures = [pool.submit(run, config, runs, True) for config in configs]
+        while not all(f.done() for f in futures):
+            if error := next((e for f in futures if f.done() and not f.cancelled() and (e := f.exception())), None):
+                pool.shutdown(cancel_futures=True)
+                raise error
+            active = [config for config, f in zip(configs, futures, strict=True) if f.running()]
+            lines = [f"{c.method} seed {c.seed} {_share((runs or records.RUNS) / c.id, c)}" for c in active]
+            done = sum(f.done() for f in futures)
+            show(f"{done} done; {'; '.join(lines)}; {time.monotonic() - started:.0f} s")
+            time.sleep(0.5)
+        show(f"{len(configs)} done in {time.monotonic() - started:.0f} s", now=True)
+        return [f.result() for f in futures]
+
+
+def _share(folder: Path, config: RunConfig) -> str:
+    rows = records.history(folder)
+    return f"{100 * rows[-1]['step'] / config.steps:.0f} %" if rows else "starts"
+
+
+def _die_with_parent() -> None:
+    """A worker whose parent was killed ends too; its run goes on from the checkpoint next time."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Run:

@@ -18,6 +18,13 @@ ROOT = Path(__file__).resolve().parents[1]  # notebooks and papermill start in d
 RUNS = Path(os.environ.get("MKD_RUNS", ROOT / "runs"))
 
 
+def folder(name: str | Path) -> Path:
+    """A folder of the project by its name relative to the root, e.g. "runs/demo"; made where it does not exist."""
+    path = ROOT / name  # an absolute path stays as it is
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 class Record(BaseModel):
     """The result of one run, plain JSON. mIoU and IoU in percent; `miou` is the last step's, never the best's."""
 

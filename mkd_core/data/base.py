@@ -115,8 +115,8 @@ def checked_ids(ids: Sequence[str], source: str) -> tuple[str, ...]:
 
 def some(items: Iterable[object], noun: str) -> str:
     """"7 images (a, b, c, d, e, ...)": a count and the first five."""
-    items = [str(item) for item in items]
-    return f"{len(items)} {noun} ({', '.join(items[:5])}{', ...' if len(items) > 5 else ''})"
+    names = [str(item) for item in items]
+    return f"{len(names)} {noun} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
 
 def find_root(name: str, root: str | Path, folders: Sequence[str], where: str, below: Sequence[str] = ("",)) -> Path:

@@ -70,7 +70,7 @@ def check(dataset: SegDataset, split: Split, deep: bool = True, progress: Callab
         if faults:
             problems.append(f"{len(faults)} faulty files:\n  " + "\n  ".join(faults[:5] + ["..."] * (len(faults) > 5)))
         values = {**dict(enumerate(dataset.classes)), IGNORE: "ignored"}
-        shares = {name: 100 * pixels[value] / max(1, pixels.sum()) for value, name in values.items()}
+        shares = {name: 100 * int(pixels[value]) / max(1, int(pixels.sum())) for value, name in values.items()}
 
     rows = (
         ("data set", f"{dataset.name}, {len(dataset.classes)} classes" + (f", {dataset.root}" if dataset.root else "")),

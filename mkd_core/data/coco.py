@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from .base import IGNORE, DataError, FileDataset, colormap, find_root
 
@@ -67,7 +67,7 @@ def render_masks(annotations: Path, out: Path, progress: Callable[[int, int], No
         path = Path(out, f"{image['id']:012d}.png")
         if not path.exists():
             part = path.with_suffix(".part")
-            _render(objects[image["id"]], image["height"], image["width"]).save(part, "png")
+            Image.fromarray(_render(objects[image["id"]], image["height"], image["width"])).save(part, "png")
             os.replace(part, path)  # a killed run leaves no half mask under a final name
             written += 1
         if progress:
@@ -75,19 +75,29 @@ def render_masks(annotations: Path, out: Path, progress: Callable[[int, int], No
     return written
 
 
-def _render(objects: list[dict], height: int, width: int) -> Image.Image:
-    mask = Image.new("L", (width, height))
-    pen = ImageDraw.Draw(mask)
+def _render(objects: list[dict], height: int, width: int) -> np.ndarray:
+    mask = np.zeros((height, width), np.uint8)
     for each in sorted(objects, key=lambda each: (-each["area"], each["id"])):
-        value = IGNORE if each["iscrowd"] else CLASS_OF[each["category_id"]]
         shape = each["segmentation"]
-        if isinstance(shape, dict):
-            mask.paste(value, mask=Image.fromarray(decode_rle(shape)))
-        else:
-            for polygon in shape:
-                # COCO counts from the corner of the first pixel, PIL from its centre
-                pen.polygon([x - 0.5 for x in polygon], fill=value)
+        parts = [decode_rle(shape)] if isinstance(shape, dict) else [fill_polygon(polygon, height, width) for polygon in shape]
+        for part in parts:
+            mask[part] = IGNORE if each["iscrowd"] else CLASS_OF[each["category_id"]]
     return mask
+
+
+def fill_polygon(polygon: list[float], height: int, width: int) -> np.ndarray:
+    """(H, W) bool: the pixels whose centre lies inside [x0, y0, x1, y1, ...], by the even-odd rule.
+
+    On outlines it may differ from COCO's own rasteriser by a pixel; unlike PIL's polygon it has no bias in area.
+    """
+    x, y = np.reshape(polygon, (-1, 2)).T
+    next_x, next_y = np.roll(x, -1), np.roll(y, -1)
+    centre = np.arange(height)[:, None] + 0.5
+    row, edge = np.nonzero((y <= centre) != (next_y <= centre))
+    crossing = x[edge] + (row + 0.5 - y[edge]) / (next_y - y)[edge] * (next_x - x)[edge]
+    toggles = np.zeros((height, width + 1), np.int64)
+    np.add.at(toggles, (row, np.ceil(crossing - 0.5).clip(0, width).astype(np.int64)), 1)
+    return toggles.cumsum(1)[:, :width] % 2 == 1
 
 
 def decode_rle(rle: dict) -> np.ndarray:

@@ -124,10 +124,10 @@ def _lists() -> dict:
 def _published_split(dataset: SegDataset, name: str) -> Split:
     counts = published_splits(dataset.name)
     family, _, size = name.partition("/")
-    by_count = [full for full, count in counts.items() if full.startswith(family + "/") and str(count) == size]
-    own = [str(found.parent.relative_to(dataset.root)) for found in sorted(dataset.root.rglob("labeled.txt"))] if dataset.root else []
-    known = [*counts, *own, "random/1_16", "random/32", "random/32@3", "full"]
-    name = choose(f"{dataset.name} split", by_count[0] if by_count else name, known)
+    name = next((full for full, count in counts.items() if full.startswith(family + "/") and str(count) == size), name)
+    if name not in counts:
+        own = [str(found.parent.relative_to(dataset.root)) for found in sorted(dataset.root.rglob("labeled.txt"))] if dataset.root else []
+        choose(f"{dataset.name} split", name, [*counts, *own, "random/1_16", "random/32", "random/32@3", "full"])
     count, file, sha256 = _lists()[dataset.name][name]
     labeled = _verified(file, dataset.pattern, count, sha256)
     if not as_published(f"{dataset.name}/train", dataset.train):

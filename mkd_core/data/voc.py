@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-
-from .base import FileDataset, colormap, find_root
+from ..choices import choose
+from .base import DataError, FileDataset, colormap, find_root
 from .splits import published
 
 CLASSES = (
@@ -65,8 +65,11 @@ class VOCAug(VOC):
     train_list = "train_aug"
 
 
-def download(root: str) -> None:
-    """VOC 2012 into root/VOCdevkit/VOC2012, verified by torchvision's checksum (2 GB)."""
+def download(name: str, root: str) -> None:
+    """VOC 2012 into root/VOCdevkit/VOC2012, 2 GB, verified by torchvision's checksum; the augmented masks have no official archive."""
     from torchvision.datasets import VOCSegmentation  # here: the data sets are read without torchvision
 
+    choose("data set to download", name, ["voc", "voc_aug"])
+    if not root:
+        raise DataError("a download needs root, the folder to put the data in")
     VOCSegmentation(root, year="2012", image_set="trainval", download=True)

@@ -1,0 +1,32 @@
+# make demo: the main job. make test: every test. Both set everything up first. make help lists the rest.
+PY = .venv/bin/python
+MKD = .venv/bin/mkd
+.PHONY: help demo test bench lab lint tidy lock evidence
+
+help:
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
+
+.venv/.ok: requirements.lock pyproject.toml setup.sh
+	bash setup.sh && touch $@
+
+demo: .venv/.ok  ## SupOnly, co-training and MKD on the embedded data set, on this CPU; results in runs/demo
+	$(MKD) run notebooks/00_quickstart.ipynb -f parameters/demo/00_quickstart.yaml --out runs/demo --html
+
+test: .venv/.ok  ## all tests, notebooks included
+	$(PY) -m pytest
+
+bench: .venv/.ok  ## speed and memory of the parts, as ratios
+	$(PY) tests/bench.py
+
+lab: .venv/.ok  ## JupyterLab on the notebooks
+	.venv/bin/jupyter lab --ServerApp.root_dir=. notebooks/00_quickstart.ipynb
+
+lint: .venv/.ok  ## ruff, mypy, import order of the modules
+	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy mkd_core && .venv/bin/lint-imports
+
+tidy: .venv/.ok  ## bring notebooks into canonical form
+	$(PY) tests/tidy.py
+
+lock: .venv/.ok  ## renew requirements.lock and requirements.txt from pyproject.toml
+	UV_PYTHON_DOWNLOADS=never .venv/bin/uv pip compile -q pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements.lock
+	sed -E '/--hash/d; s/ \\$$//' requirements.lock > requirements.txt

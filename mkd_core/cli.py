@@ -1,0 +1,200 @@
+"""The `mkd` command: run a notebook with parameters, check data before training."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .choices import choose
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; user errors are one message on stderr and exit status 2, a notebook that fails is status 1."""
+    parser = argparse.ArgumentParser(
+        prog="mkd",
+        description="Mutual Knowledge Distillation for semi-supervised semantic segmentation, re-run.",
+        epilog="Start with `make demo`, or look at your data with `mkd check folder --root MY_IMAGES --split random/1_16`.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        help="execute a notebook with parameters",
+        description="Execute a notebook with papermill. The parameters of a notebook, with their meaning: mkd run NOTEBOOK --list.",
+        epilog="Example: mkd run notebooks/10_run.ipynb method=cps steps=2000 'options={boxes: 3, weight: 1.0}' seed=1",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("notebook", type=Path)
+    run.add_argument("parameters", nargs="*", metavar="key=value", help="a parameter as YAML, wins over the file: lr=1e-3, crop=[512,512]")
+    run.add_argument("-f", "--file", type=Path, help="YAML file of parameters")
+    run.add_argument("-o", "--out", type=Path, help="folder for the executed notebook (default: runs/notebooks)")
+    run.add_argument("--html", action="store_true", help="write the executed notebook as HTML too")
+    run.add_argument("--list", action="store_true", help="list the notebook's parameters and stop")
+
+    check = commands.add_parser(
+        "check",
+        help="look for faults in a data set and a split before training",
+        description="Counts, hashes, class shares, and every missing, damaged or mismatched file. Exit status 1 where there is a problem.",
+        epilog="Example: mkd check voc_aug --root VOCdevkit/VOC2012 --split cps/1_16",
+    )
+    check.add_argument("dataset", help="shapes, folder, voc, voc_aug, cityscapes, coco")
+    check.add_argument("options", nargs="*", metavar="key=value", help="options of the data set as YAML: classes=11 val=test.txt")
+    check.add_argument("--root", default="", help="folder of the data set")
+    check.add_argument("--split", default="random/1_16", help="labeled images (default: %(default)s)")
+    check.add_argument("--seed", type=int, default=0, help="of a random split")
+    check.add_argument("--quick", action="store_true", help="lists and file names only, open nothing")
+    check.add_argument("--download", action="store_true", help="fetch and verify the data first, where its terms allow that (voc, voc_aug)")
+
+    words = parser.parse_args(argv)
+    try:
+        return _run(words) if words.command == "run" else _check(words)
+    except (ValueError, FileNotFoundError, OSError) as error:
+        print(f"mkd {words.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"mkd {words.command}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def parse_values(pairs: Sequence[str]) -> dict[str, Any]:
+    """["lr=1e-3", "crop=[64, 64]"] -> {"lr": 0.001, "crop": [64, 64]}; values are YAML, numbers like 1e-3 are floats."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"expected key=value, got {pair!r}")
+        if key in values:
+            raise ValueError(f"{key} is given twice")
+        try:
+            values[key] = _numbers(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{key}: {text!r} is not YAML ({error})") from error
+    return values
+
+
+def read_parameters(file: Path) -> dict[str, Any]:
+    """A YAML file of parameters; ValueError unless it is a mapping."""
+    if not file.is_file():
+        raise ValueError(f"parameters file {file} does not exist")
+    try:
+        values = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold `name: value` lines, it holds a {type(values).__name__}")
+    return _numbers(values)
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as a string; nobody means that."""
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    if isinstance(value, str) and value[:1] in "-+.0123456789" and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def execute(notebook: Path, parameters: dict[str, Any], folder: Path, html: bool = False) -> list[Path]:
+    """Run a notebook into folder/<name>.ipynb; unknown parameters are refused; the output appears whole or not at all.
+
+    A failing notebook is kept as folder/<name>.failed.ipynb and its error raised. Returns the paths written.
+    """
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    if not notebook.is_file():
+        near = sorted(str(p) for p in notebook.parent.glob("*.ipynb"))
+        raise ValueError(f"notebook {notebook} does not exist" + (f"; {notebook.parent} has {', '.join(near)}" if near else ""))
+    known = papermill.inspect_notebook(str(notebook))
+    for name in parameters:
+        choose(f"parameter of {notebook.name}", name, known)
+    folder.mkdir(parents=True, exist_ok=True)
+    out, failed = folder / notebook.name, folder / f"{notebook.stem}.failed.ipynb"
+    temporary = folder / f".{notebook.stem}.{os.getpid()}.tmp.ipynb"
+    try:
+        papermill.execute_notebook(
+            str(notebook), str(temporary), parameters=parameters, progress_bar=False, log_output=True, cwd=str(notebook.parent),
+            kernel_name="python3", stdout_file=sys.stdout, stderr_file=sys.stderr,
+        )  # fmt: skip
+        os.replace(temporary, out)
+        failed.unlink(missing_ok=True)
+    except (papermill.exceptions.PapermillExecutionError, DeadKernelError, CellTimeoutError) as error:
+        if temporary.exists():
+            os.replace(temporary, failed)
+        raise NotebookFailed(f"{notebook} failed: {_last_line(error)}\nThe notebook up to there: {failed}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return [out, *([_to_html(out)] if html else [])]
+
+
+class NotebookFailed(RuntimeError):
+    """A cell raised, the kernel died, or time ran out."""
+
+
+def _last_line(error: Exception) -> str:
+    name, value = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
+    return f"{name}: {value}"
+
+
+def _to_html(notebook: Path) -> Path:
+    from nbconvert import HTMLExporter
+
+    from .records import write_atomically
+
+    body, _ = HTMLExporter().from_filename(str(notebook))
+    path = notebook.with_suffix(".html")
+    write_atomically(path, body)
+    return path
+
+
+def _run(words: argparse.Namespace) -> int:
+    if words.list:
+        import papermill
+
+        for name, about in papermill.inspect_notebook(str(words.notebook)).items():
+            print(f"{name} = {about['default']}" + (f"    {about['help']}" if about["help"] else ""))
+        return 0
+    parameters = (read_parameters(words.file) if words.file else {}) | parse_values(words.parameters)
+    from .records import RUNS
+
+    try:
+        written = execute(words.notebook, parameters, words.out or RUNS / "notebooks", words.html)
+    except NotebookFailed as error:
+        print(f"mkd run: {error}", file=sys.stderr)
+        return 1
+    print("\nWritten:", *written, sep="\n  ")
+    return 0
+
+
+def _check(words: argparse.Namespace) -> int:
+    from .data import check, load_split, open_dataset
+
+    if words.download:
+        from .data.voc import download
+
+        download(words.dataset, words.root)
+    dataset = open_dataset(words.dataset, words.root, **parse_values(words.options))
+    split = load_split(dataset, words.split, words.seed)
+
+    def progress(done: int, total: int) -> None:
+        if sys.stderr.isatty() and (done % 50 == 0 or done == total):
+            print(f"\r{done:,} of {total:,} files", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    report = check(dataset, split, deep=not words.quick, progress=progress)
+    print(report)
+    return 1 if report.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

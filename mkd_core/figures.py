@@ -1,0 +1,435 @@
+"""Pictures: label maps, comparison sheets (the paper's Figures 1 and 2), curves over seeds, confusion matrices, FDA tables.
+
+Every function returns a matplotlib Figure of its own, outside pyplot's registry: nothing is shown twice and nothing leaks. Colours are
+Okabe and Ito's, lines differ in dash too, so that prints in grey can be read. `save` writes PNG files.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from .augment import MEAN, STD, chain, mix, xor_boxes
+from .data.base import IGNORE
+from .data.shapes import Shapes
+from .metrics import confusion_matrix, miou
+from .records import Record
+
+Array = NDArray[Any]
+INK, GREY, LIGHT = "#222222", "#8a8a8a", "#dcdcdc"
+BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#9c4083"
+COLOURS = (GREY, ORANGE, BLUE, GREEN, "#cc79a7", "#e69f00", "#56b4e9")
+DASHES = ("--", "-.", "-", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+STYLE = {
+    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
+    "grid.color": LIGHT, "grid.linewidth": 0.6, "legend.frameon": False, "lines.linewidth": 1.6, "mathtext.fontset": "cm",
+    "figure.facecolor": "white", "savefig.facecolor": "white",
+}  # fmt: skip
+styled = matplotlib.rc_context(STYLE)
+
+
+class Picture(Figure):
+    """A Figure that notebooks show as PNG without any backend."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+        return buffer.getvalue()
+
+    def _repr_html_(self) -> None:
+        return None
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """PNG at 200 dpi, whole or not at all, equal bytes for equal pictures (no time stamp)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=200, bbox_inches="tight", pad_inches=0.05)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+# Images and label maps as RGB arrays.
+
+
+def to_image(image: Tensor) -> Array:
+    """(3, H, W), uint8 or normalised float -> (H, W, 3) float in [0, 1]."""
+    array = image.detach().cpu().permute(1, 2, 0).numpy()
+    return array / 255 if array.dtype == np.uint8 else np.clip(array * STD + MEAN, 0, 1)
+
+
+def colourise(label: ArrayLike, palette: Array) -> Array:
+    """(H, W) ints -> (H, W, 3) float in [0, 1]: the class's colour of palette (C, 3) uint8; IGNORE is hatched in two light greys."""
+    label = np.asarray(label)
+    stripes = np.add.outer(*map(np.arange, label.shape)) // max(2, label.shape[0] // 24) % 2
+    ignored = np.where(stripes, 0.93, 0.8)[..., None]
+    return np.where((label == IGNORE)[..., None], ignored, palette[np.where(label == IGNORE, 0, label)] / 255)
+
+
+def overlay(image: Array, label: ArrayLike, palette: Array, alpha: float = 0.5) -> Array:
+    """image (H, W, 3) float under its label map (H, W); IGNORE pixels show the image alone."""
+    label = np.asarray(label)
+    share = np.where(label == IGNORE, 0, alpha)[..., None]
+    return (1 - share) * image + share * colourise(label, palette)
+
+
+@styled
+def sheet(
+    rows: Mapping[str, Sequence[ArrayLike]], *, palette: Array | None = None, classes: Sequence[str] = (), titles: Sequence[str] = (),
+    notes: Mapping[str, Sequence[str]] | None = None, caption: str = "", side: float = 1.15,
+) -> Figure:  # fmt: skip
+    """A grid of pictures, one named row of n columns each, with a legend of the classes and a caption below.
+
+    An entry is an image (H, W, 3), a label map (H, W) of ints (coloured by palette), a bool map (black is False) or a float map in [0, 1]
+    (with a colour bar). titles stand over the columns, notes[row] in the corners of a row's pictures, `side` is a width in inches.
+    """
+    arrays = {name: [a.detach().cpu().numpy() if isinstance(a, Tensor) else np.asarray(a) for a in row] for name, row in rows.items()}
+    columns = max(map(len, arrays.values()))
+    tall = side * np.mean([a.shape[0] / a.shape[1] for row in arrays.values() for a in row])
+    lines = 1 + caption.count("\n") if caption else 0
+    foot, head = 0.08 + 0.3 * bool(classes) + 0.17 * lines, 0.25 if titles else 0.05
+    width, height = side * columns + 0.32, tall * len(arrays) + foot + head
+    figure = Picture(figsize=(width, height))
+    axes = figure.subplots(len(arrays), columns, squeeze=False)
+    scaled = ignored = False
+    for (name, row), strip in zip(arrays.items(), axes, strict=True):
+        strip[0].set_ylabel(name, fontsize=9)
+        for k, ax in enumerate(strip):
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+            if k >= len(row):
+                continue
+            picture, how = row[k], {}
+            if picture.ndim == 2 and picture.dtype.kind == "f":
+                scaled, how = True, {"cmap": "cividis", "vmin": 0, "vmax": 1}
+            elif picture.ndim == 2 and picture.dtype.kind == "b":
+                how = {"cmap": "gray", "vmin": 0, "vmax": 1}
+            elif picture.ndim == 2:
+                ignored = ignored or bool((picture == IGNORE).any())
+                picture = colourise(picture, palette if palette is not None else np.zeros((IGNORE, 3)))
+            ax.imshow(picture, interpolation="nearest", **how)
+            if notes and name in notes:
+                place = {"ha": "right", "va": "bottom", "transform": ax.transAxes, "fontsize": 7, "color": "white"}
+                ax.text(0.97, 0.03, notes[name][k], bbox={"facecolor": "black", "alpha": 0.65, "pad": 1.2, "linewidth": 0}, **place)
+    for ax, title in zip(axes[0], titles, strict=False):
+        ax.set_title(title, fontsize=8, pad=3)
+    figure.subplots_adjust(0.3 / width, foot / height, 1 - 0.02 / width, 1 - head / height, 0.04, 0.04)
+    if scaled:
+        bar = figure.add_axes((1 + 0.05 / width, foot / height, 0.09 / width, tall / height))
+        figure.colorbar(ScalarMappable(cmap="cividis"), cax=bar)
+        bar.tick_params(labelsize=7)
+    if classes and palette is not None:
+        keys = [Patch(facecolor=c / 255, edgecolor=INK, linewidth=0.4, label=n) for c, n in zip(palette, classes, strict=False)]
+        keys += [Patch(facecolor="0.93", edgecolor="0.6", hatch="/////", linewidth=0.4, label="no label")] * ignored
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5 + 0.14 / width, (foot - 0.04) / height)}
+        figure.legend(handles=keys, ncols=min(len(keys), max(3, int(width / 0.9))), handlelength=1.1, columnspacing=1.2, **place)
+    figure.text(0.5 + 0.14 / width, (0.17 * lines + 0.02) / height, caption, ha="center", va="top", fontsize=7.5, linespacing=1.25)
+    return figure
+
+
+def pick(
+    truth: Sequence[ArrayLike], first: Sequence[ArrayLike], second: Sequence[ArrayLike], columns: int, seed: int
+) -> tuple[list[int], Array]:
+    """Which images a comparison shows, and the per-image mIoU (2, n) of both methods.
+
+    A quarter of the columns: largest gains of `second` over `first`; a quarter: largest losses (or least gains); the rest: drawn
+    from `seed` among the others. All are label maps (H, W); a per-image mIoU is over the classes that occur or are predicted there.
+    """
+    top = 1 + max(int(m[m != IGNORE].max(initial=0)) for m in map(np.asarray, [*truth, *first, *second]))
+    pairs = [[(torch.as_tensor(p), torch.as_tensor(y)) for p, y in zip(maps, truth, strict=True)] for maps in (first, second)]
+    scores = np.array([[miou(confusion_matrix(p, y, top)) for p, y in row] for row in pairs])
+    order = np.argsort(scores[0] - scores[1], kind="stable")
+    quarter = columns // 4
+    ends = [*order[:quarter], *order[len(order) - quarter :]]
+    rest = np.random.default_rng(seed).permutation(np.setdiff1d(order, ends))
+    return [int(i) for i in [*ends, *rest[: columns - len(ends)]]], scores
+
+
+def figure2(
+    images: Sequence[Tensor], truth: Sequence[ArrayLike], predictions: Mapping[str, Sequence[ArrayLike]], palette: Array,
+    classes: Sequence[str], *, columns: int = 8, seed: int = 0,
+) -> Figure:  # fmt: skip
+    """The paper's Figure 2: input, ground truth and one row for each method; columns chosen by `pick` on the last two methods.
+
+    images (3, H, W) uint8 or normalised, truth and predictions (H, W) ints. The caption states the rule, the corners the per-image mIoU.
+    """
+    (first, a), (second, b) = list(predictions.items())[-2:]
+    chosen, scores = pick(truth, a, b, columns, seed)
+    rows: dict[str, list[ArrayLike]] = {"input": [to_image(images[i]) for i in chosen], "ground truth": [truth[i] for i in chosen]}
+    rows |= {name: [maps[i] for i in chosen] for name, maps in predictions.items()}
+    notes = {name: [f"{row[i]:.0f}" for i in chosen] for name, row in zip((first, second), scores, strict=True)}
+    quarter = columns // 4
+    titles = [f"{scores[1, i] - scores[0, i]:+.0f}" for i in chosen]
+    caption = (
+        f"Columns 1 to {quarter}: largest gains of {second} over {first}; {quarter + 1} to {2 * quarter}: largest losses\n"
+        f"(or least gains); the others: drawn at random (seed {seed}) from the {len(truth)} images.\n"
+        f"Numbers: per-image mIoU in %, above their difference."
+    )
+    return sheet(rows, palette=palette, classes=classes, titles=titles, notes=notes, caption=caption)
+
+
+# Numbers over training and over seeds.
+
+
+def _look(k: int) -> dict[str, Any]:
+    return {"color": COLOURS[k % len(COLOURS)], "linestyle": DASHES[k % len(DASHES)]}
+
+
+@styled
+def lines(series: Mapping[str, tuple[ArrayLike, ArrayLike]], xlabel: str, ylabel: str) -> Figure:
+    """One named line for each (x, y)."""
+    figure = Picture(figsize=(4.6, 2.7), layout="constrained")
+    ax = figure.subplots()
+    for k, (name, (x, y)) in enumerate(series.items()):
+        ax.plot(x, y, label=name, **_look(k + 1))
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(axis="y")
+    ax.legend()
+    return figure
+
+
+def terms(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """The loss and its weighted terms of one run against the step, from its history rows."""
+    steps = [row["step"] for row in history]
+    names = [key for key in history[0] if key.startswith("term/")]
+    series = {name.removeprefix("term/"): (steps, [row[name] for row in history]) for name in names}
+    return lines(series | {"loss (their sum)": (steps, [row["loss"] for row in history])}, "step", "weighted term")
+
+
+@styled
+def bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], ylabel: str = "", form: str = "{:.2f}") -> Figure:
+    """Grouped bars with their values: groups[name] has one value for each of `names`."""
+    figure = Picture(figsize=(1.6 + 0.85 * len(names) * max(1, len(groups) / 2), 2.6), layout="constrained")
+    ax = figure.subplots()
+    width = 0.8 / len(groups)
+    for k, (name, values) in enumerate(groups.items()):
+        places = np.arange(len(names)) + (k - (len(groups) - 1) / 2) * width
+        drawn = ax.bar(places, values, 0.92 * width, color=(BLUE, ORANGE, GREEN, GREY)[k % 4], label=name)
+        ax.bar_label(drawn, [form.format(v) for v in values], padding=2, fontsize=7.5)
+    ax.axhline(0, color=INK, linewidth=0.8)
+    ax.set_xticks(range(len(names)), names)
+    ax.set_ylabel(ylabel)
+    ax.margins(y=0.15)
+    if len(groups) > 1:
+        ax.legend()
+    return figure
+
+
+@styled
+def curves(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Figure:
+    """mIoU against step for each method, mean and min .. max over its runs (seeds); and what became of the pseudo-labels.
+
+    histories[method] is one list of history rows a run. The first panel shows the reported (first) predictor; the others the labeler (the
+    first teacher, else the first predictor), where withheld labels exist: share of pixels with confidence >= T, and accuracy of those.
+    """
+    panels = [("mIoU (%)", "miou", "")]
+    measured = any("pseudo_labels" in row for runs in histories.values() for run in runs for row in run)
+    if measured:
+        panels += [("pixels kept (%)", "pseudo_labels", "kept"), ("accuracy of kept pixels (%)", "pseudo_labels", "accuracy")]
+    figure = Picture(figsize=(0.6 + 2.9 * len(panels), 2.9), layout="constrained")
+    for ax, (ylabel, key, part) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for k, (name, runs) in enumerate(histories.items()):
+            points = [(row["step"], _of_labeler(row[key], part)) for run in runs for row in run if key in row]
+            if points:
+                spread = pd.DataFrame(points, columns=["step", "value"]).astype(float).groupby("step")["value"].agg(["mean", "min", "max"])
+                seeds = f" ({len(runs)} seeds)" if len(runs) > 1 else ""
+                ax.plot(spread.index, spread["mean"], label=name + seeds, marker="o", markersize=2.5, **_look(k))
+                ax.fill_between(spread.index, spread["min"], spread["max"], color=COLOURS[k % len(COLOURS)], alpha=0.18, linewidth=0)
+        ax.set(xlabel="step", ylabel=ylabel)
+        ax.set_ylim(bottom=0)
+        ax.grid(axis="y")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return figure
+
+
+def _of_labeler(found: Mapping[str, Any], part: str) -> Any:
+    """The value of the reported predictor, or, for a part of its pseudo-label quality, of the network that labels."""
+    first = next(iter(found))
+    return found[next((name for name in found if name.startswith("teacher")), first)][part] if part else found[first]
+
+
+@styled
+def seeds(rows: Mapping[str, Sequence[Record]]) -> Figure:
+    """Every run's mIoU for each method; a bar is the mean, a thin line joins the runs of one seed."""
+    table = pd.DataFrame([(name, r.seed, r.miou) for name, records in rows.items() for r in records], columns=["method", "seed", "miou"])
+    figure = Picture(figsize=(1.2 + 0.95 * len(rows), 2.9), layout="constrained")
+    ax = figure.subplots()
+    paired = table.pivot_table(index="seed", columns="method", values="miou").reindex(columns=list(rows))
+    for _, values in paired.iterrows():
+        ax.plot(range(len(rows)), values, color=LIGHT, linewidth=0.8, zorder=0)
+    kinds = dict(zip(rows, COLOURS, strict=False))
+    sns.stripplot(table, x="method", y="miou", hue="method", palette=kinds, jitter=False, size=5.5, alpha=0.9, legend=False, ax=ax)
+    for k, name in enumerate(rows):
+        mean = table.miou[table.method == name].mean()
+        ax.plot([k - 0.28, k + 0.28], [mean, mean], color=INK, linewidth=1.6)
+        ax.annotate(f"{mean:.1f}", (k + 0.3, mean), va="center", fontsize=8)
+    ax.set(xlabel="", ylabel="mIoU (%)", xlim=(-0.5, len(rows) - 0.3))
+    ax.grid(axis="y")
+    return figure
+
+
+@styled
+def class_iou(rows: Mapping[str, Sequence[Record]]) -> Figure:
+    """IoU of each class for each method: dots are means over runs, whiskers min .. max."""
+    classes = next(r.classes for records in rows.values() for r in records)
+    figure = Picture(figsize=(4.6, 0.9 + 0.3 * len(classes)), layout="constrained")
+    ax = figure.subplots()
+    for k, (name, records) in enumerate(rows.items()):
+        values = pd.DataFrame([r.iou for r in records]).astype(float)
+        places = np.arange(len(classes)) + 0.18 * (k - (len(rows) - 1) / 2)
+        ax.hlines(places, values.min(), values.max(), color=COLOURS[k % len(COLOURS)], linewidth=1.2)
+        ax.plot(values.mean(), places, "osD^vP*"[k % 7], color=COLOURS[k % len(COLOURS)], markersize=5, label=name)
+    ax.set_yticks(range(len(classes)), classes)
+    ax.set(xlabel="IoU (%)", xlim=(0, 100), ylim=(len(classes) - 0.5, -0.5))
+    ax.grid(axis="x")
+    figure.legend(loc="outside lower center", ncols=len(rows))
+    return figure
+
+
+# Tables over classes.
+
+
+@styled
+def _heat(table: ArrayLike, classes: Sequence[str], form: str, colours: str, xlabel: str, ylabel: str, bar: str) -> Figure:
+    side = max(2.6, 0.5 * len(classes))
+    figure = Picture(figsize=(side + 1.5, side + 0.5), layout="constrained")
+    ax = figure.subplots()
+    names = {"xticklabels": classes, "yticklabels": classes, "annot": len(classes) <= 25, "annot_kws": {"fontsize": 7.5}}
+    how = {"fmt": form, "cmap": colours, "square": True, "linewidths": 0.6, "cbar_kws": {"label": bar, "shrink": 0.8}}
+    sns.heatmap(np.asarray(table), ax=ax, **how, **names)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.tick_params(axis="x", labelrotation=45, length=0)
+    ax.tick_params(axis="y", labelrotation=0, length=0)
+    for text in ax.get_xticklabels():
+        text.set(ha="right", rotation_mode="anchor")
+    return figure
+
+
+def confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
+    """(C, C) counts by (truth, prediction), shown in percent of each true class."""
+    shares = 100 * matrix.double() / matrix.sum(1, keepdim=True).clamp_min(1)
+    return _heat(shares.cpu().numpy(), classes, ".0f", "Blues", "prediction", "ground truth", "% of the true class's pixels")
+
+
+def table_heat(table: Tensor, classes: Sequence[str]) -> Figure:
+    """FDA's (C, C) table: row c is added to the logits of a pixel labelled c."""
+    values = table.detach().cpu().numpy()
+    return _heat(values, classes, ".2f", "YlOrBr", "logit $j$ that rises", "label $c$ of the pixel", "added to the logit")
+
+
+# The paper's Figure 1.
+
+
+@styled
+def figure1(pictures: Mapping[str, Array] | None = None) -> Figure:
+    """MKD as a diagram, our drawing of the paper's Figure 1: solid arrows are data and supervision, dashed ones the moving average.
+
+    pictures: (H, W, 3) floats for "image", "weak", "strong", "labeled" and "label"; without them, views of the embedded data set.
+    """
+    pictures = pictures or _example_views()
+    figure = Picture(figsize=(10, 6.84))
+    ax = figure.add_axes((0, 0, 1, 1))
+    level = {"t1": 5.2, "s1": 3.5, "s2": 1.9, "t2": 0.2}
+
+    def box(x: float, y: float, text: str, colour: str, wide: float = 1.5, tall: float = 0.74) -> None:
+        shape = {"boxstyle": "round,pad=0,rounding_size=0.1", "facecolor": colour + "1f", "edgecolor": colour, "linewidth": 1.4}
+        ax.add_patch(FancyBboxPatch((x - wide / 2, y - tall / 2), wide, tall, **shape))
+        ax.text(x, y, text, ha="center", va="center", linespacing=1.2)
+
+    def node(x: float, y: float, text: str, colour: str) -> None:
+        ax.plot(x, y, "o", markersize=31, color=colour, zorder=3)
+        ax.text(x, y, text, ha="center", va="center", fontsize=12, color="white", zorder=4)
+
+    def arrow(start: tuple[float, float], end: tuple[float, float], colour: str = INK, **how: Any) -> None:
+        how = {"linewidth": 1.4, "shrinkA": 0, "shrinkB": 0} | how
+        ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color=colour, **how))
+
+    def picture(name: str, x: float, y: float, text: str, side: float = 1.05) -> None:
+        half = side / 2
+        ax.imshow(pictures[name], extent=(x - half, x + half, y - half, y + half), interpolation="nearest", zorder=2)
+        ax.text(x, y - half - 0.08, text, ha="center", va="top", fontsize=8.5, linespacing=1.1)
+
+    # Views and networks, one row for each of the four networks.
+    picture("image", 0.9, 2.7, "unlabeled\nimage $x^u$")
+    picture("weak", 3.1, level["t1"], "weak view")
+    picture("strong", 3.1, 2.7, "strong view,\nCutMix with mask $m$")
+    picture("weak", 3.1, level["t2"], "the same weak view")
+    arrow((1.5, 3.05), (2.5, 4.85))
+    arrow((1.5, 2.7), (2.5, 2.7))
+    arrow((1.5, 2.35), (2.5, 0.55))
+    for name, y in level.items():
+        role, branch = ("teacher", GREEN) if name[0] == "t" else ("student", BLUE), name[1]
+        box(5.4, y, f"{role[0]} {branch}\n$\\theta_{{{name}}}$", role[1])
+        box(7.4, y, f"$\\mathbf{{p}}^u_{{{name}}}$", role[1], wide=0.8, tall=0.6)
+        arrow((3.7, y if name[0] == "t" else 2.7), (4.6, y))
+        arrow((6.2, y), (6.95, y))
+    for name, sign in (("1", 1), ("2", -1)):
+        teacher, student = level["t" + name], level["s" + name]
+        arrow((5.4, student + 0.4 * sign), (5.4, teacher - 0.4 * sign), GREEN, linestyle=(0, (4, 2)), linewidth=1.6)
+        ax.text(5.52, (teacher + student) / 2, "EMA, Eq. (1)", color=GREEN, va="center", fontsize=8.5)
+        box(9.3, teacher, f"$\\mathbf{{y}}^u_{{t{name}}}$", GREEN, wide=0.8, tall=0.6)
+        arrow((7.85, teacher), (8.85, teacher))
+        ax.text(8.35, teacher + 0.1, "mix by $m$", ha="center", va="bottom", fontsize=7.5)
+        ax.text(8.35, teacher - 0.1, "keep $\\geq T$", ha="center", va="top", fontsize=7.5)
+        box(9.3, student - 0.4 * sign, f"$\\mathbf{{y}}^u_{{s{name}}}$", BLUE, wide=0.8, tall=0.5)
+        arrow((7.85, student - 0.08 * sign), (8.85, student - 0.38 * sign))
+
+    # Supervision: straight lines bring a student's logits, crossing ones the other branch's pseudo-labels.
+    for own, other, sign in (("1", "2", 1), ("2", "1", -1)):
+        logits, far, near = level["s" + own], level["s" + own] + 0.72 * sign, level["s" + own] - 0.18 * sign
+        arrow((7.85, logits + 0.1 * sign), (11.02, far), GREY)
+        arrow((7.85, logits + 0.02 * sign), (11.0, near), GREY)
+        arrow((9.75, level["t" + other]), (11.2, near - 0.36 * sign), ORANGE, linewidth=1.8, zorder=2.5)
+        arrow((9.75, level["s" + other] + 0.4 * sign), (11.16, far - 0.33 * sign), PURPLE, linewidth=1.8, zorder=2.5)
+        node(11.4, near, rf"$\ell_{{st}}^{{\theta_{own}}}$", ORANGE)
+        node(11.4, far, rf"$\ell_{{ss}}^{{\theta_{own}}}$", PURPLE)
+    ax.text(11.3, 5.2, "$\\mathcal{L}_{st}$: a teacher labels\nfor the other student", color=ORANGE, ha="center", va="center")
+    ax.text(11.3, 0.2, "$\\mathcal{L}_{ss}$: students label\nfor each other", color=PURPLE, ha="center", va="center")
+
+    # Labeled images, and the sum.
+    ax.plot([0.3, 12.2], [-0.83, -0.83], color=LIGHT, linewidth=1)
+    picture("labeled", 3.1, -1.55, "labeled image $x^l$", side=0.9)
+    box(5.4, -1.55, "students 1 and 2", BLUE)
+    box(7.4, -1.55, "$\\mathbf{p}^l_{s1},\\ \\mathbf{p}^l_{s2}$", BLUE, wide=1.2, tall=0.6)
+    node(9.3, -1.55, "$\\ell_s$", INK)
+    picture("label", 11.4, -1.55, "label $\\mathbf{y}^l$", side=0.9)
+    for x, to in ((3.6, 4.6), (6.2, 6.75), (8.05, 8.92), (10.9, 9.68)):
+        arrow((x, -1.55), (to, -1.55))
+    total = "$\\mathcal{L} = \\mathcal{L}_s$\n$+\\ \\alpha\\,\\mathcal{L}_{st}$\n$+\\ \\beta\\,\\mathcal{L}_{ss}$"
+    ax.text(0.9, -1.55, total, ha="center", va="center", fontsize=13)
+    ax.set(xlim=(0, 12.5), ylim=(-2.45, 6.1), aspect="auto")
+    ax.axis("off")
+    return figure
+
+
+def _example_views() -> dict[str, Array]:
+    """Pictures for Figure 1 from three images of the embedded data set."""
+    data = Shapes(train_size=8, val_size=1)
+    images = torch.stack([data.image(id) for id in data.train[:2]]).float() / 255
+    weak, label = images.flip(-1), data.label(data.train[2])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        strong = mix(chain(weak), xor_boxes(2, weak.shape[-2:]))
+    views = {"image": images[0], "weak": weak[0], "strong": strong[0], "labeled": data.image(data.train[2]).float() / 255}
+    return {name: view.permute(1, 2, 0).numpy() for name, view in views.items()} | {"label": colourise(label, data.palette)}

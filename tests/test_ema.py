@@ -1,0 +1,123 @@
+"""The one moving average against its closed form; modes, buffers, storage."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mkd_core.ema import EMA
+from tiny import make
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.layer(x))
+
+
+def walk(net: nn.Module, steps: int, seed: int = 0) -> list[torch.Tensor]:
+    """Weights that a student might take: a random walk of one tensor."""
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(net.layer.weight.shape, generator=g) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.6, 0.9, 1.0])
+@pytest.mark.parametrize("warmup", [True, False])
+def test_closed_form(decay, warmup):
+    """theta_t = sum over s of (1 - m_s) prod_{r > s} m_r theta_s, with m_t = min(1 - 1 / (t + 1), decay) under warm start."""
+    student = Net()
+    start = student.layer.weight.detach().clone().double()
+    teacher = EMA(student, decay, warmup=warmup)
+    weights = walk(student, 12)
+    for t, w in enumerate(weights, 1):
+        student.layer.weight.data.copy_(w)
+        teacher.update(student, t)
+    m = [min(1 - 1 / (t + 1), decay) if warmup else decay for t in range(1, 13)]
+    expected = start * torch.tensor(m).double().prod()
+    for t, w in enumerate(weights):
+        expected = expected + (1 - m[t]) * torch.tensor(m[t + 1 :]).double().prod() * w.double()
+    torch.testing.assert_close(teacher.module.layer.weight.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_warm_start_is_the_plain_mean_of_all_weights_so_far():
+    student = Net()
+    start = student.layer.weight.detach().clone()
+    teacher = EMA(student, 0.999)
+    weights = walk(student, 9)
+    for t, w in enumerate(weights, 1):
+        student.layer.weight.data.copy_(w)
+        teacher.update(student, t)
+    torch.testing.assert_close(teacher.module.layer.weight, torch.stack([start, *weights]).mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_teacher_starts_as_an_exact_copy_without_shared_storage_or_gradient():
+    student = Net()
+    teacher = EMA(student, 0.9)
+    mine, theirs = teacher.module.state_dict(), student.state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+    assert not {t.untyped_storage().data_ptr() for t in mine.values()} & {t.untyped_storage().data_ptr() for t in theirs.values()}
+    assert not any(p.requires_grad for p in teacher.parameters()) and all(p.requires_grad for p in student.parameters())
+    before = {k: v.clone() for k, v in mine.items()}
+    student.layer.weight.data.add_(1)
+    assert all(torch.equal(before[k], teacher.module.state_dict()[k]) for k in before)
+    teacher.update(student, 1)
+    assert not torch.equal(before["layer.weight"], teacher.module.layer.weight)
+    assert not teacher(torch.randn(2, 3, 2, 2, requires_grad=True)).requires_grad
+
+
+def test_update_does_not_touch_the_student():
+    student = Net()
+    teacher = EMA(student, 0.5, buffers="all")
+    student.layer.weight.data.add_(1)
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    teacher.update(student, 3)
+    assert all(torch.equal(before[k], v) for k, v in student.state_dict().items())
+
+
+def test_buffers_none_leaves_statistics_to_the_teacher_s_own_forwards():
+    student = Net().train()
+    teacher = EMA(student, 0.9)
+    student(torch.randn(4, 3, 5, 5) + 3)
+    teacher.update(student, 1)
+    assert (teacher.module.norm.running_mean == 0).all() and teacher.module.norm.num_batches_tracked == 0
+    teacher(torch.randn(4, 3, 5, 5))
+    assert (teacher.module.norm.running_mean != 0).any() and teacher.module.norm.num_batches_tracked == 1
+
+
+def test_buffers_all_are_averaged_and_integers_copied():
+    student = Net().train()
+    teacher = EMA(student, 0.75, buffers="all", warmup=False)
+    for _ in range(3):
+        student(torch.randn(4, 3, 5, 5) + 3)
+    teacher.update(student, 1)
+    torch.testing.assert_close(teacher.module.norm.running_mean, 0.25 * student.norm.running_mean)
+    torch.testing.assert_close(teacher.module.norm.running_var, 0.75 + 0.25 * student.norm.running_var)
+    assert teacher.module.norm.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_method_cannot_flip_the_mode_of_its_teacher(mode):
+    method = make("mkd", teacher_mode=mode)
+    for _ in range(2):
+        method.train()
+        for teacher in method.teachers:
+            assert {m.training for m in teacher.module.modules()} == {mode == "train"}
+        assert all(m.training for s in method.students for m in s.modules())
+        method.eval()
+        assert not any(m.training for t in method.teachers for m in t.modules())
+    # A teacher in mode "eval" keeps its statistics, one in mode "train" gathers its own.
+    method.train()
+    before = {k: v.clone() for k, v in method.teachers[0].state_dict().items()}
+    method.teachers[0](torch.randn(2, 3, 32, 32))
+    changed = [k for k, v in method.teachers[0].state_dict().items() if not torch.equal(v, before[k])]
+    assert bool(changed) == (mode == "train")
+
+
+@pytest.mark.parametrize("wrong", [{"decay": 1.1}, {"decay": -0.1}, {"decay": 0.9, "buffers": "some"}, {"decay": 0.9, "mode": "trian"}])
+def test_wrong_arguments_are_refused(wrong):
+    with pytest.raises(ValueError, match="EMA"):
+        EMA(Net(), **wrong)

@@ -1,0 +1,131 @@
+"""Cross-entropy, pseudo-labels, distances and ramps against torch and against loops written from the definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mkd_core.losses import confidence, cosine, cross_entropy, masked_mean, pseudo_label, ramp, squared_distance
+
+IGNORE = 255
+
+
+def case(seed: int = 0, classes: int = 5, ignored: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(2, classes, 4, 6, generator=g, dtype=torch.float64)
+    label = torch.randint(0, classes, (2, 4, 6), generator=g)
+    label[torch.rand(label.shape, generator=g) < ignored] = IGNORE
+    return logits, label
+
+
+def loop_cross_entropy(logits: torch.Tensor, label: torch.Tensor) -> tuple[float, int]:
+    """Sum of -log softmax over the labelled pixels, and their number, in plain Python."""
+    total, count = 0.0, 0
+    for b in range(label.shape[0]):
+        for i in range(label.shape[1]):
+            for j in range(label.shape[2]):
+                c = int(label[b, i, j])
+                if c != IGNORE:
+                    z = logits[b, :, i, j].tolist()
+                    total += math.log(sum(math.exp(v) for v in z)) - z[c]
+                    count += 1
+    return total, count
+
+
+@settings(deadline=None, derandomize=True, max_examples=25)
+@given(seed=st.integers(0, 10_000), ignored=st.sampled_from([0.0, 0.3, 0.9]))
+def test_cross_entropy_is_torch_s_and_the_loop_s(seed, ignored):
+    logits, label = case(seed, ignored=ignored)
+    total, count = loop_cross_entropy(logits, label)
+    ours = cross_entropy(logits, label).item()
+    assert ours == pytest.approx(total / max(count, 1), rel=1e-12)
+    if count:
+        assert ours == pytest.approx(F.cross_entropy(logits, label, ignore_index=IGNORE).item(), rel=1e-12)
+
+
+def test_cross_entropy_has_torch_s_gradient():
+    logits, label = case()
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    cross_entropy(ours, label).backward()
+    F.cross_entropy(theirs, label, ignore_index=IGNORE).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert (ours.grad.movedim(1, -1)[label == IGNORE] == 0).all()
+
+
+def test_cross_entropy_of_nothing_is_zero_and_can_be_differentiated():
+    logits, label = case()
+    logits.requires_grad_()
+    for over in (None, torch.zeros_like(label, dtype=torch.bool)):
+        loss = cross_entropy(logits, torch.full_like(label, IGNORE), over=over)
+        assert loss.item() == 0
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert (gradient == 0).all()
+
+
+def test_cross_entropy_over_another_denominator():
+    logits, label = case()
+    over = torch.rand(label.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    total, count = loop_cross_entropy(logits, label)
+    assert count != int(over.sum())
+    assert cross_entropy(logits, label, over=over).item() == pytest.approx(total / int(over.sum()), rel=1e-12)
+
+
+def test_pseudo_label_keeps_all_at_zero_and_only_the_confident_above():
+    logits, _ = case()
+    prob = logits.softmax(1)
+    assert torch.equal(pseudo_label(logits), prob.argmax(1))  # Eq. (2): one-hot of the argmax, no pixel left out
+    torch.testing.assert_close(confidence(logits), prob.amax(1))
+    q = prob.amax(1)
+    threshold = q.median().item() + 1e-9
+    label = pseudo_label(logits, threshold)
+    assert 0 < (label != IGNORE).sum() < label.numel()
+    assert torch.equal(label != IGNORE, q >= threshold)
+    assert torch.equal(label[label != IGNORE], prob.argmax(1)[label != IGNORE])
+    assert (pseudo_label(logits, 1.1) == IGNORE).all()
+
+
+def test_pseudo_label_counts_a_pixel_at_the_threshold_as_confident():
+    logits = torch.tensor([0.5, 0.5], dtype=torch.float64).log().view(1, 2, 1, 1)
+    assert pseudo_label(logits, 0.5 - 1e-12).item() == 0
+    assert pseudo_label(logits, 0.5 + 1e-12).item() == IGNORE
+
+
+def test_pseudo_label_leaves_invalid_pixels_out_and_has_no_graph():
+    logits, _ = case()
+    valid = torch.rand(2, 4, 6, generator=torch.Generator().manual_seed(2)) < 0.5
+    for threshold in (0.0, 0.6):
+        label = pseudo_label(logits.requires_grad_(), threshold, valid)
+        assert (label[~valid] == IGNORE).all() and (label[valid] != IGNORE).any()
+        assert label.dtype == torch.int64 and not confidence(logits).requires_grad
+
+
+def test_confidence_is_exact_where_float32_softmax_saturates():
+    logits = torch.tensor([[40.0, 0.0]]).view(1, 2, 1, 1)
+    assert confidence(logits).item() == 1
+    assert confidence(torch.zeros(1, 7, 1, 1)).item() == pytest.approx(1 / 7)
+
+
+def test_squared_distance_is_the_mean_square_error():
+    a, b = case(0)[0].softmax(1), case(1)[0].softmax(1)
+    by_hand = [sum((a[0, c, 1, 2] - b[0, c, 1, 2]).item() ** 2 for c in range(5)) / 5]
+    assert squared_distance(a, b)[0, 1, 2].item() == pytest.approx(by_hand[0])
+    torch.testing.assert_close(squared_distance(a, b).mean(), F.mse_loss(a, b))  # MSE_p of the specification
+
+
+def test_masked_mean():
+    values = torch.tensor([1.0, 2.0, 30.0])
+    assert masked_mean(values, torch.tensor([True, True, False])).item() == 1.5
+    assert masked_mean(values, torch.zeros(3, dtype=torch.bool)).item() == 0
+
+
+def test_ramps_begin_and_end_where_they_should():
+    assert ramp(0.0, 0.2) == 0 and ramp(0.1, 0.2) == pytest.approx(0.25) and ramp(0.2, 0.2) == 1 and ramp(0.9, 0.2) == 1
+    assert ramp(0.0, 0.0) == 1  # no ramp: as published, constant from the first step on
+    for progress in (0.0, 0.2, 0.5, 0.99):
+        assert cosine(progress) == pytest.approx(1 - (math.cos(math.pi * progress) + 1) / 2)  # released code, ratio / 1.5
+    assert cosine(0) == 0 and cosine(0.5) == pytest.approx(0.5) and cosine(1) == pytest.approx(1)

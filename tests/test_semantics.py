@@ -1,0 +1,191 @@
+"""FDA: the online moments against one-shot ones, the table against the per-pixel definition, the bound against sampling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mkd_core.semantics import ClassMoments
+
+IGNORE = 255
+
+
+def pixels(n: int, classes: int, channels: int, seed: int = 0, ignored: float = 0.2) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    label = torch.randint(0, classes, (n,), generator=g)
+    features = torch.randn(n, channels, generator=g) * (1 + label[:, None]) + label[:, None]
+    label[torch.rand(n, generator=g) < ignored] = IGNORE
+    return features, label
+
+
+def one_shot(features: torch.Tensor, label: torch.Tensor, classes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Counts, means and population variances of all pixels at once, in float64, class by class."""
+    features = features.double()
+    counts, means, variances = [], [], []
+    for c in range(classes):
+        mine = features[label == c]
+        counts.append(float(len(mine)))
+        means.append(mine.mean(0) if len(mine) else torch.zeros(features.shape[1]).double())
+        variances.append(mine.var(0, unbiased=False) if len(mine) else torch.zeros(features.shape[1]).double())
+    return torch.tensor(counts).double(), torch.stack(means), torch.stack(variances)
+
+
+def per_pixel(logits: torch.Tensor, label: torch.Tensor, weight: torch.Tensor, var: torch.Tensor, strength: float) -> torch.Tensor:
+    """Eq. (4) pixel by pixel, the N x C x A form: logits (N, C) + strength/2 (w_j - w_y)^T Sigma_y (w_j - w_y); IGNORE unchanged."""
+    known = label != IGNORE
+    y = label.masked_fill(~known, 0)
+    v = weight[None] - weight[y][:, None]  # (N, C, A)
+    raised = 0.5 * strength * (v * v * var[y][:, None]).sum(-1)
+    return logits + raised * known[:, None]
+
+
+@settings(deadline=None, derandomize=True, max_examples=20)
+@given(cuts=st.lists(st.integers(0, 600), max_size=6), seed=st.integers(0, 1000), scale=st.sampled_from([1.0, 1e-3, 1e3]))
+def test_online_moments_are_the_one_shot_moments(cuts, seed, scale):
+    features, label = pixels(600, 4, 5, seed)
+    label[label == 2] = 1  # class 2 never occurs
+    features *= scale
+    moments = ClassMoments(4, 5)
+    for part in torch.tensor_split(torch.arange(600), sorted(cuts)):  # empty parts included
+        moments.update(features[part], label[part])
+    count, mean, var = one_shot(features, label, 4)
+    assert torch.equal(moments.count, count) and moments.count.dtype == torch.float64
+    torch.testing.assert_close(moments.mean.double(), mean, rtol=1e-5, atol=1e-6 * scale)
+    torch.testing.assert_close(moments.var.double(), var, rtol=1e-5, atol=1e-6 * scale**2)
+    assert (moments.count[2], moments.mean[2].abs().sum(), moments.var[2].abs().sum()) == (0, 0, 0)
+
+
+def test_online_moments_do_not_depend_on_the_order_of_batches():
+    parts = [pixels(100 * (i + 1), 3, 4, seed=i) for i in range(5)]
+    forward, backward = ClassMoments(3, 4), ClassMoments(3, 4)
+    for f, y in parts:
+        forward.update(f, y)
+    for f, y in reversed(parts):
+        backward.update(f, y)
+    for a, b in zip(forward.buffers(), backward.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_pixels_of_ignore_count_for_nothing():
+    features, label = pixels(300, 3, 4)
+    with_ignored, without = ClassMoments(3, 4), ClassMoments(3, 4)
+    with_ignored.update(features, label)
+    without.update(features[label != IGNORE], label[label != IGNORE])
+    for a, b in zip(with_ignored.buffers(), without.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    before = [b.clone() for b in without.buffers()]
+    without.update(features, torch.full_like(label, IGNORE))
+    assert all(torch.equal(a, b) for a, b in zip(before, without.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_variance_survives_a_large_offset(autocast):
+    """Mean 30, standard deviation 0.01: E[f^2] - E[f]^2 in float32 has no correct digit there."""
+    g = torch.Generator().manual_seed(0)
+    features, label = 30 + 0.01 * torch.randn(8192, 8, generator=g), torch.randint(0, 2, (8192,), generator=g)
+    moments = ClassMoments(2, 8)
+    for part in torch.arange(8192).split(1000):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            moments.update(features[part], label[part])
+    _, _, var = one_shot(features, label, 2)
+    torch.testing.assert_close(moments.var.double(), var, rtol=1e-3, atol=0)
+    naive = features.square().mean(0) - features.mean(0) ** 2
+    assert ((naive - 1e-4).abs() / 1e-4).max() > 0.1  # the test is hard enough to tell
+
+
+def test_counts_go_on_beyond_the_integers_of_float32():
+    moments = ClassMoments(1, 2)
+    moments.count.fill_(2.0**30 + 1)
+    moments.update(torch.randn(3, 2), torch.zeros(3, dtype=torch.int64))
+    assert moments.count.item() == 2.0**30 + 4
+
+
+def test_update_takes_no_gradient_and_the_state_is_saved():
+    features, label = pixels(50, 3, 4)
+    moments = ClassMoments(3, 4)
+    moments.update(features.requires_grad_(), label)
+    assert not any(b.requires_grad for b in moments.buffers())
+    assert set(moments.state_dict()) == {"count", "mean", "var"}
+
+
+@pytest.mark.parametrize("classes, channels", [(4, 6), (21, 64)])
+def test_table_is_the_per_pixel_definition_with_its_gradient(classes, channels):
+    features, label = pixels(400, classes, channels, seed=3)
+    moments = ClassMoments(classes, channels)
+    moments.update(features, label)
+    g = torch.Generator().manual_seed(4)
+    weight = torch.randn(classes, channels, generator=g)
+    logits = torch.randn(400, classes, generator=g)
+    target = torch.randint(0, classes, (400,), generator=g)  # the target of the loss need not be the label of the shift
+
+    reference_logits = logits.double().requires_grad_()
+    reference = per_pixel(reference_logits, label, weight.double(), moments.var.double(), 1.5)
+    ours_logits = logits.view(1, 20, 20, classes).permute(0, 3, 1, 2).clone().requires_grad_()
+    ours = ClassMoments.shift(ours_logits, label.view(1, 20, 20), moments.table(weight, 1.5))
+    as_pixels = ours.permute(0, 2, 3, 1).reshape(400, classes)
+    torch.testing.assert_close(as_pixels.double(), reference, rtol=1e-6, atol=1e-6)
+
+    F.cross_entropy(reference, target).backward()
+    F.cross_entropy(ours, target.view(1, 20, 20)).backward()
+    torch.testing.assert_close(ours_logits.grad.permute(0, 2, 3, 1).reshape(400, classes).double(), reference_logits.grad, rtol=1e-4, atol=1e-8)
+
+
+def test_gradient_of_the_table_with_respect_to_the_weight_is_the_per_pixel_one():
+    features, label = pixels(200, 3, 5, seed=5)
+    moments = ClassMoments(3, 5)
+    moments.update(features, label)
+    ours, reference = (torch.randn(3, 5, generator=torch.Generator().manual_seed(6)).requires_grad_() for _ in range(2))
+    logits = torch.randn(200, 3, generator=torch.Generator().manual_seed(7))
+    target = label.masked_fill(label == IGNORE, 0)
+    shifted = ClassMoments.shift(logits.T.reshape(1, 3, 10, 20), label.view(1, 10, 20), moments.table(ours, 0.7))
+    F.cross_entropy(shifted, target.view(1, 10, 20)).backward()
+    F.cross_entropy(per_pixel(logits, label, reference, moments.var, 0.7), target).backward()
+    torch.testing.assert_close(ours.grad, reference.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_table_raises_the_competitors_only():
+    moments = ClassMoments(6, 8)
+    moments.update(*pixels(600, 6, 8))
+    weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    table = moments.table(weight, 1.5)
+    assert (table.diagonal() == 0).all() and (table >= 0).all()
+    assert (table + torch.eye(6) > 0).all()  # every competitor, where the variance is not zero
+    torch.testing.assert_close(moments.table(weight, 3.0), 2 * table)
+    assert (moments.table(weight, 0.0) == 0).all()
+    # [c, j] belongs to a pixel labelled c: with variance in class 0 alone, only row 0 is not zero.
+    moments.var[1:] = 0
+    table = moments.table(weight, 1.5)
+    assert (table[0, 1:] > 0).all() and (table[1:] == 0).all()
+
+
+def test_shift_leaves_ignored_pixels_alone():
+    logits = torch.randn(2, 3, 4, 4)
+    label = torch.randint(0, 3, (2, 4, 4), generator=torch.Generator().manual_seed(0))
+    label[0, 1] = IGNORE
+    table = torch.arange(9.0).view(3, 3) + 1
+    out = ClassMoments.shift(logits, label, table)
+    assert torch.equal(out[0, :, 1], logits[0, :, 1])
+    for b, i, j in ((0, 0, 0), (1, 2, 3), (1, 1, 1)):
+        torch.testing.assert_close(out[b, :, i, j], logits[b, :, i, j] + table[label[b, i, j]])
+
+
+def test_equation_4_bounds_the_expected_cross_entropy():
+    """E over f~ ~ N(f, strength Sigma) of CE(W f~ + b, y) <= CE(shifted logits, y), with room, and with equality at strength 0."""
+    g = torch.Generator().manual_seed(0)
+    classes, channels, strength, y = 5, 16, 0.8, 2
+    moments = ClassMoments(classes, channels)
+    moments.update(*pixels(2000, classes, channels, ignored=0))
+    weight, bias = 0.3 * torch.randn(classes, channels, generator=g), torch.randn(classes, generator=g)
+    feature = torch.randn(channels, generator=g)
+    noise = torch.randn(50_000, channels, generator=g) * (strength * moments.var[y]).sqrt()
+    label = torch.full((1, 1, 1), y)
+    expected = F.cross_entropy((feature + noise) @ weight.T + bias, torch.full((50_000,), y), reduction="none")
+    logits = (weight @ feature + bias).view(1, -1, 1, 1)
+    bound = F.cross_entropy(ClassMoments.shift(logits, label, moments.table(weight, strength)), label).item()
+    plain = F.cross_entropy(logits, label).item()
+    error = (expected.std() / 50_000**0.5).item()
+    assert expected.mean().item() + 5 * error < bound
+    assert plain < expected.mean().item() - 5 * error  # convex: the noise only makes it harder, so a shift of 0 is no bound

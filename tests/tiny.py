@@ -1,0 +1,63 @@
+"""Tiny networks, batches and configurations for the tests: seconds on one core. One thread: the tests share the machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mkd_core.config import RunConfig
+from mkd_core.methods import METHODS, Batch, Method
+from mkd_core.models import SegNet
+
+torch.set_num_threads(1)
+CLASSES = 4
+
+
+def build(arch: str = "deeplabv3plus", **options: Any) -> SegNet:
+    """An 0.4 M parameter network; PSPNet with the smallest encoder that can be dilated."""
+    encoder = "tu-test_resnet" if arch == "deeplabv3plus" else "mobilenet_v2"
+    return SegNet(CLASSES, arch=arch, encoder=encoder, channels=16, **options)
+
+
+def make(name: str, seed: int = 0, **options: Any) -> Method:
+    """A method in training mode, its networks drawn from `seed`."""
+    torch.manual_seed(seed)
+    return METHODS[name](build, **options).train()
+
+
+def batch(seed: int = 0, n: int = 3, size: int = 32, padded: bool = True) -> Batch:
+    """Random images; some labels are IGNORE and, where padded, a border of different width per image is padding."""
+    g = torch.Generator().manual_seed(seed)
+
+    def noise() -> Tensor:
+        return torch.randn(n, 3, size, size, generator=g)
+
+    y = torch.randint(0, CLASSES, (n, size, size), generator=g)
+    y[torch.rand(y.shape, generator=g) < 0.1] = 255
+    valid = torch.ones(n, size, size, dtype=torch.bool)
+    for i in range(n if padded else 0):
+        valid[i, size - 3 - 4 * i :] = False
+        y[i, :, : 2 + i] = 255
+    weak = noise()
+    return Batch(noise(), y, weak, (weak + 0.5 * noise(),), valid)
+
+
+def gradients(term: Tensor, module: nn.Module) -> float:
+    """Sum of absolute gradients of `term` in the parameters of `module`; 0 where none arrives."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        return 0.0
+    found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+    return sum(g.abs().sum().item() for g in found if g is not None)
+
+
+def config(method: str = "supervised", **keys: Any) -> RunConfig:
+    """A run of a second or two on 24 images of 32 x 32 pixels."""
+    small: dict[str, Any] = dict(
+        dataset="shapes", dataset_options={"train_size": 24, "val_size": 6, "size": 32}, split="random/6", method=method,
+        encoder="tu-test_resnet", channels=16, crop=(32, 32), scale=(0.6, 1.6), steps=6, batch=3, lr=0.01, seed=0, device="cpu", threads=1,
+        checkpoint_every=2, log_every=1, quality_images=4,
+    )  # fmt: skip
+    return RunConfig(**small | keys)
