@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +126,11 @@ def execute(notebook: Path, parameters: dict[str, Any], folder: Path, html: bool
     out, failed = folder / notebook.name, folder / f"{notebook.stem}.failed.ipynb"
     temporary = folder / f".{notebook.stem}.{os.getpid()}.tmp.ipynb"
     try:
-        papermill.execute_notebook(
-            str(notebook), str(temporary), parameters=parameters, progress_bar=False, log_output=True, cwd=str(notebook.parent),
-            kernel_name="python3", stdout_file=sys.stdout, stderr_file=sys.stderr,
-        )  # fmt: skip
+        with _shown_progress():
+            papermill.execute_notebook(
+                str(notebook), str(temporary), parameters=parameters, progress_bar=False, cwd=str(notebook.parent),
+                kernel_name="python3", stdout_file=sys.stdout, stderr_file=sys.stderr,
+            )  # fmt: skip
         os.replace(temporary, out)
         failed.unlink(missing_ok=True)
     except (papermill.exceptions.PapermillExecutionError, DeadKernelError, CellTimeoutError) as error:
@@ -136,6 +140,33 @@ def execute(notebook: Path, parameters: dict[str, Any], folder: Path, html: bool
     finally:
         temporary.unlink(missing_ok=True)
     return [out, *([_to_html(out)] if html else [])]
+
+
+@contextmanager
+def _shown_progress() -> Iterator[None]:
+    """What the kernel reports of its progress, on this terminal: one line that changes, or a line every 15 seconds in a log."""
+    with tempfile.NamedTemporaryFile("r", prefix="mkd-progress-") as file:
+        os.environ["MKD_PROGRESS"] = file.name
+        over = threading.Event()
+
+        def show() -> None:
+            live, shown = sys.stderr.isatty(), ""
+            while not over.wait(0.5 if live else 15):
+                line = Path(file.name).read_text()
+                if line and line != shown:
+                    print(f"\r\x1b[K{line}" if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
+                    shown = line
+            if live and shown:
+                print(file=sys.stderr)
+
+        thread = threading.Thread(target=show, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            del os.environ["MKD_PROGRESS"]
 
 
 class NotebookFailed(RuntimeError):

@@ -67,13 +67,14 @@ def build_method(config: RunConfig, num_classes: int) -> Method:
     return method
 
 
-def load_method(folder: str | Path, device: torch.device | str = "cpu") -> Method:
-    """The trained method of a run folder, in eval mode: rebuilt from its config.json, weights from its checkpoint.pt. No data are needed.
+def load_method(run: RunConfig | str | Path, device: torch.device | str = "cpu") -> Method:
+    """The trained method of a run (its configuration or its folder), in eval mode; its `predictors` are what was evaluated.
 
-    Like every build, it seeds torch. `load_method(RUNS / config.id).predictors` are the networks that were evaluated.
+    Rebuilt from config.json with the weights of checkpoint.pt; no data are needed. Like every build, it seeds torch.
     """
-    config = RunConfig.model_validate_json((Path(folder) / "config.json").read_text())
-    state = torch.load(Path(folder) / "checkpoint.pt", map_location=device, weights_only=True)["method"]
+    folder = records.RUNS / run.id if isinstance(run, RunConfig) else Path(run)
+    config = RunConfig.model_validate_json((folder / "config.json").read_text())
+    state = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)["method"]
     classes = next(len(value) for name, value in state.items() if name.endswith("classifier.weight"))
     # The checkpoint holds the encoder too: its ImageNet file may be gone.
     method = build_method(config.model_copy(update={"weights": ""}), classes).to(device)
@@ -237,16 +238,18 @@ class Progress:
         if self.quiet or (not now and time.monotonic() - self.last < (0.5 if self.notebook else 10)):
             return
         self.last = time.monotonic()
+        line = f"{self.title}: {text}"
         if not self.notebook:
-            print(f"{self.title}: {text}", flush=True)
+            print(line, flush=True)
             return
         from IPython.display import Pretty, display
 
-        line = Pretty(f"{self.title}: {text}")
         if self.handle is None:
-            self.handle = display(line, display_id=True)
+            self.handle = display(Pretty(line), display_id=True)
         else:
-            self.handle.update(line)
+            self.handle.update(Pretty(line))
+        if path := os.environ.get("MKD_PROGRESS"):  # `mkd run` shows it in its terminal: papermill passes no updates on
+            Path(path).write_text(line)
 
 
 def pick_device(name: str) -> torch.device:

@@ -183,7 +183,7 @@ def figure2(
     caption = (
         f"Columns 1 to {quarter}: largest gains of {second} over {first}; {quarter + 1} to {2 * quarter}: largest losses\n"
         f"(or least gains); the others: drawn at random (seed {seed}) from the {len(truth)} images.\n"
-        f"Numbers: per-image mIoU in %, above their difference."
+        f"Corners: per-image mIoU in %; above: {second} minus {first}."
     )
     return sheet(rows, palette=palette, classes=classes, titles=titles, notes=notes, caption=caption)
 
@@ -231,7 +231,7 @@ def bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], ylabel: st
     ax.set_ylabel(ylabel)
     ax.margins(y=0.15)
     if len(groups) > 1:
-        ax.legend()
+        figure.legend(loc="outside upper center", ncols=len(groups))
     return figure
 
 
@@ -256,7 +256,6 @@ def curves(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Fi
                 ax.plot(spread.index, spread["mean"], label=name + seeds, marker="o", markersize=2.5, **_look(k))
                 ax.fill_between(spread.index, spread["min"], spread["max"], color=COLOURS[k % len(COLOURS)], alpha=0.18, linewidth=0)
         ax.set(xlabel="step", ylabel=ylabel)
-        ax.set_ylim(bottom=0)
         ax.grid(axis="y")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))

@@ -263,7 +263,7 @@ def test_one_box_has_half_of_the_area_and_is_one_box():
     assert heights.min() < 0.53 and heights.max() > 0.97  # log-uniform in [p, 1]
     assert heights.log().mean().item() == pytest.approx(math.log(0.5) / 2, abs=0.02)
     assert len({tuple(m.flatten().nonzero().flatten().tolist()) for m in masks}) > 500  # every sample its own
-    assert masks.float().mean(0).amin() > 0.02  # every place is reached
+    assert masks.any(0).all()  # every place is reached
 
 
 def test_boxes_toggle_as_in_a_slow_loop():

@@ -277,6 +277,8 @@ def test_random_stops_opening_masks_once_every_class_is_there():
     holds = {f"i{k}": {0, 1, 2, 3} for k in range(500)}
     dataset = Listed(holds, holds=holds)
     assert draw(dataset, 5, 0) == dataset.opened and len(dataset.opened) == 5
+    dataset = Listed(holds, holds={id: {k % 4} for k, id in enumerate(holds)})
+    assert set().union(*(dataset.holds[id] for id in draw(dataset, 4, 0))) == {0, 1, 2, 3} and 4 < len(dataset.opened) < 30
 
 
 def test_random_on_real_street_scenes(shared):

@@ -1,0 +1,79 @@
+"""What a notebook of this suite is: thin, canonical, with one parameters cell, and with outputs that nbval really compares."""
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from tidy import NOTEBOOKS, canonical
+
+PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
+FILES = sorted(NOTEBOOKS.parent.glob("parameters/*/*.yaml"))
+CHECKED = "nbval-check-output"
+each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+def code(path: Path, tag: str = "") -> list[nbformat.NotebookNode]:
+    cells = nbformat.read(path, as_version=4).cells
+    return [c for c in cells if c.cell_type == "code" and (not tag or tag in c.metadata.get("tags", []))]
+
+
+def parameters(path: Path) -> dict[str, object]:
+    """Names and values of the parameters cell; fails on anything but assignments of literals."""
+    (cell,) = code(path, "parameters")
+    found = {}
+    for line in ast.parse(cell.source).body:
+        assert isinstance(line, ast.Assign | ast.AnnAssign) and line.value is not None, ast.unparse(line)
+        (target,) = line.targets if isinstance(line, ast.Assign) else [line.target]
+        found[ast.unparse(target)] = ast.literal_eval(line.value)
+    return found
+
+
+def test_there_are_notebooks():
+    assert len(PATHS) >= 4
+
+
+@each
+def test_is_canonical(path):
+    assert path.read_text(encoding="utf-8") == canonical(path), "run: python tests/tidy.py"
+
+
+@each
+def test_stores_what_nbval_compares(path):
+    cells = code(path, CHECKED)
+    assert len(cells) >= 2
+    for cell in cells:
+        # nbval compares nothing, silently, where there is no count or no output
+        assert cell.execution_count and "".join(o.text for o in cell.outputs).strip(), cell.source
+
+
+@each
+def test_has_one_parameters_cell_of_literals(path):
+    assert parameters(path)
+
+
+@each
+def test_is_thin(path):
+    source = "\n".join(c.source for c in code(path))
+    lines = [line for line in source.splitlines() if line.strip() and not line.strip().startswith("#")]
+    assert len(lines) <= 60
+    assert not [line for line in lines if line.lstrip().startswith(("!", "%"))], "no shell, no magics, no pip"
+    tree = ast.parse(source)
+    assert not [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    strings = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    assert not [s for s in strings if re.match(r"/|~|\.\./|[A-Za-z]:\\", s)], "no absolute or relative paths"
+    assert not re.search(r"\bPath\(|os\.path|os\.getcwd", source), "no paths built by hand"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_parameter_files_fit_their_notebooks(file):
+    path = NOTEBOOKS / f"{file.stem}.ipynb"
+    if not path.exists():
+        pytest.skip(f"{file.name} names no notebook")
+    assert yaml.safe_load(file.read_text()).keys() <= parameters(path).keys()
+
+
+def test_some_parameter_file_was_compared():
+    assert {file.stem for file in FILES} & {path.stem for path in PATHS}
