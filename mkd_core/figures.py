@@ -111,7 +111,7 @@ def sheet(
     width, height = side * columns + 0.32, tall * len(arrays) + foot + head
     figure = Picture(figsize=(width, height))
     axes = figure.subplots(len(arrays), columns, squeeze=False)
-    scaled = ignored = False
+    ignored, scaled = False, None  # scaled: the last picture of a row of float maps, the colour bar's neighbour
     for (name, row), strip in zip(arrays.items(), axes, strict=True):
         strip[0].set_ylabel(name, fontsize=9)
         for k, ax in enumerate(strip):
@@ -121,7 +121,7 @@ def sheet(
                 continue
             picture, how = row[k], {}
             if picture.ndim == 2 and picture.dtype.kind == "f":
-                scaled, how = True, {"cmap": "cividis", "vmin": 0, "vmax": 1}
+                scaled, how = ax, {"cmap": "cividis", "vmin": 0, "vmax": 1}
             elif picture.ndim == 2 and picture.dtype.kind == "b":
                 how = {"cmap": "gray", "vmin": 0, "vmax": 1}
             elif picture.ndim == 2:
@@ -135,7 +135,8 @@ def sheet(
         ax.set_title(title, fontsize=8, pad=3)
     figure.subplots_adjust(0.3 / width, foot / height, 1 - 0.02 / width, 1 - head / height, 0.04, 0.04)
     if scaled:
-        bar = figure.add_axes((1 + 0.05 / width, foot / height, 0.09 / width, tall / height))
+        beside = scaled.get_position()
+        bar = figure.add_axes((beside.x1 + 0.05 / width, beside.y0, 0.09 / width, beside.height))
         figure.colorbar(ScalarMappable(cmap="cividis"), cax=bar)
         bar.tick_params(labelsize=7)
     if classes and palette is not None:
@@ -159,6 +160,7 @@ def pick(
     pairs = [[(torch.as_tensor(p), torch.as_tensor(y)) for p, y in zip(maps, truth, strict=True)] for maps in (first, second)]
     scores = np.array([[miou(confusion_matrix(p, y, top)) for p, y in row] for row in pairs])
     order = np.argsort(scores[0] - scores[1], kind="stable")
+    columns = min(columns, len(order))
     quarter = columns // 4
     ends = [*order[:quarter], *order[len(order) - quarter :]]
     rest = np.random.default_rng(seed).permutation(np.setdiff1d(order, ends))
@@ -178,10 +180,10 @@ def figure2(
     rows: dict[str, list[ArrayLike]] = {"input": [to_image(images[i]) for i in chosen], "ground truth": [truth[i] for i in chosen]}
     rows |= {name: [maps[i] for i in chosen] for name, maps in predictions.items()}
     notes = {name: [f"{row[i]:.0f}" for i in chosen] for name, row in zip((first, second), scores, strict=True)}
-    quarter = columns // 4
+    quarter = len(chosen) // 4
     titles = [f"{scores[1, i] - scores[0, i]:+.0f}" for i in chosen]
     caption = (
-        f"Columns 1 to {quarter}: largest gains of {second} over {first}; {quarter + 1} to {2 * quarter}: largest losses\n"
+        f"First {quarter}: largest gains of {second} over {first}; next {quarter}: largest losses\n"
         f"(or least gains); the others: drawn at random (seed {seed}) from the {len(truth)} images.\n"
         f"Corners: per-image mIoU in %; above: {second} minus {first}."
     )
@@ -227,7 +229,7 @@ def bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], ylabel: st
         drawn = ax.bar(places, values, 0.92 * width, color=(BLUE, ORANGE, GREEN, GREY)[k % 4], label=name)
         ax.bar_label(drawn, [form.format(v) for v in values], padding=2, fontsize=7.5)
     ax.axhline(0, color=INK, linewidth=0.8)
-    ax.set_xticks(range(len(names)), names)
+    ax.set_xticks(range(len(names)), names, fontsize=9)
     ax.set_ylabel(ylabel)
     ax.margins(y=0.15)
     if len(groups) > 1:

@@ -56,7 +56,7 @@ def test_image_label_and_validity_share_one_geometry(v):
     flat = torch.stack([(padded[:, 1 + i : 1 + i + image.shape[1], 1 + j : 1 + j + image.shape[2]] == image).all(0) for i in (-1, 0, 1) for j in (-1, 0, 1)])
     sure = flat.all(0) & valid
     assert torch.equal(image[:, sure], colour(label)[:, sure])
-    assert sure.sum() > 0.1 * valid.sum()
+    assert sure.sum() > 0.05 * valid.sum()
     # Padding, and nothing else, is the mean colour, IGNORE and invalid, and what is valid is one rectangle.
     assert torch.equal(label == IGNORE, ~valid)
     assert (image[:, ~valid] == torch.tensor(FILL, dtype=torch.uint8)[:, None]).all()
@@ -102,7 +102,7 @@ def ramp(height: int = 60, width: int = 80) -> tuple[torch.Tensor, torch.Tensor]
 
 @pytest.mark.parametrize("factor", [0.5, 0.7, 1.0, 1.6, 2.0])
 def test_magnification_and_alignment(factor):
-    """The content is magnified by the factor, and labels are where their pixels are: within half a source pixel on average."""
+    """The content is magnified by the factor, and labels are where their pixels are: within a third of a pixel of the view on average."""
     image, label = ramp()
     shift, slope = [], []
     for seed in range(60):
@@ -115,7 +115,7 @@ def test_magnification_and_alignment(factor):
         shift.append(flip * (out_label[rows[0], columns].float() - values).mean().item())
     # The window is cut at whole source pixels, so its content may be up to two of them wider than asked for.
     assert 32 / factor - 0.1 <= 32 * np.mean(slope) <= 32 / factor + 2
-    assert abs(np.mean(shift)) <= 0.51 and max(map(abs, shift)) < 1
+    assert abs(np.mean(shift)) * factor <= 0.3 and max(map(abs, shift)) < 1
 
 
 def test_flip_half_of_the_time_and_every_place_is_reached():

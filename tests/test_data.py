@@ -88,6 +88,13 @@ def test_pictures_of_every_kind_become_rgb(tmp_path, shared):
         read_image(tmp_path / "deep.png")
 
 
+def test_a_decompression_bomb_is_a_data_error(tmp_path, monkeypatch):
+    save(tmp_path / "bomb.png", grey(0))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
+    with pytest.raises(DataError, match="bomb.png: not a readable mask"):
+        read_label(tmp_path / "bomb.png")
+
+
 def test_damaged_pictures_are_data_errors_wherever_they_are_cut(shared, tmp_path):
     for source, read in (
         (shared / "data/fixtures/voc_labelme/SegmentationClass/2011_000003.png", read_label),

@@ -74,29 +74,27 @@ class MKD(Method):
         mask = xor_boxes(len(batch.weak), size, batch.weak.device, self.boxes) if self.sda else None
         strong = batch.weak if mask is None else mix(batch.strong[0], mask)
         inside = self._inside(batch, mask, grid)
-        first = 0 if self.on_labeled else len(batch.x)  # where the pixels of L_st and L_ss begin in [labeled; unlabeled]
 
-        # Students see labeled and strong images, teachers weak ones; separate forwards, so separate BatchNorm statistics.
-        looks = [[Look(s, batch.x), Look(s, strong)] for s in self.students]
-        sup = torch.stack([cross_entropy(resize(x.logits, size), batch.y) for x, _ in looks]).sum()
+        students = [Look(s, [batch.x, strong]) for s in self.students]
         with torch.no_grad():
-            for t in (t.module for t in self.teachers):
-                looks.append([Look(t, batch.x)] * self.on_labeled + [Look(t, batch.weak).mixed(mask, grid)])
-        nets = [*self.students, *(t.module for t in self.teachers)]
-        raw = [torch.cat([resize(x.logits, grid) for x in pair])[first if i < 2 else 0 :] for i, pair in enumerate(looks)]  # (N, C, grid)
+            seen = [batch.x, batch.weak] if self.on_labeled else [batch.weak]
+            teachers = [Look(t.module, seen).mixed(mask, grid) for t in self.teachers]
+        sup = torch.stack([cross_entropy(resize(look.logits[0], size), batch.y) for look in students]).sum()
+
+        # Networks 0 and 1 are the students, 2 and 3 their teachers. N pixels: unlabeled ones, or [labeled; unlabeled] with on_labeled.
+        looks = students + teachers
+        raw = [torch.cat([resize(z, grid) for z in look.logits[0 if self.on_labeled else -1 :]]) for look in looks]  # (N, C, grid)
         threshold = [self.threshold * (self.select != "st")] * 2 + [self.threshold * (self.select != "ss")] * 2
         kept = [inside & (confidence(z) >= t) if t else inside for z, t in zip(raw, threshold, strict=False)]
         targets = [pseudo_label(z, valid=k) for z, k in zip(raw, kept, strict=True)]
+        labeler = ([3, 2] if self.mutual else [2, 3]) if self.alpha else [1, 0]  # who labels for student 0 and 1
 
         # FDA: the logits of a pixel of class c rise by row c of its network's table.
-        labeler = ([3, 2] if self.mutual else [2, 3]) if self.alpha else [1, 0]  # who labels for student 1 and 2: the teachers come third
-        strength, logits, tables = self.fda * cosine(progress), list(raw), []
-        y = nearest(batch.y, grid)
+        strength, logits, tables, y = self.fda * cosine(progress), list(raw), [], nearest(batch.y, grid)
         for i, moments in enumerate(self.moments):
             label = raw[i].argmax(1) if self.fda_label == "own" else targets[labeler[i]]
-            pairs = zip(looks[i][::-1], (label[-len(strong) :], y), strict=False)
-            moments.update(*map(torch.cat, zip(*(x.pixels(of, grid) for x, of in pairs), strict=True)))
-            tables.append(moments.table(nets[i].classifier.weight[:, :, 0, 0].detach(), strength))
+            moments.update(*looks[i].pixels([y, label[-len(strong) :]], grid))
+            tables.append(moments.table(looks[i].net.classifier.weight[:, :, 0, 0].detach(), strength))
             if self.fda_label == "own":
                 label = torch.cat((y, label[len(y) :])) if self.on_labeled else label  # the truth, where it is known
                 logits[i] = moments.shift(raw[i], label, tables[i])
@@ -137,20 +135,26 @@ class MKD(Method):
 
 
 class Look:
-    """One network's features (n, D, h, w) and logits (n, C, h, w) of one batch of images, at the decoder's resolution."""
+    """A network's features (n, D, h, w) and logits (n, C, h, w), at the decoder's resolution, of one or two batches of images.
 
-    def __init__(self, net: SegNet, images: Tensor):
-        self.features = net.features(images)
-        self.logits = net.classifier(self.features)
+    One forward a batch, so BatchNorm statistics of their own. The last batch is the unlabeled one.
+    """
+
+    def __init__(self, net: SegNet, batches: list[Tensor]):
+        self.net = net
+        self.features = [net.features(images) for images in batches]
+        self.logits = [net.classifier(f) for f in self.features]
 
     def mixed(self, mask: Tensor | None, grid: torch.Size) -> Look:
-        """Logits on the loss grid and features, mixed as the mask (n, H, W) mixed the students' images."""
+        """Of a teacher: the unlabeled batch mixed, on the loss grid, as the mask (n, H, W) mixed the students' images."""
         if mask is not None:
-            self.logits = mix(resize(self.logits, grid), nearest(mask, grid))
-            self.features = mix(self.features, nearest(mask, self.features.shape[-2:]))
+            self.logits[-1] = mix(resize(self.logits[-1], grid), nearest(mask, grid))
+            self.features[-1] = mix(self.features[-1], nearest(mask, self.features[-1].shape[-2:]))
         return self
 
-    def pixels(self, label: Tensor, grid: torch.Size) -> tuple[Tensor, Tensor]:
+    def pixels(self, labels: list[Tensor], grid: torch.Size) -> tuple[Tensor, Tensor]:
         """Features (N, D) and labels (N,) for the class moments, on the coarser of the loss grid and the decoder's grid."""
-        features = resize(self.features, min(grid, self.features.shape[-2:])).detach()
-        return features.movedim(1, -1).flatten(0, -2), nearest(label, features.shape[-2:]).flatten()
+        small = [resize(f.detach(), min(grid, f.shape[-2:])) for f in self.features]
+        pixels = [f.movedim(1, -1).flatten(0, -2) for f in small]
+        found = [nearest(label, f.shape[-2:]).flatten() for label, f in zip(labels[-len(small) :], small, strict=True)]
+        return torch.cat(pixels), torch.cat(found)
