@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -144,7 +145,7 @@ def distort(images: Tensor) -> Tensor:
     """
     images = _sometimes(lambda x: (x + _uniform(x, -32 / 255, 32 / 255)).clamp(0, 1), 0.5)(images)
     for operation, strength in ((contrast, 0.5), (saturation, 0.5), (hue, 0.1)):
-        images = _sometimes(lambda x, f=operation, s=strength: f(x, s), 0.5)(images)
+        images = _sometimes(partial(operation, strength=strength), 0.5)(images)
     return images
 
 

@@ -40,7 +40,8 @@ class EMA(nn.Module):
     def update(self, module: nn.Module, step: int) -> None:
         """Follow `module` after optimiser step number `step` (the first is 1)."""
         keep = min(1 - 1 / (step + 1), self.decay) if self.warmup else self.decay
-        mine, theirs = list(self.module.parameters()), list(module.parameters())
+        mine: list[Tensor] = list(self.module.parameters())
+        theirs: list[Tensor] = list(module.parameters())
         if self.buffers_of == "all":
             for own, other in zip(self.module.buffers(), module.buffers(), strict=True):
                 if own.is_floating_point():

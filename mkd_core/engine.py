@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from . import records
 from .augment import STRONG, distort, normalise
@@ -151,7 +151,7 @@ def _starts(side: int, window: int) -> list[int]:
     return sorted({min(s, last) for s in range(0, last + stride, stride)})
 
 
-class _Items:
+class _Items(Dataset):
     """(image, label) by position, for a loader."""
 
     def __init__(self, dataset: SegDataset, ids: Sequence[str]):
@@ -197,14 +197,13 @@ def evaluate(
     qualities = {name: PseudoLabelQuality(classes, quality, device) for name in names} if quality is not None else {}
     for images, labels in _equal_sizes(DataLoader(_Items(dataset, ids), batch_size=None, num_workers=workers)):
         images, labels = normalise(images.to(device).float() / 255), labels.to(device)
-        mean: Tensor | float = 0.0
-        for name in names:
-            if name != "mean":
-                with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
-                    prob = probabilities(nets[name], images, protocol, window)
-                mean = mean + prob / len(nets)
-            else:
-                prob = mean
+        found: dict[str, Tensor] = {}
+        for name, net in nets.items():
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
+                found[name] = probabilities(net, images, protocol, window)
+        if "mean" in names:
+            found["mean"] = torch.stack(list(found.values())).mean(0)
+        for name, prob in found.items():
             confusion[name] += confusion_matrix(prob.argmax(1), labels, classes)
             if qualities:
                 qualities[name].update(prob, labels)
@@ -312,9 +311,10 @@ def _share(folder: Path, config: RunConfig) -> str:
 
 def _die_with_parent() -> None:
     """A worker whose parent was killed ends too; its run goes on from the checkpoint next time."""
-    parent = multiprocessing.parent_process()
 
     def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
@@ -335,11 +335,9 @@ class _Run:
         check(self.dataset, self.split).raise_if_bad()
         self.method = build_method(config, len(self.dataset.classes)).to(self.device)
         self.optimizer = make_optimizer(config, self.method)
-        view = dict(seed=config.seed, crop=config.crop, scale=config.scale, base=config.base)
+        stream = partial(Stream, self.dataset, seed=config.seed, crop=config.crop, scale=config.scale, base=config.base)
         self.steps = Steps(
-            Stream(self.dataset, self.split.labeled, name="labeled", labeled=True, **view),
-            Stream(self.dataset, self.split.unlabeled or self.split.labeled, name="unlabeled", labeled=False, **view),
-            config.batch,
+            stream(self.split.labeled, name="labeled", labeled=True), stream(self.split.unlabeled, name="unlabeled", labeled=False), config.batch
         )
         withheld = [i for i in self.split.unlabeled if self.dataset.has_label(i)]
         rng = np.random.default_rng(config.seed)
@@ -407,12 +405,15 @@ class _Run:
 
     def _evaluate(self) -> dict[str, Any]:
         config = self.config
-        common = dict(protocol=config.protocol, window=config.crop, device=self.device, workers=config.workers, precision=config.precision)
-        confusion, _ = evaluate(self.method.predictors, self.dataset, self.dataset.val, **common)
+        measure = partial(
+            evaluate, self.method.predictors, self.dataset, protocol=config.protocol, window=config.crop, device=self.device,
+            workers=config.workers, precision=config.precision,
+        )  # fmt: skip
+        confusion, _ = measure(self.dataset.val)
         found: dict[str, Any] = {"miou": {name: miou(c) for name, c in confusion.items()}}
         found["iou"] = {name: [None if math.isnan(v) else v for v in iou(c).tolist()] for name, c in confusion.items()}
         if self.withheld:
-            _, quality = evaluate(self.method.predictors, self.dataset, self.withheld, quality=QUALITY_THRESHOLD, **common)
+            _, quality = measure(self.withheld, quality=QUALITY_THRESHOLD)
             found["pseudo_labels"] = {name: q.summary() for name, q in quality.items()}
         self.method.train()
         return found

@@ -35,7 +35,7 @@ INK, GREY, LIGHT = "#222222", "#8a8a8a", "#dcdcdc"
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#9c4083"
 COLOURS = (GREY, ORANGE, BLUE, GREEN, "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("--", "-.", "-", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-STYLE = {
+STYLE: Any = {
     "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
     "grid.color": LIGHT, "grid.linewidth": 0.6, "legend.frameon": False, "lines.linewidth": 1.6, "mathtext.fontset": "cm",
@@ -111,7 +111,8 @@ def sheet(
     width, height = side * columns + 0.32, tall * len(arrays) + foot + head
     figure = Picture(figsize=(width, height))
     axes = figure.subplots(len(arrays), columns, squeeze=False)
-    ignored, scaled = False, None  # scaled: the last picture of a row of float maps, the colour bar's neighbour
+    ignored = False
+    scaled: Axes | None = None  # the last picture of a row of float maps, the colour bar's neighbour
     for (name, row), strip in zip(arrays.items(), axes, strict=True):
         strip[0].set_ylabel(name, fontsize=9)
         for k, ax in enumerate(strip):
@@ -134,7 +135,7 @@ def sheet(
     for ax, title in zip(axes[0], titles, strict=False):
         ax.set_title(title, fontsize=8, pad=3)
     figure.subplots_adjust(0.3 / width, foot / height, 1 - 0.02 / width, 1 - head / height, 0.04, 0.04)
-    if scaled:
+    if scaled is not None:
         beside = scaled.get_position()
         bar = figure.add_axes((beside.x1 + 0.05 / width, beside.y0, 0.09 / width, beside.height))
         figure.colorbar(ScalarMappable(cmap="cividis"), cax=bar)
@@ -354,7 +355,7 @@ def figure1(pictures: Mapping[str, Array] | None = None) -> Figure:
     level = {"t1": 5.2, "s1": 3.5, "s2": 1.9, "t2": 0.2}
 
     def box(x: float, y: float, text: str, colour: str, wide: float = 1.5, tall: float = 0.74) -> None:
-        shape = {"boxstyle": "round,pad=0,rounding_size=0.1", "facecolor": colour + "1f", "edgecolor": colour, "linewidth": 1.4}
+        shape: dict[str, Any] = {"boxstyle": "round,pad=0,rounding_size=0.1", "facecolor": colour + "1f", "edgecolor": colour, "linewidth": 1.4}
         ax.add_patch(FancyBboxPatch((x - wide / 2, y - tall / 2), wide, tall, **shape))
         ax.text(x, y, text, ha="center", va="center", linespacing=1.2)
 

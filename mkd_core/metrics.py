@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ class PseudoLabelQuality:
         self.all += confusion_matrix(prediction, label, classes)
         self.kept += confusion_matrix(prediction, torch.where(confidence >= self.threshold, label, IGNORE), classes)
 
-    def summary(self) -> dict[str, float | list[float | None]]:
+    def summary(self) -> dict[str, Any]:
         """kept and accuracy in percent, accuracy_all at threshold 0; per predicted class `kept_per_class`, `accuracy_per_class`."""
         everything, kept = self.all.double(), self.kept.double()
 

@@ -83,7 +83,7 @@ def _replace_batchnorm(module: nn.Module, groups: int = 8) -> None:
             # The largest group count that divides the channels; timm's norm-and-activation layers keep their activation.
             count = next(g for g in range(min(groups, child.num_features), 0, -1) if child.num_features % g == 0)
             norm: nn.Module = nn.GroupNorm(count, child.num_features)
-            setattr(module, name, nn.Sequential(norm, child.act) if hasattr(child, "act") else norm)
+            setattr(module, name, nn.Sequential(norm, act) if isinstance(act := getattr(child, "act", None), nn.Module) else norm)
         else:
             _replace_batchnorm(child, groups)
 

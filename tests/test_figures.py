@@ -13,7 +13,8 @@ CLASSES = ("none", "red", "blue")
 
 def rows(values, accuracy=80.0):
     quality = {"kept": 10.0, "accuracy": accuracy, "accuracy_all": 50.0}
-    found = [{"step": 10 * i, "miou": {"student 1": v}, "pseudo_labels": {"student 1": {}, "teacher 1": quality}} for i, v in enumerate(values, 1)]
+    labels = {"student 1": {}, "teacher 1": quality}
+    found = [{"step": 10 * i, "miou": {"student 1": value}, "pseudo_labels": labels} for i, value in enumerate(values, 1)]
     return [*found, {"step": 99, "loss": 1.0}]  # rows without evaluation are skipped
 
 

@@ -61,3 +61,59 @@ def config(method: str = "supervised", **keys: Any) -> RunConfig:
         checkpoint_every=2, log_every=1, quality_images=4,
     )  # fmt: skip
     return RunConfig(**small | keys)
+
+
+def child(keys: dict[str, Any], runs: str, delay: float = 0.0, die: str = "", limit: int = 0) -> None:
+    """engine.run in a process of its own, every step `delay` seconds slower; it kills itself inside the operation named by `die`.
+
+    die    "half checkpoint 2": while the second checkpoint is half written; "full record.json 2" and "renamed record.json 2": just before
+           and just after that file, written completely, gets its name, two checkpoints having been saved
+    limit  largest file in bytes, 0 for none: what a write meets on a full disk
+    """
+    import os
+    import resource
+    import signal
+    import time
+    from pathlib import Path
+
+    from mkd_core import engine, records
+
+    def slow(method: Method, *args: Any) -> None:
+        time.sleep(delay)
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    build_method = engine.build_method
+
+    def slowed(*args: Any) -> Method:
+        method = build_method(*args)
+        method.register_forward_pre_hook(slow)
+        return method
+
+    engine.build_method = slowed
+    counts = {"save": 0}
+    save, replace = torch.save, os.replace
+
+    def dying_save(state: Any, file: Any) -> None:
+        counts["save"] += 1
+        save(state, file)
+        if die == f"half checkpoint {counts['save']}":
+            file.flush()
+            file.truncate(file.tell() // 2)
+            kill()
+
+    def dying_replace(source: Any, target: Any) -> None:
+        name = Path(target).name
+        if die == f"full {name} {counts['save']}":
+            kill()
+        replace(source, target)
+        if die == f"renamed {name} {counts['save']}":
+            kill()
+
+    torch.save, os.replace = dying_save, dying_replace
+    if limit:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    assert records.os.replace is dying_replace
+    engine.run(RunConfig(**keys), Path(runs), quiet=True)

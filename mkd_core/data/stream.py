@@ -23,7 +23,7 @@ class Stream:
     ):  # fmt: skip
         self.dataset, self.ids, self.labeled = dataset, list(ids), labeled
         self.key = (seed, int.from_bytes(name.encode(), "big"))
-        self.view = (tuple(crop), tuple(scale), base)
+        self.crop, self.scale, self.base = crop, scale, base
 
     def id(self, k: int) -> str:
         """The image of sample k."""
@@ -34,7 +34,7 @@ class Stream:
         """(image (3, h, w) uint8, label (h, w) uint8, valid (h, w) bool); the label of an unlabeled stream is never read."""
         id = self.id(k)
         label = self.dataset.label(id) if self.labeled else None
-        return geometry(self.dataset.image(id), label, *self.view, np.random.default_rng([*self.key, k, 1]))
+        return geometry(self.dataset.image(id), label, self.crop, self.scale, self.base, np.random.default_rng([*self.key, k, 1]))
 
 
 @lru_cache(maxsize=8)

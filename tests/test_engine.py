@@ -1,0 +1,537 @@
+"""The loop: killed and resumed equals uninterrupted, bit for bit; what stops it; how networks are evaluated."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mkd_core import engine, records
+from mkd_core.augment import normalise
+from mkd_core.config import RunConfig
+from mkd_core.engine import NonFiniteLoss, build_method, evaluate, make_batch, make_optimizer, poly, probabilities, run
+from mkd_core.methods import METHODS
+from mkd_core.methods.supervised import Supervised
+from tiny import CLASSES, build, child, config
+
+# Children are forked from a clean process that has imported torch once.
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["mkd_core.engine"])
+
+LONG = dict(steps=16, checkpoint_every=4, log_every=3, evaluate_every=8, batch=2, channels=8)
+OPTIONS = {"cps": {"boxes": 3, "weight": 1.0}, "mkd": {"threshold": 0.3, "fda": 1.0, "rampup": 0.5}, "cutmix_seg": {"threshold": 0.3}}
+MOVING = {"seconds", "images_per_second", "peak_memory_mb", "commit"}  # commit: others may be working in this checkout
+
+
+def long(method: str, **keys) -> RunConfig:
+    return config(method, **LONG | {"options": OPTIONS.get(method, {})} | keys)
+
+
+def keys_of(c: RunConfig) -> dict:
+    return c.model_dump(mode="json")
+
+
+def outcome(folder: Path) -> tuple[dict, dict, str]:
+    """(weights and optimiser state, record without clocks, history) of a finished run."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    record = json.loads((folder / "record.json").read_text())
+    return {k: state[k] for k in ("step", "method", "optimizer")}, {k: v for k, v in record.items() if k not in MOVING}, (folder / "history.jsonl").read_text()
+
+
+def assert_same(a: Path, b: Path, also_config: bool = True) -> None:
+    (state, record, history), (other, other_record, other_history) = outcome(a), outcome(b)
+    if not also_config:
+        record.pop("config"), other_record.pop("config")
+    assert record == other_record
+    assert history == other_history
+    tensors = 0
+
+    def equal(x, y) -> None:
+        nonlocal tensors
+        assert type(x) is type(y)
+        if isinstance(x, Tensor):
+            assert x.dtype == y.dtype and torch.equal(x, y)
+            tensors += 1
+        elif isinstance(x, dict):
+            assert x.keys() == y.keys()
+            for k in x:
+                equal(x[k], y[k])
+        elif isinstance(x, list | tuple):
+            assert len(x) == len(y)
+            for p, q in zip(x, y, strict=True):
+                equal(p, q)
+        else:
+            assert x == y
+
+    equal(state, other)
+    assert tensors > 100  # weights, buffers, momenta were there to be compared
+    leftovers = [p.name for p in b.iterdir() if p.name not in ("lock", "config.json", "history.jsonl", "record.json", "checkpoint.pt")]
+    assert not leftovers
+
+
+def rows(folder: Path) -> int:
+    return len(records.history(folder))
+
+
+def start(c: RunConfig, runs: Path, **how) -> multiprocessing.Process:
+    process = server.Process(target=child, args=(keys_of(c), str(runs)), kwargs=how)
+    process.start()
+    return process
+
+
+def finish(process: multiprocessing.Process) -> None:
+    process.join(120)
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run(method, tmp_path):
+    c = long(method)
+    run(c, tmp_path / "whole", quiet=True)
+    total = rows(tmp_path / "whole" / c.id)
+    folder, chance = tmp_path / "killed" / c.id, random.Random(method)
+    for k in range(2):
+        # Somewhere in the middle: after a certain number of rows, plus up to three steps.
+        target = chance.randint(1, total // 2) if k == 0 else chance.randint(total // 2, total - 2)
+        process = start(c, tmp_path / "killed", delay=0.04)
+        deadline = time.monotonic() + 60
+        while (rows(folder) if folder.exists() else 0) < target:
+            assert process.is_alive() and time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.12))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "the child ended before it was killed"
+        assert not (folder / "record.json").exists() and target <= rows(folder) < total
+    finish(start(c, tmp_path / "killed"))
+    assert_same(tmp_path / "whole" / c.id, folder)
+
+
+def test_killed_while_writing_is_the_uninterrupted_run(tmp_path):
+    """Checkpoint half written, complete but not renamed, just renamed; record complete but not renamed; config; nothing is half there."""
+    c = long("mean_teacher", steps=8, checkpoint_every=2, evaluate_every=4)
+    run(c, tmp_path / "whole", quiet=True)
+    folder = tmp_path / "killed" / c.id
+    # Every child saves its first checkpoint two steps after the one it found.
+    for die, step in (
+        ("full config.json 0", None), ("half checkpoint 1", None), ("full checkpoint.pt 1", None), ("renamed checkpoint.pt 1", 2),
+        ("half checkpoint 2", 4), ("full history.jsonl 0", 4), ("renamed checkpoint.pt 2", 8), ("full record.json 0", 8),
+    ):  # fmt: skip
+        process = start(c, tmp_path / "killed", die=die)
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL, die
+        path = folder / "checkpoint.pt"
+        assert (torch.load(path, weights_only=True)["step"] if path.exists() else None) == step, die
+        assert not (folder / "record.json").exists()
+    finish(start(c, tmp_path / "killed"))
+    for leftover in [*folder.glob(".*.tmp")]:
+        leftover.unlink()  # of killed processes; never read, and the next check is about everything else
+    assert_same(tmp_path / "whole" / c.id, folder)
+
+
+def test_loader_processes_change_nothing(tmp_path):
+    c, d = long("mkd", steps=4), long("mkd", steps=4, workers=2)
+    assert c.id == d.id
+    run(c, tmp_path / "0", quiet=True)
+    run(d, tmp_path / "2", quiet=True)
+    assert_same(tmp_path / "0" / c.id, tmp_path / "2" / c.id, also_config=False)
+
+
+def test_another_seed_is_another_run(tmp_path):
+    a, b = config(steps=2, seed=0), config(steps=2, seed=1)
+    assert a.id != b.id
+    for c in (a, b):
+        run(c, tmp_path, quiet=True)
+    first, second = (outcome(tmp_path / c.id)[0]["method"] for c in (a, b))
+    assert not any(torch.equal(first[k], second[k]) for k in first if k.endswith("conv1.weight"))
+
+
+def test_the_same_id_never_runs_again(tmp_path, monkeypatch):
+    c = config(steps=2)
+    record = run(c, tmp_path, quiet=True)
+    monkeypatch.setattr(engine, "_Run", lambda *args: pytest.fail("it ran again"))
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / c.id).iterdir()}
+    assert run(config(steps=2, device="auto", workers=3, log_every=7), tmp_path, quiet=True) == record
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / c.id).iterdir()}
+
+
+def test_a_second_process_at_the_same_run_is_told_so(tmp_path):
+    c = long("supervised")
+    process = start(c, tmp_path, delay=0.5)
+    try:
+        while not (tmp_path / c.id / "config.json").exists():
+            assert process.is_alive()
+            time.sleep(0.01)
+        with pytest.raises(RuntimeError, match=f"another process is at run {c.id}"):
+            run(c, tmp_path, quiet=True)
+        assert process.is_alive()
+    finally:
+        process.kill()
+        process.join()
+
+
+# What stops a run.
+
+
+def poison(monkeypatch, step: int, steps: int) -> None:
+    forward = Supervised.forward
+
+    def poisoned(self, batch, progress):
+        terms, stats = forward(self, batch, progress)
+        return {k: t * (float("nan") if round(progress * steps) == step else 1) for k, t in terms.items()}, stats
+
+    monkeypatch.setattr(Supervised, "forward", poisoned)
+
+
+@pytest.mark.parametrize("log_every", [1, 4, 50])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, log_every):
+    c = config(steps=8, log_every=log_every, checkpoint_every=3)
+    run(c, tmp_path / "healthy", quiet=True)
+    folder = tmp_path / "ill" / c.id
+    with monkeypatch.context() as m:
+        poison(m, 4, 8)
+        with pytest.raises(NonFiniteLoss) as error:
+            run(c, tmp_path / "ill", quiet=True)
+    message = str(error.value)
+    # Which images step 4 sees, counted on independently: samples 12, 13, 14 of both streams.
+    labeled, unlabeled = seen_in_step(c, 4)
+    assert "step 4" in message and str(folder / "checkpoint.pt") in message
+    assert f"Labeled images: {', '.join(labeled)}; unlabeled images: {', '.join(unlabeled)}" in message
+    assert not (folder / "record.json").exists()
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 3 and all(v.isfinite().all() for v in state["method"].values())
+    assert all(np.isfinite(row["loss"]) for row in records.history(folder))
+    run(c, tmp_path / "ill", quiet=True)  # the cause removed, it goes on from there
+    assert_same(tmp_path / "healthy" / c.id, folder)
+
+
+def seen_in_step(c: RunConfig, step: int) -> tuple[list[str], list[str]]:
+    """Ids whose image is read while the tensors of a step are made."""
+    made = engine._Run(c, Path(os.devnull).parent, True) if False else None
+    assert made is None
+    dataset = engine.open_dataset(c.dataset, c.root, **c.dataset_options)
+    split = engine.load_split(dataset, c.split, c.seed)
+    read: list[str] = []
+    image = dataset.image
+    dataset.image = lambda id: (read.append(id), image(id))[1]  # type: ignore[method-assign]
+    view = dict(seed=c.seed, crop=c.crop, scale=c.scale, base=c.base)
+    engine.Steps(
+        engine.Stream(dataset, split.labeled, name="labeled", labeled=True, **view),
+        engine.Stream(dataset, split.unlabeled, name="unlabeled", labeled=False, **view),
+        c.batch,
+    )[step]
+    assert set(read[: c.batch]) <= set(split.labeled) and set(read[c.batch :]) <= set(split.unlabeled) and len(read) == 2 * c.batch
+    return read[: c.batch], read[c.batch :]
+
+
+def test_a_bad_loss_before_the_first_checkpoint(tmp_path, monkeypatch):
+    poison(monkeypatch, 0, 8)
+    with pytest.raises(NonFiniteLoss, match="step 0.*no checkpoint yet"):
+        run(config(steps=8), tmp_path, quiet=True)
+
+
+def full_disk(monkeypatch, after: int = 0) -> None:
+    """From the `after`-th time on, flushing a file finds no space left."""
+    calls = 0
+
+    def fsync(fd: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("after", range(7))
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, after):
+    """Whichever write fails (config, history, checkpoints, record): no temporary, what was there stays, and the run can go on."""
+    c = config(steps=4, checkpoint_every=1)
+    folder = tmp_path / c.id
+    with monkeypatch.context() as m:
+        full_disk(m, after)
+        with pytest.raises(OSError, match="No space left"):
+            run(c, tmp_path, quiet=True)
+    assert not [*folder.glob(".*")] and not (folder / "record.json").exists()
+    if after > 2:
+        assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == after - 2
+    run(c, tmp_path, quiet=True)
+    run(c, tmp_path / "whole", quiet=True)
+    assert_same(tmp_path / "whole" / c.id, folder)
+
+
+def test_a_checkpoint_that_does_not_fit_keeps_the_old_one(tmp_path):
+    """A real short write, not a simulated one: files beyond 200 kB are refused by the system."""
+    c = config(steps=4, checkpoint_every=2)
+    process = start(c, tmp_path, limit=200_000)
+    process.join(60)
+    assert process.exitcode not in (0, None)
+    assert not (tmp_path / c.id / "checkpoint.pt").exists() and not (tmp_path / c.id / "record.json").exists()
+    assert not [*(tmp_path / c.id).glob(".*.tmp")]
+    finish(start(c, tmp_path))
+    assert (tmp_path / c.id / "record.json").exists()
+
+
+@pytest.mark.parametrize(
+    "keys, word",
+    [({"split": "random/99"}, "99"), ({"split": "cps/1_61"}, "split"), ({"dataset": "voc", "root": "/nowhere", "dataset_options": {}}, "nowhere"),
+     ({"method": "mkd", "norm": "group", "batch": 1}, "batch"), ({"device": "cuda:77"}, "cuda:77"), ({"encoder": "resnet5"}, "resnet5")],
+)  # fmt: skip
+def test_bad_input_is_refused_before_training(tmp_path, keys, word):
+    with pytest.raises((ValueError, KeyError), match=word):
+        run(config(**keys), tmp_path, quiet=True)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "lock"]
+
+
+# One step.
+
+
+def test_the_first_network_of_a_seed_is_the_same_for_every_method():
+    first = {}
+    for seed in (0, 1):
+        nets = [next(iter(build_method(config(name, seed=seed), 5).parameters())).detach() for name in METHODS]
+        states = [next(iter(build_method(config(name, seed=seed), 5).children())).state_dict() for name in METHODS]
+        assert all(torch.equal(net, nets[0]) for net in nets)
+        first[seed] = states[0]["classifier.weight"]
+        for state in states:
+            mine = state.get("classifier.weight", state.get("0.classifier.weight"))
+            assert torch.equal(mine, first[seed])
+    assert not torch.equal(first[0], first[1])
+
+
+def test_schedule_and_optimisers(tmp_path):
+    c = config(steps=5, lr=0.02, weight_decay=0.003)
+    method = build_method(c, 5)
+    sgd = make_optimizer(c, method)
+    assert isinstance(sgd, torch.optim.SGD) and sgd.defaults["momentum"] == 0.9 and sgd.defaults["weight_decay"] == 0.003
+    adamw = make_optimizer(config(optimizer="adamw", lr=0.02, weight_decay=0.003), method)
+    assert isinstance(adamw, torch.optim.AdamW) and adamw.defaults["weight_decay"] == 0.003
+    mkd = build_method(config("mkd"), 5)
+    optimised = {id(p) for g in make_optimizer(config("mkd"), mkd).param_groups for p in g["params"]}
+    assert optimised == {id(p) for s in mkd.students for p in s.parameters()}
+    for t in range(5):
+        assert poly(c, t) == pytest.approx(0.02 * (1 - t / 5) ** 0.9)
+    run(c, tmp_path, quiet=True)
+    assert [row["lr"] for row in records.history(tmp_path / c.id)] == pytest.approx([0.02 * (1 - t / 5) ** 0.9 for t in range(5)])
+
+
+def test_one_step_is_plain_sgd(tmp_path, monkeypatch):
+    """Two steps of the loop against two steps written out: data, learning rates, momentum, sum of terms, teacher's step numbers."""
+    c = config("mean_teacher", steps=2, options={"weight": 5.0}, weight_decay=0.01)
+    method, dataset = build_method(c, 5).train(), engine.open_dataset("shapes", "", **c.dataset_options)
+    split = engine.load_split(dataset, c.split, c.seed)
+    view = dict(seed=c.seed, crop=c.crop, scale=c.scale, base=c.base)
+    steps = engine.Steps(
+        engine.Stream(dataset, split.labeled, name="labeled", labeled=True, **view),
+        engine.Stream(dataset, split.unlabeled, name="unlabeled", labeled=False, **view),
+        c.batch,
+    )
+    parameters = [*method.net.parameters()]
+    momenta = [torch.zeros_like(p) for p in parameters]
+    teacher = [p.detach().clone() for p in parameters]
+    for t in range(2):
+        terms, _ = method(make_batch(steps[t], c, method.views, torch.device("cpu")), t / 2)
+        gradients = torch.autograd.grad(terms["sup"] + terms["consistency"], parameters)
+        with torch.no_grad():
+            for p, g, m in zip(parameters, gradients, momenta, strict=True):
+                m.mul_(0.9).add_(g + 0.01 * p)
+                p.sub_(c.lr * (1 - t / 2) ** 0.9 * m)
+            for own, p, mine in zip(teacher, parameters, method.teacher.module.parameters(), strict=True):
+                own.mul_(0.99).add_(0.01 * p)
+                mine.copy_(own)
+    run(c, tmp_path, quiet=True)
+    state = outcome(tmp_path / c.id)[0]["method"]
+    for name, p in method.named_parameters():
+        torch.testing.assert_close(state[name], p, rtol=1e-3, atol=1e-5)
+
+
+def test_views_of_a_batch():
+    torch.manual_seed(0)
+    tensors = (torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8), torch.full((2, 32, 32), 255, dtype=torch.uint8),
+               torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8), torch.ones(2, 32, 32, dtype=torch.bool))  # fmt: skip
+    plain = make_batch(tensors, config(strong="none"), 2, torch.device("cpu"))
+    expected = normalise(tensors[2].float() / 255)
+    assert torch.equal(plain.weak, expected) and len(plain.strong) == 2 and all(torch.equal(s, expected) for s in plain.strong)
+    assert torch.equal(plain.x, normalise(tensors[0].float() / 255)) and plain.y.dtype == torch.int64 and plain.valid.dtype == torch.bool
+    coloured = make_batch(tensors, config(strong="chain"), 2, torch.device("cpu"))
+    assert torch.equal(coloured.weak, expected) and not torch.equal(coloured.strong[0], coloured.strong[1])
+    released = make_batch(tensors, config(strong="none", weak_photometric=True), 1, torch.device("cpu"))
+    assert torch.equal(released.strong[0], expected)  # strong colour is applied to the geometric view alone
+    assert not torch.equal(released.weak, expected) and not torch.equal(released.x, plain.x)
+
+
+@pytest.mark.parametrize("method", ["cps", "mkd", "cutmix_seg"])
+def test_bfloat16_trains_float32_weights(method, tmp_path):
+    c = long(method, steps=3, precision="bfloat16")
+    record = run(c, tmp_path, quiet=True)
+    state = outcome(tmp_path / c.id)[0]["method"]
+    assert record.precision == "bfloat16"
+    fresh = build_method(c, 5).state_dict()
+    for key, value in state.items():
+        assert value.dtype == fresh[key].dtype and value.isfinite().all()
+    moved = [k for k in state if k.endswith(("classifier.weight", "conv1.weight")) and not torch.equal(state[k], fresh[k])]
+    assert len(moved) >= 2
+    assert all(np.isfinite(row["loss"]) for row in records.history(tmp_path / c.id))
+
+
+@pytest.mark.parametrize("method", ["cps", "mkd"])
+def test_autocast_does_not_swallow_gradients(method):
+    """A no-grad forward before the one with gradient must not leave its weights, cast and without graph, in autocast's cache."""
+    from tiny import batch, gradients, make
+
+    m = make(method, **({"boxes": 3} if method == "cps" else {"threshold": 0.3}))
+    with torch.autocast("cpu", torch.bfloat16):
+        terms, _ = m(batch(), 0.5)
+    for key, term in terms.items():
+        assert all(gradients(term.float(), part) > 0 for s in m.students for part in (s.encoder, s.decoder, s.classifier)), key
+
+
+# Evaluation.
+
+
+class Pointwise(nn.Module):
+    """Logits of a pixel from that pixel alone."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer = nn.Conv2d(3, CLASSES, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Position(nn.Module):
+    """Logits that depend on the place inside the window: tells windows apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, z = torch.meshgrid(torch.arange(x.shape[2]), torch.arange(x.shape[3]), indexing="ij")
+        return torch.stack([y / 10 + x[0, 0], z / 7 - x[0, 1], (y + z) / 20 + x[0, 2]])[None]
+
+
+@pytest.mark.parametrize("size", [(64, 48), (37, 50)])
+def test_whole_is_one_window_that_covers_the_image(size):
+    net, image = build().eval(), torch.randn(2, 3, *size)
+    whole = probabilities(net, image, "whole", (32, 32))
+    assert whole.shape == (2, CLASSES, *size)
+    torch.testing.assert_close(probabilities(net, image, "sliding", (64, 64)), whole)
+    torch.testing.assert_close(whole.sum(1), torch.ones(2, *size))
+    if size == (64, 48):
+        torch.testing.assert_close(whole, net(image).softmax(1))  # multiples of the stride: nothing is padded
+    else:
+        torch.testing.assert_close(whole, net(F.pad(image, (0, 14, 0, 27)))[..., :37, :50].softmax(1))
+
+
+@pytest.mark.parametrize("protocol", ["whole", "sliding"])
+@pytest.mark.parametrize("size", [(37, 50), (48, 33), (20, 100)])
+def test_padding_does_not_leak(protocol, size):
+    net, image = Pointwise(), torch.randn(2, 3, *size)
+    torch.testing.assert_close(probabilities(net, image, protocol, (32, 32)), net(image).softmax(1))
+
+
+@pytest.mark.parametrize("size", [(80, 112), (32, 33), (64, 100), (20, 70)])
+def test_sliding_is_the_loop_s(size):
+    """Stride ceil(2/3 window), the last window shifted back inside, probabilities averaged where windows overlap."""
+    image, window = torch.randn(1, 3, *size), 32
+    total, count = torch.zeros(1, 3, *size), torch.zeros(1, 1, *size)
+    stride = -(-2 * window // 3)
+    tops, lefts = [], []
+    for starts, side in ((tops, size[0]), (lefts, size[1])):
+        start = 0
+        while True:
+            starts.append(min(start, max(0, side - window)))
+            if starts[-1] + window >= side:
+                break
+            start += stride
+    for top in tops:
+        for left in lefts:
+            part = image[..., top : top + window, left : left + window]
+            h, w = part.shape[-2:]
+            total[..., top : top + h, left : left + w] += Position()(part).softmax(1)
+            count[..., top : top + h, left : left + w] += 1
+    assert count.min() >= 1
+    torch.testing.assert_close(probabilities(Position(), image, "sliding", (32, 32)), total / count)
+
+
+@pytest.mark.parametrize("size, small", [((375, 500), (384, 512)), ((500, 333), (512, 341)), ((100, 64), (512, 328)), ((700, 1024), (350, 512))])
+def test_long512(size, small):
+    image, shapes = torch.randn(1, 3, *size), []
+    net = Pointwise()
+    net.register_forward_pre_hook(lambda m, args: shapes.append(tuple(args[0].shape[-2:])))
+    prob = probabilities(net, image, "long512", (32, 32))
+    assert abs(shapes[0][0] - small[0]) <= 31 and abs(shapes[0][1] - small[1]) <= 31  # padded to the network's stride
+    logits = net.layer(F.interpolate(image, small, mode="bilinear", align_corners=False))
+    torch.testing.assert_close(prob, F.interpolate(logits, size, mode="bilinear", align_corners=False).softmax(1), rtol=1e-4, atol=1e-5)
+
+
+class Odd:
+    """Images of different sizes."""
+
+    classes = tuple("abcd")
+    sizes = ((32, 32), (32, 32), (48, 32), (20, 37), (32, 32), (32, 32), (32, 32))
+    ids = tuple(str(i) for i in range(len(sizes)))
+
+    def image(self, id: str) -> Tensor:
+        g = torch.Generator().manual_seed(int(id))
+        return torch.randint(0, 256, (3, *self.sizes[int(id)]), generator=g, dtype=torch.uint8)
+
+    def label(self, id: str) -> Tensor:
+        label = (self.image(id).float().mean(0) / 64).to(torch.uint8)
+        label[:2] = 255
+        return label
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluate_counts_every_pixel_of_every_image_once(workers):
+    nets = {"a": Pointwise(0).train(), "b": Pointwise(1).eval()}
+    data = Odd()
+    confusion, quality = evaluate(nets, data, data.ids, quality=0.4, workers=workers)
+    assert nets["a"].training and not nets["b"].training
+    expected = {name: torch.zeros(4, 4, dtype=torch.int64) for name in ("a", "b", "mean")}
+    kept = {name: 0 for name in expected}
+    for id in data.ids:
+        image, label = normalise(data.image(id)[None].float() / 255), data.label(id)
+        prob = {name: net(image).softmax(1)[0] for name, net in nets.items()}
+        prob["mean"] = (prob["a"] + prob["b"]) / 2
+        for name, p in prob.items():
+            for y, z, q in zip(label.flatten().tolist(), p.argmax(0).flatten().tolist(), p.amax(0).flatten().tolist(), strict=True):
+                if y != 255:
+                    expected[name][y, z] += 1
+                    kept[name] += q >= 0.4
+    for name in expected:
+        assert torch.equal(confusion[name], expected[name])
+        assert quality[name].kept.sum() == kept[name] and torch.equal(quality[name].all, expected[name])
+    assert [*confusion] == ["a", "b", "mean"] and [*evaluate({"a": nets["a"]}, data, data.ids)[0]] == ["a"]
+
+
+def test_the_record_tells_what_was_measured(tmp_path):
+    c = long("mkd", steps=8, evaluate_every=4)
+    record = run(c, tmp_path, quiet=True)
+    evaluations = [row for row in records.history(tmp_path / c.id) if "miou" in row]
+    assert [row["step"] for row in evaluations] == [4, 8]
+    names = ["student 1", "student 2", "teacher 1", "teacher 2", "mean"]
+    assert [*record.predictors] == names and record.miou == record.predictors["student 1"] == evaluations[-1]["miou"]["student 1"]
+    assert record.miou_best == max(row["miou"]["student 1"] for row in evaluations) and record.step_best in (4, 8)
+    assert record.miou == pytest.approx(np.nanmean([np.nan if v is None else v for v in record.iou]))
+    assert len(record.iou) == len(record.classes) == 5 and record.evaluated["images"] == 6 and record.protocol == "whole"
+    assert record.split["labeled"] == 6 and record.split["unlabeled"] == 18 and len(record.split["sha256"]) == 64
+    assert record.pseudo_labels and [*record.pseudo_labels] == names and record.pseudo_labels["student 1"]["threshold"] == 0.95
+    assert record.status == "done" and record.seconds > 0 and record.peak_memory_mb > 0 and record.images_per_second > 0
+    assert RunConfig(**record.config).id == record.id == c.id  # the record states the whole configuration
+    # The number is that of the saved weights.
+    method = build_method(c, 5)
+    method.load_state_dict(outcome(tmp_path / c.id)[0]["method"])
+    data = engine.open_dataset("shapes", "", **c.dataset_options)
+    matrix = evaluate({"net": method.students[0]}, data, data.val)[0]["net"]
+    assert engine.miou(matrix) == record.miou
