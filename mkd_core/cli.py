@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     run.add_argument("notebook", type=Path)
-    run.add_argument("parameters", nargs="*", metavar="key=value", help="a parameter as YAML, wins over the file: lr=1e-3, crop=[512,512]")
+    run.add_argument("pairs", nargs="*", metavar="key=value", help="a parameter as YAML, wins over the file: lr=1e-3, crop=[512,512]")
     run.add_argument("-f", "--file", type=Path, help="YAML file of parameters")
     run.add_argument("-o", "--out", type=Path, help="folder for the executed notebook (default: runs/notebooks)")
     run.add_argument("--html", action="store_true", help="write the executed notebook as HTML too")
@@ -47,14 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Example: mkd check voc_aug --root VOCdevkit/VOC2012 --split cps/1_16",
     )
     check.add_argument("dataset", help="shapes, folder, voc, voc_aug, cityscapes, coco")
-    check.add_argument("options", nargs="*", metavar="key=value", help="options of the data set as YAML: classes=11 val=test.txt")
+    check.add_argument("pairs", nargs="*", metavar="key=value", help="options of the data set as YAML: classes=11 val=test.txt")
     check.add_argument("--root", default="", help="folder of the data set")
     check.add_argument("--split", default="random/1_16", help="labeled images (default: %(default)s)")
     check.add_argument("--seed", type=int, default=0, help="of a random split")
     check.add_argument("--quick", action="store_true", help="lists and file names only, open nothing")
     check.add_argument("--download", action="store_true", help="fetch and verify the data first, where its terms allow that (voc, voc_aug)")
 
-    words = parser.parse_args(argv)
+    # argparse closes a list of positionals at the first option; here key=value may stand anywhere.
+    words, rest = parser.parse_known_args(argv)
+    if wrong := [word for word in rest if word.startswith("-") or "=" not in word]:
+        (run if words.command == "run" else check).error(f"unrecognized arguments: {' '.join(wrong)}")
+    words.pairs += rest
     try:
         return _run(words) if words.command == "run" else _check(words)
     except (ValueError, FileNotFoundError, OSError) as error:
@@ -196,7 +200,7 @@ def _run(words: argparse.Namespace) -> int:
         for name, about in papermill.inspect_notebook(str(words.notebook)).items():
             print(f"{name} = {about['default']}" + (f"    {about['help']}" if about["help"] else ""))
         return 0
-    parameters = (read_parameters(words.file) if words.file else {}) | parse_values(words.parameters)
+    parameters = (read_parameters(words.file) if words.file else {}) | parse_values(words.pairs)
     from .records import RUNS
 
     try:
@@ -215,7 +219,7 @@ def _check(words: argparse.Namespace) -> int:
         from .data.voc import download
 
         download(words.dataset, words.root)
-    dataset = open_dataset(words.dataset, words.root, **parse_values(words.options))
+    dataset = open_dataset(words.dataset, words.root, **parse_values(words.pairs))
     split = load_split(dataset, words.split, words.seed)
 
     def progress(done: int, total: int) -> None:
