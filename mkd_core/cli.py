@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import sys
 import tempfile
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     run.add_argument("notebook", type=Path)
-    run.add_argument("pairs", nargs="*", metavar="key=value", help="a parameter as YAML, wins over the file: lr=1e-3, crop=[512,512]")
+    run.add_argument("pairs", nargs="*", metavar="key=value", help="a parameter as YAML, wins over the file: lr=1e-3, crop=[512,512], common.root=DIR")
     run.add_argument("-f", "--file", type=Path, help="YAML file of parameters")
     run.add_argument("-o", "--out", type=Path, help="folder for the executed notebook (default: runs/notebooks)")
     run.add_argument("--html", action="store_true", help="write the executed notebook as HTML too")
@@ -83,6 +84,20 @@ def parse_values(pairs: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise ValueError(f"{key}: {text!r} is not YAML ({error})") from error
     return values
+
+
+def merge(parameters: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Parameters with values put over them; "common.root" reaches into the mapping `common`, which must be there."""
+    merged = copy.deepcopy(parameters)
+    for key, value in values.items():
+        *path, last = key.split(".")
+        inner = merged
+        for name in path:
+            if not isinstance(inner.get(name), dict):
+                raise ValueError(f"{key}: the parameters file has no mapping {name!r} to put {last!r} into")
+            inner = inner[name]
+        inner[last] = value
+    return merged
 
 
 def read_parameters(file: Path) -> dict[str, Any]:
@@ -200,7 +215,7 @@ def _run(words: argparse.Namespace) -> int:
         for name, about in papermill.inspect_notebook(str(words.notebook)).items():
             print(f"{name} = {about['default']}" + (f"    {about['help']}" if about["help"] else ""))
         return 0
-    parameters = (read_parameters(words.file) if words.file else {}) | parse_values(words.pairs)
+    parameters = merge(read_parameters(words.file) if words.file else {}, parse_values(words.pairs))
     from .records import RUNS
 
     try:

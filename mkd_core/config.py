@@ -126,7 +126,10 @@ class RunConfig(BaseModel):
 
 
 class Grid(BaseModel):
-    """The runs of a table: every row with every seed. A row's keys win over the common ones; all configurations are checked at once."""
+    """The runs of a table: every row with every seed. A row's keys win over the common ones; "{seed}" in a split's name is filled in.
+
+    All configurations are checked when the grid is made.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -137,7 +140,12 @@ class Grid(BaseModel):
     @property
     def runs(self) -> dict[str, list[RunConfig]]:
         """Row name -> one configuration a seed."""
-        return {name: [RunConfig(**self.common | row | {"seed": seed}) for seed in self.seeds] for name, row in self.rows.items()}
+
+        def config(row: dict[str, Any], seed: int) -> RunConfig:
+            keys = self.common | row | {"seed": seed}
+            return RunConfig(**keys | {"split": keys["split"].replace("{seed}", str(seed))} if "split" in keys else keys)
+
+        return {name: [config(row, seed) for seed in self.seeds] for name, row in self.rows.items()}
 
     @model_validator(mode="after")
     def _all_valid(self) -> Grid:

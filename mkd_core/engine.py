@@ -295,7 +295,7 @@ def run_all(configs: Sequence[RunConfig], slots: int = 1, runs: Path | None = No
             if error := next((e for f in futures if f.done() and not f.cancelled() and (e := f.exception())), None):
                 pool.shutdown(cancel_futures=True)
                 raise error
-            active = [config for config, f in zip(configs, futures, strict=True) if f.running()]
+            active = [config for config, f in zip(configs, futures, strict=True) if f.running()][:slots]
             lines = [f"{c.method} seed {c.seed} {_share((runs or records.RUNS) / c.id, c)}" for c in active]
             done = sum(f.done() for f in futures)
             show(f"{done} done; {'; '.join(lines)}; {time.monotonic() - started:.0f} s")

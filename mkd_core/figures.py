@@ -355,8 +355,8 @@ def figure1(pictures: Mapping[str, Array] | None = None) -> Figure:
     level = {"t1": 5.2, "s1": 3.5, "s2": 1.9, "t2": 0.2}
 
     def box(x: float, y: float, text: str, colour: str, wide: float = 1.5, tall: float = 0.74) -> None:
-        shape: dict[str, Any] = {"boxstyle": "round,pad=0,rounding_size=0.1", "facecolor": colour + "1f", "edgecolor": colour, "linewidth": 1.4}
-        ax.add_patch(FancyBboxPatch((x - wide / 2, y - tall / 2), wide, tall, **shape))
+        style = "round,pad=0,rounding_size=0.1"
+        ax.add_patch(FancyBboxPatch((x - wide / 2, y - tall / 2), wide, tall, boxstyle=style, fc=colour + "1f", ec=colour, lw=1.4))
         ax.text(x, y, text, ha="center", va="center", linespacing=1.2)
 
     def node(x: float, y: float, text: str, colour: str) -> None:

@@ -358,6 +358,7 @@ def test_folder_wants_to_know_its_classes(own):
 # ---- check
 
 def test_check_of_sound_data(own):
+    save(own / "v_.png", grey(1))  # not labeled: no part of the shares
     data = open_dataset("folder", str(own))
     calls = []
     report = check(data, load_split(data, "full"), progress=lambda *call: calls.append(call))
@@ -402,6 +403,11 @@ def test_check_counts_and_names_the_first_five(own):
     problems = check(data, load_split(data, "full")).problems
     first = ", ".join(str(own / f"n{k}.png") for k in range(5))
     assert problems[0].startswith(f"7 images ({first}, ...) missing. ") and problems[1].startswith("7 masks (")
+    for k in range(7):
+        save(own / f"n{k}.png", grey(0))
+        save(own / f"n{k}_.png", grey(7))
+    lines = check(data, load_split(data, "full")).problems[0].split("\n  ")
+    assert lines[0] == "7 faulty files:" and [line[:len(str(own)) + 3] for line in lines[1:]] == [f"{own}/n{k}" for k in range(5)] + ["..."]
 
 
 def test_check_of_lists(own):
