@@ -7,4 +7,17 @@ from .engine import evaluate, run, run_all, segment
 from .methods import METHODS
 from .records import Record, collect, table
 
-__all__ = ["METHODS", "Grid", "Record", "RunConfig", "collect", "evaluate", "load_split", "open_dataset", "run", "run_all", "segment", "table"]
+__all__ = [
+    "METHODS",
+    "Grid",
+    "Record",
+    "RunConfig",
+    "collect",
+    "evaluate",
+    "load_split",
+    "open_dataset",
+    "run",
+    "run_all",
+    "segment",
+    "table",
+]

@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     run.add_argument("notebook", type=Path)
-    run.add_argument("pairs", nargs="*", metavar="key=value", help="a parameter as YAML, wins over the file: lr=1e-3, crop=[512,512], common.root=DIR")
+    run.add_argument(
+        "pairs", nargs="*", metavar="key=value", help="a parameter as YAML, wins over the file: lr=1e-3, crop=[512,512], common.root=DIR"
+    )
     run.add_argument("-f", "--file", type=Path, help="YAML file of parameters")
     run.add_argument("-o", "--out", type=Path, help="folder for the executed notebook (default: runs/notebooks)")
     run.add_argument("--html", action="store_true", help="write the executed notebook as HTML too")

@@ -110,7 +110,9 @@ class RunConfig(BaseModel):
             defaults = {n: p.default for n, p in inspect.signature(cls).parameters.items() if n not in skip}
             object.__setattr__(self, field, defaults | given)
         if self.batch < 2 and self.norm == "batch":
-            raise ValueError("batch must be at least 2: BatchNorm cannot normalise a single image (DeepLabV3+ pools to 1 x 1); or norm='group'")
+            raise ValueError(
+                "batch must be at least 2: BatchNorm cannot normalise a single image (DeepLabV3+ pools to 1 x 1); or norm='group'"
+            )
         return self
 
     @property

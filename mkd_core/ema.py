@@ -22,7 +22,9 @@ class EMA(nn.Module):
     def __init__(self, module: nn.Module, decay: float, *, buffers: str = "none", mode: str = "train", warmup: bool = True):
         super().__init__()
         if not 0 <= decay <= 1 or buffers not in ("none", "all") or mode not in ("train", "eval"):
-            raise ValueError(f"EMA needs decay in [0, 1], buffers 'none' or 'all', mode 'train' or 'eval'; got {decay=}, {buffers=}, {mode=}")
+            raise ValueError(
+                f"EMA needs decay in [0, 1], buffers 'none' or 'all', mode 'train' or 'eval'; got {decay=}, {buffers=}, {mode=}"
+            )
         self.module = copy.deepcopy(module).requires_grad_(False)
         self.decay, self.buffers_of, self.mode, self.warmup = decay, buffers, mode, warmup
         self.train()

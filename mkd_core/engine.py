@@ -31,9 +31,9 @@ from . import records
 from .augment import STRONG, distort, normalise
 from .config import RunConfig
 from .data import SegDataset, open_dataset
-from .data.base import IGNORE
+from .data.base import DataError
 from .data.check import check
-from .data.splits import Split, load_split
+from .data.splits import load_split
 from .data.stream import Steps, Stream
 from .methods import METHODS, Batch, Method
 from .metrics import PseudoLabelQuality, confusion_matrix, iou, miou
@@ -63,7 +63,9 @@ def build_method(config: RunConfig, num_classes: int) -> Method:
     seed_step(config.seed, -1)
     method = METHODS[config.method](partial(build_net, config, num_classes), **config.options)
     if config.batch < method.min_batch:
-        raise ValueError(f"{config.method} with these options needs a batch of at least {method.min_batch} (CutMix needs a partner); got {config.batch}")
+        raise ValueError(
+            f"{config.method} with these options needs a batch of at least {method.min_batch} (CutMix needs a partner); got {config.batch}"
+        )
     return method
 
 
@@ -74,12 +76,22 @@ def load_method(run: RunConfig | str | Path, device: torch.device | str = "cpu")
     """
     folder = records.RUNS / run.id if isinstance(run, RunConfig) else Path(run)
     config = RunConfig.model_validate_json((folder / "config.json").read_text())
-    state = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)["method"]
+    state = read_checkpoint(folder / "checkpoint.pt", device)["method"]
     classes = next(len(value) for name, value in state.items() if name.endswith("classifier.weight"))
     # The checkpoint holds the encoder too: its ImageNet file may be gone.
     method = build_method(config.model_copy(update={"weights": ""}), classes).to(device)
     method.load_state_dict(state)
     return method.eval()
+
+
+def read_checkpoint(path: Path, device: torch.device | str) -> dict[str, Any]:
+    """The state that a run left; nothing is unpickled. ValueError where there is none or it is damaged."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no checkpoint {path}: the run has not come that far") from error
+    except Exception as error:  # torch raises half a dozen unrelated classes here
+        raise ValueError(f"{path} is damaged ({error}); delete it and the run starts anew") from error
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -252,7 +264,7 @@ class Progress:
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto": the first GPU where there is one."""
+    """ "auto": the first GPU where there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -333,11 +345,15 @@ class _Run:
         self.dataset = open_dataset(config.dataset, config.root, **config.dataset_options)
         self.split = load_split(self.dataset, config.split, config.seed)
         check(self.dataset, self.split).raise_if_bad()
+        if not self.dataset.val:
+            raise DataError(f"data set {config.dataset!r} names no images to evaluate. {self.dataset.where}")
         self.method = build_method(config, len(self.dataset.classes)).to(self.device)
         self.optimizer = make_optimizer(config, self.method)
         stream = partial(Stream, self.dataset, seed=config.seed, crop=config.crop, scale=config.scale, base=config.base)
         self.steps = Steps(
-            stream(self.split.labeled, name="labeled", labeled=True), stream(self.split.unlabeled, name="unlabeled", labeled=False), config.batch
+            stream(self.split.labeled, name="labeled", labeled=True),
+            stream(self.split.unlabeled, name="unlabeled", labeled=False),
+            config.batch,
         )
         withheld = [i for i in self.split.unlabeled if self.dataset.has_label(i)]
         rng = np.random.default_rng(config.seed)
@@ -390,7 +406,9 @@ class _Run:
                 self.seconds += clock.since()
                 self._log(row)
                 left = (config.steps - self.step) * 2 * config.batch / rate
-                self.progress(f"step {self.step:,} of {config.steps:,}, loss {row['loss']:.3f}, {rate:.0f} images/s, {left / 60:.1f} min left")
+                self.progress(
+                    f"step {self.step:,} of {config.steps:,}, loss {row['loss']:.3f}, {rate:.0f} images/s, {left / 60:.1f} min left"
+                )
                 if self.step % config.checkpoint_every == 0 or last:
                     self._save()
 
@@ -443,7 +461,7 @@ class _Run:
     def _restore(self) -> None:
         path = self.folder / "checkpoint.pt"
         if path.exists():
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            state = read_checkpoint(path, self.device)
             self.method.load_state_dict(state["method"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.history = state["step"], json.loads(state["history"])
@@ -459,7 +477,9 @@ class _Run:
         first = next(iter(last["miou"]))
         best = max(evaluations, key=lambda row: row["miou"][first])
         cuda = self.device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        memory = (
+            torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        )
         return Record(
             id=config.id,
             status="done",
@@ -480,10 +500,15 @@ class _Run:
             precision=config.precision,
             seed=config.seed,
             split={
-                "name": split.name, "sha256": split.sha256, "sha256_unlabeled": split.sha256_unlabeled,
-                "labeled": len(split.labeled), "unlabeled": len(split.unlabeled),
-            },  # fmt: skip
-            weights={"name": Path(config.weights).name, "sha256": file_sha256(config.weights)} if config.weights else {"name": "", "sha256": ""},
+                "name": split.name,
+                "sha256": split.sha256,
+                "sha256_unlabeled": split.sha256_unlabeled,
+                "labeled": len(split.labeled),
+                "unlabeled": len(split.unlabeled),
+            },
+            weights={"name": Path(config.weights).name, "sha256": file_sha256(config.weights)}
+            if config.weights
+            else {"name": "", "sha256": ""},
             protocol=config.protocol,
             evaluated={"images": len(self.dataset.val), "set": config.dataset_options.get("val", "val")},
             versions=records.environment(),

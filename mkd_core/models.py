@@ -95,7 +95,9 @@ def load_encoder(net: SegNet, weights: str) -> None:
     """
     path = Path(weights).expanduser()
     if not path.is_file():
-        raise ValueError(f"weights file {weights} does not exist; give a local .pth or .safetensors file of the encoder, or '' for random weights")
+        raise ValueError(
+            f"weights file {weights} does not exist; give a local .pth or .safetensors file of the encoder, or '' for random weights"
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -103,7 +105,7 @@ def load_encoder(net: SegNet, weights: str) -> None:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - torch raises half a dozen unrelated classes here; all mean the same to the user
+    except Exception as error:
         raise ValueError(f"{weights} holds no plain tensors (only weights_only=True loads; nothing is unpickled): {error}") from error
     try:
         net.encoder.load_state_dict(state)

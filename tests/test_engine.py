@@ -29,7 +29,7 @@ from tiny import CLASSES, batch, build, child, config, gradients, make
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["mkd_core.engine"])
 
-LONG = dict(steps=16, checkpoint_every=4, log_every=3, evaluate_every=8, batch=2, channels=8)
+LONG = dict(steps=12, checkpoint_every=4, log_every=2, evaluate_every=6, batch=2, channels=8)
 OPTIONS = {"cps": {"boxes": 3, "weight": 1.0}, "mkd": {"threshold": 0.3, "fda": 1.0, "rampup": 0.5}, "cutmix_seg": {"threshold": 0.3}}
 MOVING = {"seconds", "images_per_second", "peak_memory_mb", "commit"}  # commit: others may be working in this checkout
 

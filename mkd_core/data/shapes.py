@@ -33,7 +33,9 @@ class Shapes(SegDataset):
 
     def __init__(self, root: str = "", *, train_size: int = 512, val_size: int = 256, size: int = 48):
         if size % 16 or min(train_size, val_size, size) < 1:
-            raise ValueError(f"shapes needs sizes of at least 1 and a side that is a multiple of 16; got {train_size=}, {val_size=}, {size=}")
+            raise ValueError(
+                f"shapes needs sizes of at least 1 and a side that is a multiple of 16; got {train_size=}, {val_size=}, {size=}"
+            )
         self.size = size
         self.train = tuple(f"train/{i:04d}" for i in range(train_size))
         self.val = tuple(f"val/{i:04d}" for i in range(val_size))

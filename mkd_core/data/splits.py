@@ -51,9 +51,9 @@ def load_split(dataset: SegDataset, name: str, seed: int = 0) -> Split:
 
     ValueError for a name that does not exist, DataError for lists that are empty, overlap, or leave the training set.
     """
-    if name != "full" and not name.startswith("random/") and name not in published_splits(dataset.name):
-        if dataset.root and (dataset.root / name / "labeled.txt").is_file():
-            return _from_folder(dataset, name, dataset.root / name)
+    own = name != "full" and not name.startswith("random/") and name not in published_splits(dataset.name)
+    if own and dataset.root and (dataset.root / name / "labeled.txt").is_file():
+        return _from_folder(dataset, name, dataset.root / name)
     if not dataset.train:
         raise DataError(f"data set {dataset.name!r} has no training images under {dataset.root}. {dataset.where}")
     if name == "full":

@@ -39,7 +39,9 @@ class CutMixSeg(Method):
         mask = xor_boxes(len(batch.weak), batch.weak.shape[-2:], batch.weak.device, self.boxes, area=(0.5, 0.5))
         mixed = mix(self.teacher(batch.weak), mask)
         valid = mix(batch.valid, mask)
-        confident = masked_mean((confidence(mixed) >= self.threshold).float(), valid) if self.threshold > 0 else torch.ones_like(mixed[0, 0, 0, 0])
+        confident = (
+            masked_mean((confidence(mixed) >= self.threshold).float(), valid) if self.threshold > 0 else torch.ones_like(mixed[0, 0, 0, 0])
+        )
         labeled, unlabeled = both(self.net, batch.x, mix(batch.strong[0] if self.colour else batch.weak, mask), self.joint)
         distance = masked_mean(squared_distance(unlabeled.softmax(1), mixed.softmax(1)), valid) * mixed.shape[1]
         return {"sup": cross_entropy(labeled, batch.y), "consistency": self.weight * confident * distance}, {"confident": confident}

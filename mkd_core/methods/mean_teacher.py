@@ -5,7 +5,6 @@ Tarvainen & Valpola 2017, arXiv:1703.01780.   L = CE(s(x), y) + w r(t) mean (sof
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from ..ema import EMA

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..augment import mix, xor_boxes
-from ..ema import EMA
 from ..data.base import IGNORE
+from ..ema import EMA
 from ..losses import confidence, cosine, cross_entropy, masked_mean, pseudo_label, ramp
 from ..models import SegNet, nearest, resize
 from ..semantics import ClassMoments

@@ -1,0 +1,98 @@
+"""The files around the package: README numbers come from committed records, recipes and parameters are valid, both lists of pins agree."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mkd_core import Grid, RunConfig, collect, table
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+EVIDENCE = sorted(path.parent for path in ROOT.glob("figures/*/records.jsonl"))
+
+
+def rows_of(folder, order):
+    return {name: [r for r in collect(folder / "records.jsonl") if r.config["method"] == method] for name, method in order.items()}
+
+
+@pytest.mark.parametrize("folder", EVIDENCE, ids=lambda folder: folder.name)
+def test_committed_tables_and_the_readme_show_the_committed_records(folder):
+    text = (folder / "table.md").read_text()
+    names = [line.split("|")[1].strip() for line in text.splitlines()[2:]]
+    order = dict(zip(names, ("supervised", "cps", "mkd"), strict=True))
+    assert text.split() == (table(rows_of(folder, order)).to_markdown()).split()
+    assert text.strip() in README, f"README does not hold figures/{folder.name}/table.md"
+
+
+def test_there_is_evidence():
+    assert "00_quickstart" in {folder.name for folder in EVIDENCE}
+
+
+def test_the_embedded_data_set_meets_its_target_over_five_seeds():
+    """MKD above SupOnly by 10 points and above co-training by 5, each by more than two standard errors of the paired difference."""
+    rows = rows_of(ROOT / "figures/00_quickstart", {"sup": "supervised", "cps": "cps", "mkd": "mkd"})
+    scores = {name: {r.seed: r.miou for r in found} for name, found in rows.items()}
+    assert scores["mkd"].keys() == scores["sup"].keys() == scores["cps"].keys() and len(scores["mkd"]) == 5
+    for other, margin in {"sup": 10, "cps": 5}.items():
+        gains = [scores["mkd"][seed] - scores[other][seed] for seed in scores["mkd"]]
+        mean = sum(gains) / 5
+        error = (sum((g - mean) ** 2 for g in gains) / 4 / 5) ** 0.5
+        assert mean > margin and mean > 2 * error
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "parameters/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_complete_configurations(path):
+    config = RunConfig(**yaml.safe_load(path.read_text()))
+    assert config.method == "mkd" and config.dataset == "voc_aug"
+    named = set(re.findall(r"^  (\w+):", path.read_text(), re.M))
+    assert named <= set(config.options), "every option of a recipe is one of the method's"
+
+
+def test_the_released_recipe_differs_from_the_paper_where_the_readme_says():
+    paper, released = (RunConfig(**yaml.safe_load((ROOT / f"parameters/recipes/{n}.yaml").read_text())) for n in ("paper", "released"))
+    assert (paper.options["threshold"], released.options["threshold"]) == (0.95, 0)
+    assert (paper.options["stride"], released.options["stride"]) == (1, 8)
+    assert (paper.options["decay"], released.options["decay"]) == (0.99, 0.6)
+    assert released.weak_photometric and not paper.weak_photometric
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("parameters/*/00_quickstart.yaml")), ids=lambda path: path.parent.name)
+def test_quickstart_grids_are_valid(path):
+    values = yaml.safe_load(path.read_text())
+    common = values["common"] | {"weights": ""}  # the file is the user's
+    runs = Grid(common=common, rows=values["rows"], seeds=values["seeds"]).runs
+    assert all(len(configs) == len(values["seeds"]) for configs in runs.values())
+
+
+def test_every_parameters_file_says_how_it_is_run():
+    for path in ROOT.glob("parameters/*/*.yaml"):
+        head = path.read_text().split("\n", 12)[:12]
+        assert any("Command:" in line for line in head) and any("Expected:" in line for line in head), path
+
+
+def test_the_tree_in_the_readme_is_the_tree():
+    tree = README.split("## The tree")[1].split("```")[1]
+    modules = {path.name for path in (ROOT / "mkd_core").rglob("*.py")} - {"__init__.py", "base.py"}
+    listed = set(re.findall(r"[\w.]+\.py", tree)) - {"bench.py", "tidy.py", "base.py"}
+    assert modules - {path.name for path in (ROOT / "mkd_core/methods").glob("*.py")} == listed
+
+
+def test_requirements_and_lock_pin_the_same():
+    def pins(name):
+        return set(re.findall(r"^([\w.\-\[\]]+==[^\s;\\]+)", (ROOT / name).read_text(), re.M))
+
+    assert pins("requirements.txt") == pins("requirements.lock") and len(pins("requirements.txt")) > 50
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {pin.split("==")[0] for pin in pins("requirements.txt")}
+    assert {re.split(r"[><=]", want)[0] for want in wanted} <= names
+    assert "://" not in (ROOT / "requirements.lock").read_text()
+
+
+def test_environment_and_citation_parse():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["dependencies"][-1] == {"pip": ["-r requirements.txt"]}
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "title", "authors", "preferred-citation"} <= citation.keys()
