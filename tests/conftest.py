@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# Runs of the tests, and of the notebooks' kernels, begin from nothing and leave nothing in the project.
+os.environ.setdefault("MKD_RUNS", tempfile.mkdtemp(prefix="mkd-runs-"))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
