@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tiny import batch, build, make
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 from mkd_core.ema import EMA
 from mkd_core.metrics import confusion_matrix
 from mkd_core.semantics import ClassMoments
-from tiny import batch, build, make
 
 N, C, A = 16_384, 21, 256  # pixels, classes, channels: 4 crops of VOC at 1/8
 

@@ -53,7 +53,13 @@ def test_image_label_and_validity_share_one_geometry(v):
     assert (image.dtype, label.dtype, valid.dtype) == (torch.uint8, torch.uint8, torch.bool)
     # A pixel of one pure colour with neighbours of the same colour lies inside a cell: its label is that cell's.
     padded = torch.nn.functional.pad(image.float()[None], (1, 1, 1, 1), mode="replicate")[0]
-    flat = torch.stack([(padded[:, 1 + i : 1 + i + image.shape[1], 1 + j : 1 + j + image.shape[2]] == image).all(0) for i in (-1, 0, 1) for j in (-1, 0, 1)])
+    flat = torch.stack(
+        [
+            (padded[:, 1 + i : 1 + i + image.shape[1], 1 + j : 1 + j + image.shape[2]] == image).all(0)
+            for i in (-1, 0, 1)
+            for j in (-1, 0, 1)
+        ]
+    )
     sure = flat.all(0) & valid
     assert torch.equal(image[:, sure], colour(label)[:, sure])
     assert sure.sum() > 0.05 * valid.sum()

@@ -6,12 +6,12 @@ import inspect
 
 import pytest
 from pydantic import ValidationError
+from tiny import config
 
 from mkd_core.config import Grid, RunConfig
 from mkd_core.data import open_dataset
 from mkd_core.engine import build_method
 from mkd_core.methods import METHODS
-from tiny import config
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_weights_are_known_by_content(tmp_path):
         (tmp_path / name).write_bytes(b"the same")
     assert len({config(weights=str(tmp_path / name)).id for name in ("a.pth", "b.pth")}) == 1
     with pytest.raises(ValueError, match=r"no\.pth"):
-        config(weights=str(tmp_path / "no.pth")).id
+        assert config(weights=str(tmp_path / "no.pth")).id
 
 
 def test_own_data_in_folders_of_one_name_are_not_one_run(tmp_path):
@@ -165,7 +165,9 @@ def test_own_data_in_folders_of_one_name_are_not_one_run(tmp_path):
 
 
 def test_grid():
-    grid = Grid(common={"steps": 9, "lr": 0.5}, rows={"SupOnly": {"method": "supervised", "lr": 0.1}, "CPS": {"method": "cps"}}, seeds=[3, 4])
+    grid = Grid(
+        common={"steps": 9, "lr": 0.5}, rows={"SupOnly": {"method": "supervised", "lr": 0.1}, "CPS": {"method": "cps"}}, seeds=[3, 4]
+    )
     runs = grid.runs
     assert [*runs] == ["SupOnly", "CPS"] and [[c.seed for c in r] for r in runs.values()] == [[3, 4], [3, 4]]
     assert runs["SupOnly"][0].lr == 0.1 and runs["CPS"][0].lr == 0.5 and runs["CPS"][1].steps == 9

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import make
 from torch import nn
 
 from mkd_core.ema import EMA
-from tiny import make
 
 
 class Net(nn.Module):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import CLASSES, batch, build, child, config, gradients, make
 from torch import Tensor, nn
 
 from mkd_core import engine, records
@@ -23,7 +24,6 @@ from mkd_core.config import RunConfig
 from mkd_core.engine import NonFiniteLoss, build_method, evaluate, make_batch, make_optimizer, poly, probabilities, run
 from mkd_core.methods import METHODS
 from mkd_core.methods.supervised import Supervised
-from tiny import CLASSES, batch, build, child, config, gradients, make
 
 # Children are forked from a clean process that has imported torch once.
 server = multiprocessing.get_context("forkserver")
@@ -46,7 +46,11 @@ def outcome(folder: Path) -> tuple[dict, dict, str]:
     """(weights and optimiser state, record without clocks, history) of a finished run."""
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     record = json.loads((folder / "record.json").read_text())
-    return {k: state[k] for k in ("step", "method", "optimizer")}, {k: v for k, v in record.items() if k not in MOVING}, (folder / "history.jsonl").read_text()
+    return (
+        {k: state[k] for k in ("step", "method", "optimizer")},
+        {k: v for k, v in record.items() if k not in MOVING},
+        (folder / "history.jsonl").read_text(),
+    )
 
 
 def assert_same(a: Path, b: Path, also_config: bool = True) -> None:
@@ -460,7 +464,9 @@ def test_sliding_is_the_loop_s(size):
     torch.testing.assert_close(probabilities(Position(), image, "sliding", (32, 32)), total / count)
 
 
-@pytest.mark.parametrize("size, small", [((375, 500), (384, 512)), ((500, 333), (512, 341)), ((100, 64), (512, 328)), ((700, 1024), (350, 512))])
+@pytest.mark.parametrize(
+    "size, small", [((375, 500), (384, 512)), ((500, 333), (512, 341)), ((100, 64), (512, 328)), ((700, 1024), (350, 512))]
+)
 def test_long512(size, small):
     image, shapes = torch.randn(1, 3, *size), []
     net = Pointwise()

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import CLASSES, batch, build, gradients, make
 from torch import Tensor, nn
 
 from mkd_core.ema import EMA
 from mkd_core.methods import METHODS, Batch, Method
-from tiny import CLASSES, batch, build, gradients, make
 
 IGNORE = 255
 SOFT = 0.3  # a threshold that networks at their random start reach on some pixels
@@ -281,7 +281,9 @@ class Reference:
     def supervised(self, b: Batch) -> Tensor:
         return sum(ce(s(b.x), b.y) for s in self.s)
 
-    def paper(self, b: Batch, mask: Tensor, *, alpha=1.5, beta=1.0, t_st=0.0, t_ss=0.0, mutual=True, fda=0.0, progress=0.0) -> dict[str, Tensor]:
+    def paper(
+        self, b: Batch, mask: Tensor, *, alpha=1.5, beta=1.0, t_st=0.0, t_ss=0.0, mutual=True, fda=0.0, progress=0.0
+    ) -> dict[str, Tensor]:
         """Unlabeled pixels inside the image at full resolution; Eq. (2), (3), (4), (7)."""
         size = b.weak.shape[-2:]
         x, v = mixed(b.strong[0], mask), mixed(b.valid, mask)

@@ -56,7 +56,9 @@ def test_iou_is_the_loop_s(case, dtype):
 def test_absent_and_spurious_classes():
     """A class that neither occurs nor is predicted leaves the mean; one that is only predicted counts as 0."""
     label = torch.tensor([0, 0, 1, 1, IGNORE])
-    assert iou(confusion_matrix(torch.tensor([0, 0, 1, 1, 2]), label, 4)).tolist() == pytest.approx([100, 100, math.nan, math.nan], nan_ok=True)
+    assert iou(confusion_matrix(torch.tensor([0, 0, 1, 1, 2]), label, 4)).tolist() == pytest.approx(
+        [100, 100, math.nan, math.nan], nan_ok=True
+    )
     assert miou(confusion_matrix(torch.tensor([0, 0, 1, 2, 2]), label, 4)) == pytest.approx((100 + 50 + 0) / 3)
 
 

@@ -7,10 +7,10 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import CLASSES, build
 from torch import nn
 
 from mkd_core.models import SegNet, file_sha256, load_encoder, nearest, resize
-from tiny import CLASSES, build
 
 ARCHS = ("deeplabv3plus", "pspnet")
 

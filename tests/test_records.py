@@ -10,10 +10,10 @@ import threading
 from pathlib import Path
 
 import pytest
+from tiny import config
 
 from mkd_core import records
 from mkd_core.records import Record, collect, dump, history, load, save, table, write_atomically
-from tiny import config
 
 server = multiprocessing.get_context("forkserver")
 
@@ -61,7 +61,7 @@ def test_a_reader_never_sees_half_of_a_text(tmp_path, kind):
         def guarded(letter: str) -> None:
             try:
                 write_often(str(path), letter, 40)
-            except BaseException as error:  # noqa: BLE001 - a thread's error is reported by the test
+            except BaseException as error:
                 errors.append(error)
 
         workers = [threading.Thread(target=guarded, args=(letter,)) for letter in "bcd"]

@@ -130,7 +130,9 @@ def test_table_is_the_per_pixel_definition_with_its_gradient(classes, channels):
 
     F.cross_entropy(reference, target).backward()
     F.cross_entropy(ours, target.view(1, 20, 20)).backward()
-    torch.testing.assert_close(ours_logits.grad.permute(0, 2, 3, 1).reshape(400, classes).double(), reference_logits.grad, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(
+        ours_logits.grad.permute(0, 2, 3, 1).reshape(400, classes).double(), reference_logits.grad, rtol=1e-4, atol=1e-8
+    )
 
 
 def test_gradient_of_the_table_with_respect_to_the_weight_is_the_per_pixel_one():

@@ -16,7 +16,7 @@ from torch import Tensor
 from .base import SegDataset
 
 CLASSES = ("smooth", "stripes", "checker", "dots", "rings")
-PALETTE = np.array([[86, 180, 233], [213, 94, 0], [0, 114, 178], [240, 228, 66], [0, 158, 115]], np.uint8)  # Okabe and Ito
+PALETTE = np.array([[86, 180, 233], [213, 94, 0], [204, 121, 167], [240, 228, 66], [0, 158, 115]], np.uint8)  # Okabe and Ito
 SUPERSAMPLING = 2
 
 
