@@ -298,22 +298,24 @@ def run_all(configs: Sequence[RunConfig], slots: int = 1, runs: Path | None = No
 
     The first error stops the runs that have not begun and is raised.
     """
-    if slots == 1:
+    place = runs or records.RUNS
+    missing = [config for config in configs if not records.load(place / config.id)]
+    if slots == 1 or len(missing) < 2:
         return [run(config, runs) for config in configs]
-    show, started = Progress(f"{len(configs)} runs"), time.monotonic()
+    show, started = Progress(f"{len(missing)} runs"), time.monotonic()
     with ProcessPoolExecutor(slots, multiprocessing.get_context("spawn"), initializer=_die_with_parent) as pool:
-        futures = [pool.submit(run, config, runs, True) for config in configs]
+        futures = [pool.submit(run, config, runs, True) for config in missing]
         while not all(f.done() for f in futures):
             if error := next((e for f in futures if f.done() and not f.cancelled() and (e := f.exception())), None):
                 pool.shutdown(cancel_futures=True)
                 raise error
-            active = [config for config, f in zip(configs, futures, strict=True) if f.running()][:slots]
-            lines = [f"{c.method} seed {c.seed} {_share((runs or records.RUNS) / c.id, c)}" for c in active]
+            active = [config for config, f in zip(missing, futures, strict=True) if f.running()][:slots]
+            lines = [f"{c.method} seed {c.seed} {_share(place / c.id, c)}" for c in active]
             done = sum(f.done() for f in futures)
             show(f"{done} done; {'; '.join(lines)}; {time.monotonic() - started:.0f} s")
             time.sleep(0.5)
-        show(f"{len(configs)} done in {time.monotonic() - started:.0f} s", now=True)
-        return [f.result() for f in futures]
+        show(f"{len(missing)} done in {time.monotonic() - started:.0f} s", now=True)
+    return [run(config, runs) for config in configs]
 
 
 def _share(folder: Path, config: RunConfig) -> str:
