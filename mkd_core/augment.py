@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -99,14 +99,20 @@ def saturation(images: Tensor, strength: float = 0.5) -> Tensor:
 
 def hue(images: Tensor, strength: float = 0.25) -> Tensor:
     """Turn the hue by up to `strength` of a full turn: a rotation of the chroma plane of YIQ, one 3x3 matrix per sample."""
-    turn = _uniform(images, -strength, strength).flatten() * 2 * math.pi
-    to_yiq = images.new_tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-    rotation = torch.zeros(len(images), 3, 3, device=images.device)
-    rotation[:, 0, 0] = 1
-    rotation[:, 1, 1] = rotation[:, 2, 2] = turn.cos()
-    rotation[:, 1, 2], rotation[:, 2, 1] = -turn.sin(), turn.sin()
-    matrix = torch.linalg.inv(to_yiq) @ rotation @ to_yiq
+    turn = _uniform(images, -strength, strength).flatten(1)[..., None] * 2 * math.pi  # (B, 1, 1)
+    luma, chroma, turned = _rotation(images.device)
+    matrix = luma + turn.cos() * chroma + turn.sin() * turned
     return torch.einsum("bij,bjhw->bihw", matrix, images).clamp(0, 1)
+
+
+@cache
+def _rotation(device: torch.device) -> Tensor:
+    """(3, 3, 3): RGB matrices of the luma, of the chroma plane, and of that plane turned by a quarter; made once a device."""
+    to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    parts = torch.zeros(3, 3, 3)
+    parts[0, 0, 0] = parts[1, 1, 1] = parts[1, 2, 2] = parts[2, 2, 1] = 1
+    parts[2, 1, 2] = -1
+    return (torch.linalg.inv(to_yiq) @ parts @ to_yiq).to(device)
 
 
 def colour_jitter(images: Tensor) -> Tensor:
@@ -164,7 +170,7 @@ def one_of(images: Tensor) -> Tensor:
     choice = torch.multinomial(torch.tensor([0.3, 0.5, 0.1, 0.1, 0.5]), len(images), replacement=True)  # on the host: no sync
     out = images.clone()
     for k, operation in enumerate(operations):
-        chosen = (choice == k).nonzero().flatten().to(images.device, non_blocking=True)
+        chosen = _send((choice == k).nonzero().flatten(), images.device)
         if len(chosen):
             out[chosen] = operation(images[chosen])
     return out
@@ -201,7 +207,7 @@ def xor_boxes(
     Each box draws an area fraction p ~ U(area), a log-uniform aspect y = p ** U(0, 1), x = p / y, both sides times sqrt(1 / boxes), and
     a place inside the image. French et al. use one box of area 0.5: boxes=1, area=(0.5, 0.5). 0 boxes: all True, no mixing.
     Released MKD mixes M * own + (1 - M) * partner with this M: own pixels are the smaller part (mean 0.252).
-    Drawn from torch's global generator on the host, sent over once.
+    Drawn from torch's global generator on the host; only the corners are sent over.
     """
     height, width = size
     if boxes == 0:
@@ -211,8 +217,14 @@ def xor_boxes(
     sides = torch.stack((y, p / y), -1) * math.sqrt(1 / boxes)
     extent = (sides * torch.tensor([height, width])).round()  # (batch, boxes, 2)
     start = ((torch.tensor([height, width]) - extent) * torch.rand(batch, boxes, 2)).round()
-    rows, columns = torch.arange(height), torch.arange(width)
-    in_rows = (rows >= start[..., :1]) & (rows < (start + extent)[..., :1])  # (batch, boxes, H)
-    in_columns = (columns >= start[..., 1:]) & (columns < (start + extent)[..., 1:])
+    corners = _send(torch.stack((start, start + extent)), device)  # (2, batch, boxes, 2): first and last, top and left
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    in_rows = (rows >= corners[0, ..., :1]) & (rows < corners[1, ..., :1])  # (batch, boxes, H)
+    in_columns = (columns >= corners[0, ..., 1:]) & (columns < corners[1, ..., 1:])
     inside = in_rows[..., :, None] & in_columns[..., None, :]
-    return (inside.sum(1) % 2 == 1).to(device, non_blocking=True)
+    return inside.sum(1) % 2 == 1
+
+
+def _send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """To the device without waiting for it: pageable memory would."""
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)

@@ -108,7 +108,7 @@ def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run(method, t
     for k in range(2):
         # Somewhere in the middle: after a certain number of rows, plus up to three steps.
         target = chance.randint(1, total // 2) if k == 0 else chance.randint(total // 2, total - 2)
-        process = start(c, tmp_path / "killed", delay=0.04)
+        process = start(c, tmp_path / "killed", delay=0.04, wait=True)
         deadline = time.monotonic() + 60
         while (rows(folder) if folder.exists() else 0) < target:
             assert process.is_alive() and time.monotonic() < deadline
@@ -172,7 +172,7 @@ def test_the_same_id_never_runs_again(tmp_path, monkeypatch):
 
 def test_a_second_process_at_the_same_run_is_told_so(tmp_path):
     c = long("supervised")
-    process = start(c, tmp_path, delay=0.5)
+    process = start(c, tmp_path, wait=True)
     try:
         while not (tmp_path / c.id / "config.json").exists():
             assert process.is_alive()

@@ -63,9 +63,10 @@ def config(method: str = "supervised", **keys: Any) -> RunConfig:
     return RunConfig(**small | keys)
 
 
-def child(keys: dict[str, Any], runs: str, delay: float = 0.0, die: str = "", limit: int = 0) -> None:
+def child(keys: dict[str, Any], runs: str, delay: float = 0.0, wait: bool = False, die: str = "", limit: int = 0) -> None:
     """engine.run in a process of its own, every step `delay` seconds slower; it kills itself inside the operation named by `die`.
 
+    wait   stop before the last step until killed
     die    "half checkpoint 2": while the second checkpoint is half written; "full record.json 2" and "renamed record.json 2": just before
            and just after that file, written completely, gets its name, two checkpoints having been saved
     limit  largest file in bytes, 0 for none: what a write meets on a full disk
@@ -79,7 +80,8 @@ def child(keys: dict[str, Any], runs: str, delay: float = 0.0, die: str = "", li
     from mkd_core import engine, records
 
     def slow(method: Method, *args: Any) -> None:
-        time.sleep(delay)
+        last = round(args[0][1] * keys["steps"]) == keys["steps"] - 1
+        time.sleep(600 if wait and last else delay)
 
     def kill() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
