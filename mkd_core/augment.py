@@ -42,15 +42,14 @@ def geometry(
     # The window in the scaled image, then the same window in the source: at most the whole image.
     inside = [min(c, s) for c, s in zip(crop, scaled, strict=True)]
     top, left = (int(rng.integers(s - i + 1)) for s, i in zip(scaled, inside, strict=True))
-    y0, x0 = int(top / factor), int(left / factor)
-    y1 = min(height, max(y0 + 1, math.ceil((top + inside[0]) / factor)))
-    x1 = min(width, max(x0 + 1, math.ceil((left + inside[1]) / factor)))
-    window = image[:, y0:y1, x0:x1]
-    label = torch.full((height, width), IGNORE, dtype=torch.uint8) if label is None else label
-    target = label[y0:y1, x0:x1]
-    if window.shape[-2:] != tuple(inside):
-        window = TF.resize_image(window, inside, interpolation=TF.InterpolationMode.BILINEAR, antialias=True)
-        target = TF.resize_mask(target[None], inside)[0]
+    (rows, tall, y), (columns, wide, x) = (_source(*axis, factor) for axis in ((top, inside[0], height), (left, inside[1], width)))
+    window = image[:, rows, columns]
+    target = (torch.full((height, width), IGNORE, dtype=torch.uint8) if label is None else label)[rows, columns]
+    if window.shape[-2:] != (tall, wide):
+        window = TF.resize_image(window, [tall, wide], interpolation=TF.InterpolationMode.BILINEAR, antialias=True)
+        # "Exact" samples at pixel centres as the image does; plain nearest would shift labels by up to half a pixel.
+        target = TF.resize_image(target[None], [tall, wide], interpolation=TF.InterpolationMode.NEAREST_EXACT)[0]
+    window, target = window[:, y : y + inside[0], x : x + inside[1]], target[y : y + inside[0], x : x + inside[1]]
     if rng.random() < 0.5:
         window, target = window.flip(-1), target.flip(-1)
     room = [c - i for c, i in zip(crop, inside, strict=True)]
@@ -63,6 +62,13 @@ def geometry(
     valid = torch.zeros(crop, dtype=torch.bool)
     valid[place] = True
     return out, out_label, valid
+
+
+def _source(start: int, length: int, side: int, factor: float) -> tuple[slice, int, int]:
+    """Along one axis: the source pixels under `length` scaled ones from `start`, their number once scaled, and where the crop begins."""
+    first, last = int(start / factor), min(side, math.ceil((start + length) / factor))
+    scaled = max(length, round((last - first) * factor))
+    return slice(first, last), scaled, min(scaled - length, round(start - first * factor))
 
 
 def normalise(image: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 from .augment import STRONG
 from .choices import check_options, choose
@@ -102,13 +103,9 @@ class RunConfig(BaseModel):
         return scale
 
     @model_validator(mode="after")
-    def _complete(self) -> RunConfig:
-        for field, cls, skip in (("options", METHODS[self.method], {"build"}), ("dataset_options", DATASETS[self.dataset], {"root"})):
-            given = getattr(self, field)
-            kind = self.method if field == "options" else self.dataset
-            check_options(kind, cls, given, skip=skip)
-            defaults = {n: p.default for n, p in inspect.signature(cls).parameters.items() if n not in skip}
-            object.__setattr__(self, field, defaults | given)
+    def _consistent(self) -> RunConfig:
+        object.__setattr__(self, "options", _complete(self.method, METHODS[self.method], self.options, "build"))
+        object.__setattr__(self, "dataset_options", _complete(self.dataset, DATASETS[self.dataset], self.dataset_options, "root"))
         if self.batch < 2 and self.norm == "batch":
             raise ValueError(
                 "batch must be at least 2: BatchNorm cannot normalise a single image (DeepLabV3+ pools to 1 x 1); or norm='group'"
@@ -120,11 +117,27 @@ class RunConfig(BaseModel):
         """Readable prefix and a hash of all that can change the result: `shapes-random_32-mkd-s0-1f2e3d4c`."""
         identity = self.model_dump(mode="json", exclude=NOT_IDENTITY)
         identity["weights"] = file_sha256(self.weights) if self.weights else ""
-        if self.dataset == "folder":
-            identity["root"] = Path(self.root).resolve().name
+        if self.dataset == "folder":  # its lists tell one folder from another, wherever it lies
+            root, options = Path(self.root).expanduser().resolve(), self.dataset_options
+            names = [options["train"], options["val"], "classes.txt", f"{self.split}/labeled.txt", f"{self.split}/unlabeled.txt"]
+            identity["root"] = root.name
+            identity["lists"] = [file_sha256(root / name) for name in names if name and (root / name).is_file()]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
         data = identity.get("root") or self.dataset
         return f"{data}-{self.split}-{self.method}-s{self.seed}-{digest}".replace("/", "_").replace(" ", "_")
+
+
+def _complete(owner: str, make: Callable[..., Any], options: dict[str, Any], skip: str) -> dict[str, Any]:
+    """Options with the constructor's defaults filled in, checked against its type hints: 1, 1.0 and "1.0" are one weight."""
+    check_options(owner, make, options, skip={skip})
+    hints = get_type_hints(make.__init__, include_extras=True)  # type: ignore[misc]
+    parameters = inspect.signature(make).parameters.values()
+    fields: dict[str, Any] = {p.name: (hints[p.name], ... if p.default is p.empty else p.default) for p in parameters if p.name != skip}
+    try:
+        return create_model(owner, __config__=ConfigDict(extra="forbid"), **fields)(**options).model_dump(mode="json")
+    except ValidationError as error:
+        faults = (f"option {'.'.join(map(str, e['loc']))!r}: {e['msg'].lower()}; got {e['input']!r}" for e in error.errors())
+        raise ValueError(f"{owner}, " + "; ".join(faults)) from error
 
 
 class Grid(BaseModel):

@@ -12,6 +12,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import resource
+import shutil
 import sys
 import threading
 import time
@@ -230,9 +231,12 @@ def segment(
     device: torch.device | str = "cpu",
 ) -> list[Tensor]:  # fmt: skip
     """Predicted labels (H, W) uint8 on the host, one map an image, at the image's own size."""
+    mode = net.training
     net.eval()
     images = (normalise(dataset.image(id)[None].to(device).float() / 255) for id in ids)
-    return [probabilities(net, image, protocol, window).argmax(1)[0].to("cpu", torch.uint8) for image in images]
+    labels = [probabilities(net, image, protocol, window).argmax(1)[0].to("cpu", torch.uint8) for image in images]
+    net.train(mode)
+    return labels
 
 
 # Running.
@@ -291,6 +295,9 @@ def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Rec
             return records.load(folder) or _Run(config, folder, quiet).finish()
     except Timeout as error:
         raise RuntimeError(f"another process is at run {config.id} (it holds {folder / 'lock'}); wait for it or stop it") from error
+    finally:
+        if not (folder / "config.json").exists():  # refused before it began
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_all(configs: Sequence[RunConfig], slots: int = 1, runs: Path | None = None) -> list[Record]:
@@ -384,8 +391,9 @@ class _Run:
             seed_step(config.seed, self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = poly(config, self.step)
+            batch = make_batch(tensors, config, method.views, self.device)  # colour stays in float32
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                terms, stats = method(make_batch(tensors, config, method.views, self.device), self.step / config.steps)
+                terms, stats = method(batch, self.step / config.steps)
             loss = torch.stack([t.float() for t in terms.values()]).sum()
             bad = torch.where((bad < 0) & ~loss.detach().isfinite(), self.step, bad)
             self.optimizer.zero_grad(set_to_none=True)

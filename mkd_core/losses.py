@@ -36,7 +36,7 @@ def pseudo_label(logits: Tensor, threshold: float = 0.0, valid: Tensor | None = 
 @torch.no_grad()
 def confidence(logits: Tensor) -> Tensor:
     """Largest class probability: (B, C, H, W) -> (B, H, W) in [1/C, 1]."""
-    logits = logits.float()  # bfloat16 could not tell 0.95 from its neighbours
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 could not tell 0.95 from its neighbours
     return (logits.amax(1) - logits.logsumexp(1)).exp()
 
 

@@ -45,7 +45,8 @@ class SegNet(nn.Module):
             net = smp.PSPNet(
                 encoder, encoder_weights=None, encoder_depth=5, psp_out_channels=2 * channels, psp_dropout=dropout, classes=num_classes
             )
-            net.encoder.make_dilated(8)  # without it, and with smp's default depth of 3, the last two stages never run
+            # Dilated, and five stages deep: with smp's defaults the last two never run.
+            net.encoder = smp.encoders.get_encoder(encoder, in_channels=3, depth=5, weights=None, output_stride=8)
             self.stride = 8
         else:
             raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}; got {arch!r}")
@@ -93,11 +94,7 @@ def load_encoder(net: SegNet, weights: str) -> None:
 
     Raises ValueError where the file is missing, needs unpickling, or has other keys or shapes.
     """
-    path = Path(weights).expanduser()
-    if not path.is_file():
-        raise ValueError(
-            f"weights file {weights} does not exist; give a local .pth or .safetensors file of the encoder, or '' for random weights"
-        )
+    path = weights_file(weights)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -114,5 +111,13 @@ def load_encoder(net: SegNet, weights: str) -> None:
 
 
 def file_sha256(path: str | Path) -> str:
-    with open(Path(path).expanduser(), "rb") as file:
+    """Hex digest of a file; ValueError where there is none."""
+    with open(weights_file(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_file(path: str | Path) -> Path:
+    """The path, if there is such a file."""
+    if not (found := Path(path).expanduser()).is_file():
+        raise ValueError(f"weights file {path} does not exist; give a local .pth or .safetensors file of the encoder, or '' for random weights")
+    return found

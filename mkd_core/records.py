@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import threading
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +29,7 @@ def folder(name: str | Path) -> Path:
 class Record(BaseModel):
     """The result of one run, plain JSON. mIoU and IoU in percent; `miou` is the last step's, never the best's."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
     id: str
     status: str  # "done"
@@ -58,7 +59,7 @@ class Record(BaseModel):
 
 def write_atomically(path: Path, text: str) -> None:
     """All of the text or nothing: a temporary file beside it, flushed to disk, then renamed over it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)

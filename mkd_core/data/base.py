@@ -114,7 +114,7 @@ def checked_ids(ids: Sequence[str], source: str) -> tuple[str, ...]:
 
 
 def some(items: Iterable[object], noun: str) -> str:
-    """"7 images (a, b, c, d, e, ...)": a count and the first five."""
+    """ "7 images (a, b, c, d, e, ...)": a count and the first five."""
     names = [str(item) for item in items]
     return f"{len(names)} {noun} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
 from ..models import SegNet
+
+# Types of options: a value of another type or outside its range is refused when a run is configured.
+Weight = Annotated[float, Ge(0)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+Count = Annotated[int, Ge(0)]
+TeacherMode = Literal["train", "eval"]
+EMABuffers = Literal["none", "all"]
 
 Terms = dict[str, Tensor]
 Build = Callable[..., SegNet]  # build() or build(arch="pspnet"): a freshly initialised network

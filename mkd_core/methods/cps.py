@@ -11,7 +11,7 @@ from torch import nn
 
 from ..augment import mix, xor_boxes
 from ..losses import cross_entropy, pseudo_label, ramp
-from .base import Batch, Build, Method, Terms, both
+from .base import Batch, Build, Count, Method, Share, Terms, Weight, both
 
 
 class CPS(Method):
@@ -25,8 +25,8 @@ class CPS(Method):
     """
 
     def __init__(
-        self, build: Build, *, weight: float = 1.5, boxes: int = 0, on_labeled: bool | None = None, ignore_padding: bool = True,
-        rampup: float = 0.0, joint: bool = False,
+        self, build: Build, *, weight: Weight = 1.5, boxes: Count = 0, on_labeled: bool | None = None, ignore_padding: bool = True,
+        rampup: Share = 0.0, joint: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.students = nn.ModuleList([build(), build()])

@@ -11,7 +11,7 @@ from torch import nn
 from ..augment import mix, xor_boxes
 from ..ema import EMA
 from ..losses import confidence, cross_entropy, masked_mean, squared_distance
-from .base import Batch, Build, Method, Terms, both
+from .base import Batch, Build, Count, EMABuffers, Method, Share, TeacherMode, Terms, Weight, both
 
 
 class CutMixSeg(Method):
@@ -20,20 +20,20 @@ class CutMixSeg(Method):
 
     boxes 0: no mixing, which is Mean Teacher with this distance. The teacher is evaluated.
     Deviations: the partner is the next sample of the batch (theirs: a second stream); SGD and trained BatchNorm as the other methods
-    (theirs: Adam, frozen BatchNorm).
+    (theirs: Adam, frozen BatchNorm); means over pixels inside the image (theirs: over all); the strong view is the run's.
     """
 
     views = 1
-    min_batch = 2
 
     def __init__(
-        self, build: Build, *, weight: float = 1.0, decay: float = 0.99, threshold: float = 0.97, boxes: int = 1, colour: bool = True,
-        ema_buffers: str = "all", teacher_mode: str = "train", warmup: bool = False, joint: bool = False,
+        self, build: Build, *, weight: Weight = 1.0, decay: Share = 0.99, threshold: Share = 0.97, boxes: Count = 1, colour: bool = True,
+        ema_buffers: EMABuffers = "all", teacher_mode: TeacherMode = "train", warmup: bool = False, joint: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.net = build()
         self.teacher = EMA(self.net, decay, buffers=ema_buffers, mode=teacher_mode, warmup=warmup)
         self.weight, self.threshold, self.boxes, self.colour, self.joint = weight, threshold, boxes, colour, joint
+        self.min_batch = 2 if boxes else 1
 
     def forward(self, batch: Batch, progress: float) -> tuple[Terms, Terms]:
         mask = xor_boxes(len(batch.weak), batch.weak.shape[-2:], batch.weak.device, self.boxes, area=(0.5, 0.5))

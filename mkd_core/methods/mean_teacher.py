@@ -9,7 +9,7 @@ from torch import nn
 
 from ..ema import EMA
 from ..losses import cross_entropy, masked_mean, ramp, squared_distance
-from .base import Batch, Build, Method, Terms, both
+from .base import Batch, Build, EMABuffers, Method, Share, TeacherMode, Terms, Weight, both
 
 
 class MeanTeacher(Method):
@@ -20,8 +20,8 @@ class MeanTeacher(Method):
     """
 
     def __init__(
-        self, build: Build, *, weight: float = 100.0, decay: float = 0.99, rampup: float = 0.0, ema_buffers: str = "none",
-        teacher_mode: str = "train", warmup: bool = False, joint: bool = False,
+        self, build: Build, *, weight: Weight = 100.0, decay: Share = 0.99, rampup: Share = 0.0, ema_buffers: EMABuffers = "none",
+        teacher_mode: TeacherMode = "train", warmup: bool = False, joint: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.net = build()

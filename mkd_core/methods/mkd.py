@@ -18,7 +18,7 @@ from ..ema import EMA
 from ..losses import confidence, cosine, cross_entropy, masked_mean, pseudo_label, ramp
 from ..models import SegNet, nearest, resize
 from ..semantics import ClassMoments
-from .base import Batch, Build, Method, Terms
+from .base import Batch, Build, Count, EMABuffers, Method, Share, TeacherMode, Terms, Weight
 
 
 class MKD(Method):
@@ -41,6 +41,7 @@ class MKD(Method):
     fda_label    the class c of a pixel in Eq. (4): "target" of the loss (the paper's y_i) or the prediction of its "own" logits (released)
     fda_on_teacher, target_after_fda   as released, with fda_label "own" only: teachers are shifted too; argmax after the shift
     teacher_mode, ema_buffers   BatchNorm of the teachers, see EMA
+    joint        labeled and unlabeled images in one forward (shared BatchNorm statistics); both recipes keep them apart
 
     Deviations: Eq. (3) prints the student's probability; the text and Table 5 select on the teacher, and so do we.
     With a threshold that keeps nothing the term is 0 (released code: 0 / 0).
@@ -49,11 +50,13 @@ class MKD(Method):
     views = 1
 
     def __init__(
-        self, build: Build, *, alpha: float = 1.5, beta: float = 1.0, sda: bool = True, threshold: float = 0.95,
-        select: Literal["st", "ss", "both"] = "st", fda: float = 0.0, mutual: bool = True, arch2: str | None = None, decay: float = 0.99,
-        boxes: int = 3, rampup: float = 0.0, stride: int = 1, on_labeled: bool = False, ignore_padding: bool = True,
+        self, build: Build, *, alpha: Weight = 1.5, beta: Weight = 1.0, sda: bool = True, threshold: Share = 0.95,
+        select: Literal["st", "ss", "both"] = "st", fda: Weight = 0.0, mutual: bool = True,
+        arch2: Literal["deeplabv3plus", "pspnet"] | None = None, decay: Share = 0.99, boxes: Count = 3, rampup: Share = 0.0,
+        stride: Literal[1, 2, 4, 8, 16] = 1, on_labeled: bool = False, ignore_padding: bool = True,
         denominator: Literal["selected", "valid"] = "selected", fda_label: Literal["target", "own"] = "target",
-        fda_on_teacher: bool = False, target_after_fda: bool = False, teacher_mode: str = "train", ema_buffers: str = "none",
+        fda_on_teacher: bool = False, target_after_fda: bool = False, teacher_mode: TeacherMode = "train",
+        ema_buffers: EMABuffers = "none", joint: bool = False,
     ):  # fmt: skip
         super().__init__()
         if fda_label == "target" and (fda_on_teacher or target_after_fda):
@@ -66,6 +69,7 @@ class MKD(Method):
         self.sda, self.mutual, self.boxes, self.rampup, self.stride = sda, mutual, boxes, rampup, stride
         self.on_labeled, self.ignore_padding, self.denominator = on_labeled, ignore_padding, denominator
         self.fda_label, self.fda_on_teacher, self.target_after_fda = fda_label, fda_on_teacher, target_after_fda
+        self.joint = joint
         self.min_batch = 2 if sda and boxes else 1
 
     def forward(self, batch: Batch, progress: float) -> tuple[Terms, Terms]:
@@ -75,10 +79,10 @@ class MKD(Method):
         strong = batch.weak if mask is None else mix(batch.strong[0], mask)
         inside = self._inside(batch, mask, grid)
 
-        students = [Look(s, [batch.x, strong]) for s in self.students]
+        students = [Look(s, [batch.x, strong], self.joint) for s in self.students]
         with torch.no_grad():
             seen = [batch.x, batch.weak] if self.on_labeled else [batch.weak]
-            teachers = [Look(t.module, seen).mixed(mask, grid) for t in self.teachers]
+            teachers = [Look(t.module, seen, self.joint).mixed(mask, grid) for t in self.teachers]
         sup = torch.stack([cross_entropy(resize(look.logits[0], size), batch.y) for look in students]).sum()
 
         # Networks 0 and 1 are the students, 2 and 3 their teachers. N pixels: unlabeled ones, or [labeled; unlabeled] with on_labeled.
@@ -137,19 +141,23 @@ class MKD(Method):
 class Look:
     """A network's features (n, D, h, w) and logits (n, C, h, w), at the decoder's resolution, of one or two batches of images.
 
-    One forward a batch, so BatchNorm statistics of their own. The last batch is the unlabeled one.
+    The last batch is the unlabeled one. One forward a batch, so BatchNorm statistics of their own, or one for all (joint).
     """
 
-    def __init__(self, net: SegNet, batches: list[Tensor]):
+    def __init__(self, net: SegNet, batches: list[Tensor], joint: bool = False):
         self.net = net
-        self.features = [net.features(images) for images in batches]
+        if joint:
+            self.features = list(net.features(torch.cat(batches)).split([len(images) for images in batches]))
+        else:
+            self.features = [net.features(images) for images in batches]
         self.logits = [net.classifier(f) for f in self.features]
 
     def mixed(self, mask: Tensor | None, grid: torch.Size) -> Look:
         """Of a teacher: the unlabeled batch mixed, on the loss grid, as the mask (n, H, W) mixed the students' images."""
         if mask is not None:
+            small = min(grid, self.features[-1].shape[-2:])
             self.logits[-1] = mix(resize(self.logits[-1], grid), nearest(mask, grid))
-            self.features[-1] = mix(self.features[-1], nearest(mask, self.features[-1].shape[-2:]))
+            self.features[-1] = mix(resize(self.features[-1], small), nearest(mask, small))
         return self
 
     def pixels(self, labels: list[Tensor], grid: torch.Size) -> tuple[Tensor, Tensor]:
