@@ -73,7 +73,13 @@ def _source(start: int, length: int, side: int, factor: float) -> tuple[slice, i
 
 def normalise(image: Tensor) -> Tensor:
     """(B, 3, H, W) in [0, 1] -> zero mean, unit variance over ImageNet."""
-    return TF.normalize(image, MEAN, STD)
+    return (image - _constant(MEAN, image.device)) / _constant(STD, image.device)
+
+
+@cache
+def _constant(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """(3, 1, 1) on the device, sent once: every later copy would wait for it."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 # Colour operations: (B, 3, H, W) float in [0, 1] -> the same; parameters are (B, 1, 1, 1) and drawn per sample.
@@ -84,7 +90,7 @@ def _uniform(images: Tensor, low: float, high: float) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
-    return (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    return (images * _constant((0.299, 0.587, 0.114), images.device)).sum(1, keepdim=True)
 
 
 def _blend(images: Tensor, other: Tensor, amount: Tensor) -> Tensor:

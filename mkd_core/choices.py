@@ -13,7 +13,9 @@ def choose(kind: str, name: str, allowed: Iterable[str]) -> str:
     allowed = list(allowed)
     if name in allowed:
         return name
-    raise ValueError(f"there is no {kind} {name!r}{_guess(name, allowed)} There are: {', '.join(allowed)}")
+    near = get_close_matches(str(name), allowed, n=8, cutoff=0.3)
+    there = f"There are: {', '.join(allowed)}" if len(allowed) <= 120 else f"There are {len(allowed)}, the nearest: {', '.join(near)}"
+    raise ValueError(f"there is no {kind} {name!r}{_guess(name, allowed)} {there}")
 
 
 def check_options(owner: str, make: Callable[..., Any], options: Mapping[str, Any], skip: Iterable[str] = ()) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
+import json
 import os
 import sys
 import tempfile
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "pairs", nargs="*", metavar="key=value", help="a parameter as YAML, wins over the file: lr=1e-3, crop=[512,512], common.root=DIR"
     )
     run.add_argument("-f", "--file", type=Path, help="YAML file of parameters")
-    run.add_argument("-o", "--out", type=Path, help="folder for the executed notebook (default: runs/notebooks)")
+    run.add_argument("-o", "--out", type=Path, help="folder for the executed notebook (default: runs/notebooks/<hash of the parameters>)")
     run.add_argument("--html", action="store_true", help="write the executed notebook as HTML too")
     run.add_argument("--list", action="store_true", help="list the notebook's parameters and stop")
 
@@ -144,12 +146,14 @@ def execute(notebook: Path, parameters: dict[str, Any], folder: Path, html: bool
     for name in parameters:
         choose(f"parameter of {notebook.name}", name, known)
     folder.mkdir(parents=True, exist_ok=True)
+    if folder.resolve() == notebook.resolve().parent:
+        raise ValueError(f"--out {folder} is where the notebook itself lies: it would be overwritten")
     out, failed = folder / notebook.name, folder / f"{notebook.stem}.failed.ipynb"
     temporary = folder / f".{notebook.stem}.{os.getpid()}.tmp.ipynb"
     try:
         with _shown_progress():
             papermill.execute_notebook(
-                str(notebook), str(temporary), parameters=parameters, progress_bar=False, cwd=str(notebook.parent),
+                str(notebook), str(temporary), parameters=parameters, progress_bar=False, cwd=os.getcwd(),
                 kernel_name="python3", stdout_file=sys.stdout, stderr_file=sys.stderr,
             )  # fmt: skip
         os.replace(temporary, out)
@@ -220,8 +224,9 @@ def _run(words: argparse.Namespace) -> int:
     parameters = merge(read_parameters(words.file) if words.file else {}, parse_values(words.pairs))
     from .records import RUNS
 
+    digest = hashlib.sha256(json.dumps(parameters, sort_keys=True, default=str).encode()).hexdigest()[:8]
     try:
-        written = execute(words.notebook, parameters, words.out or RUNS / "notebooks", words.html)
+        written = execute(words.notebook, parameters, words.out or RUNS / "notebooks" / digest, words.html)
     except NotebookFailed as error:
         print(f"mkd run: {error}", file=sys.stderr)
         return 1

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+import segmentation_models_pytorch as smp
+import timm
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 from .augment import STRONG
@@ -17,7 +19,8 @@ from .data import DATASETS
 from .methods import METHODS
 from .models import ARCHITECTURES, file_sha256
 
-# What cannot change the result (device and threads change the last bits at most) or is covered by something that does.
+# Left out of the id by choice: where things lie and on what they run (other hardware changes bits, and training amplifies them), how often
+# the run is logged and saved; weights enter by their hash.
 NOT_IDENTITY = {"root", "device", "threads", "workers", "checkpoint_every", "log_every", "weights"}
 
 
@@ -87,6 +90,13 @@ class RunConfig(BaseModel):
     @classmethod
     def _method(cls, name: str) -> str:
         return choose("method", name, METHODS)
+
+    @field_validator("encoder")
+    @classmethod
+    def _encoder(cls, name: str) -> str:
+        if name.startswith("tu-"):
+            return "tu-" + choose("timm model", name[3:], timm.list_models())
+        return choose("encoder", name, smp.encoders.get_encoder_names())
 
     @field_validator("crop")
     @classmethod

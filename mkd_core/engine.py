@@ -128,7 +128,7 @@ def make_optimizer(config: RunConfig, method: Method) -> torch.optim.Optimizer:
 def probabilities(net: nn.Module, images: Tensor, protocol: str, window: tuple[int, int]) -> Tensor:
     """Class probabilities of normalised images (B, 3, H, W) of any size -> (B, C, H, W), by a named protocol.
 
-    whole    the image at its own size, padded to a multiple of 32 at the bottom and right (our choice for VOC and COCO)
+    whole    the image at its own size, padded at the bottom and right where a side is no multiple of 16 (our choice for VOC and COCO)
     long512  resized so that the long side is 512, logits resized back (released MKD)
     sliding  windows of the crop's size, stride ceil(2/3 window), the last one shifted back inside (CPS); probabilities averaged (our choice)
     """
@@ -178,7 +178,7 @@ class _Items(Dataset):
 
 
 def _equal_sizes(items: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of consecutive images of one size, up to about a megapixel: the same whatever the machine."""
+    """Batches of consecutive images of one size, up to about a quarter of a megapixel: the same whatever the machine."""
     images: list[Tensor] = []
     labels: list[Tensor] = []
     for image, label in items:
@@ -292,12 +292,13 @@ def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Rec
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "lock", timeout=0):
-            return records.load(folder) or _Run(config, folder, quiet).finish()
+            try:
+                return records.load(folder) or _Run(config, folder, quiet).finish()
+            finally:
+                if not (folder / "config.json").exists():  # refused before it began
+                    shutil.rmtree(folder, ignore_errors=True)
     except Timeout as error:
         raise RuntimeError(f"another process is at run {config.id} (it holds {folder / 'lock'}); wait for it or stop it") from error
-    finally:
-        if not (folder / "config.json").exists():  # refused before it began
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_all(configs: Sequence[RunConfig], slots: int = 1, runs: Path | None = None) -> list[Record]:
@@ -310,10 +311,11 @@ def run_all(configs: Sequence[RunConfig], slots: int = 1, runs: Path | None = No
     if slots == 1 or len(missing) < 2:
         return [run(config, runs) for config in configs]
     show, started = Progress(f"{len(missing)} runs"), time.monotonic()
-    with ProcessPoolExecutor(slots, multiprocessing.get_context("spawn"), initializer=_die_with_parent) as pool:
+    with ProcessPoolExecutor(slots, multiprocessing.get_context("spawn"), initializer=_worker, initargs=(slots,)) as pool:
         futures = [pool.submit(run, config, runs, True) for config in missing]
         while not all(f.done() for f in futures):
             if error := next((e for f in futures if f.done() and not f.cancelled() and (e := f.exception())), None):
+                show(f"a run failed, those that run now are finished first: {error}", now=True)
                 pool.shutdown(cancel_futures=True)
                 raise error
             active = [config for config, f in zip(missing, futures, strict=True) if f.running()][:slots]
@@ -330,8 +332,9 @@ def _share(folder: Path, config: RunConfig) -> str:
     return f"{100 * rows[-1]['step'] / config.steps:.0f} %" if rows else "starts"
 
 
-def _die_with_parent() -> None:
-    """A worker whose parent was killed ends too; its run goes on from the checkpoint next time."""
+def _worker(slots: int) -> None:
+    """A worker takes its share of the cores, and ends when its parent is killed; its run goes on from the checkpoint next time."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // slots))
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -353,15 +356,21 @@ class _Run:
         self.device = pick_device(config.device)
         self.dataset = open_dataset(config.dataset, config.root, **config.dataset_options)
         self.split = load_split(self.dataset, config.split, config.seed)
-        check(self.dataset, self.split).raise_if_bad()
+        self.method = build_method(config, len(self.dataset.classes)).to(self.device)
         if not self.dataset.val:
             raise DataError(f"data set {config.dataset!r} names no images to evaluate. {self.dataset.where}")
-        self.method = build_method(config, len(self.dataset.classes)).to(self.device)
+        if self.method.min_batch > 1 and (found := len(self.split.unlabeled)) < config.batch:
+            raise DataError(
+                f"{config.method} mixes the images of a batch: split {config.split} has {found} unlabeled ones, batch is {config.batch}"
+            )
+        # Every file is opened before the first step; a run that goes on has been through that.
+        deep = not (folder / "checkpoint.pt").exists()
+        check(self.dataset, self.split, deep, lambda done, of: self.progress(f"checking file {done:,} of {of:,}")).raise_if_bad()
         self.optimizer = make_optimizer(config, self.method)
         stream = partial(Stream, self.dataset, seed=config.seed, crop=config.crop, scale=config.scale, base=config.base)
         self.steps = Steps(
             stream(self.split.labeled, name="labeled", labeled=True),
-            stream(self.split.unlabeled, name="unlabeled", labeled=False),
+            stream(self.split.unlabeled, name="unlabeled", labeled=False, block=config.batch),
             config.batch,
         )
         withheld = [i for i in self.split.unlabeled if self.dataset.has_label(i)]
@@ -392,7 +401,7 @@ class _Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = poly(config, self.step)
             batch = make_batch(tensors, config, method.views, self.device)  # colour stays in float32
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16", cache_enabled=False):
                 terms, stats = method(batch, self.step / config.steps)
             loss = torch.stack([t.float() for t in terms.values()]).sum()
             bad = torch.where((bad < 0) & ~loss.detach().isfinite(), self.step, bad)
@@ -423,11 +432,14 @@ class _Run:
                     self._save()
 
     def _stop_if_bad(self, bad: Tensor) -> None:
-        if (step := int(bad)) >= 0:
+        """At logging, evaluation and checkpoints only, since it waits for the device: was every loss finite, and is every weight?"""
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.method.parameters()]))
+        step = int(torch.where((bad < 0) & ~norms.isfinite().all(), self.step - 1, bad))
+        if step >= 0:
             labeled, unlabeled = self.steps.ids(step)
             kept = self.folder / "checkpoint.pt"
             raise NonFiniteLoss(
-                f"run {self.config.id}: the loss was not finite at step {step}. Labeled images: {', '.join(labeled)}; unlabeled images: "
+                f"run {self.config.id}: the loss was not finite at step {step}, or the weights after it. Labeled images: {', '.join(labeled)}; unlabeled images: "
                 f"{', '.join(unlabeled)}. " + (f"The last good checkpoint is {kept}." if kept.exists() else "There is no checkpoint yet.")
             )
 

@@ -1,4 +1,4 @@
-"""Confusion matrix, IoU, and how good pseudo-labels are. Everything stays on the device until it is read once at the end."""
+"""Confusion matrix, IoU, and how good pseudo-labels are. Counts stay on the device until they are read once at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .data.base import IGNORE
 def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
     """Pixels counted by (truth, prediction): two int maps of equal shape -> (C, C) int64 on their device; IGNORE is left out.
 
-    One bincount, no boolean indexing (its size would have to be read by the host).
+    One bincount a batch: on a GPU its only wait is for the range of its input.
     """
     ignored = num_classes**2
     index = torch.where(label == IGNORE, ignored, label.long() * num_classes + prediction.long())

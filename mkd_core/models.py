@@ -21,13 +21,14 @@ class SegNet(nn.Module):
     forward(x):  (B, C, H, W) logits, bilinear from (h, w), align_corners False
     stride:      H and W must be multiples of it
 
-    arch      "deeplabv3plus": output stride 16, ASPP rates (6, 12, 18), separable convolutions (the paper's head)
+    arch      "deeplabv3plus": output stride 16, ASPP rates (6, 12, 18), separable convolutions
               "pspnet": output stride 8, the other half of Table 6
     encoder   any smp encoder; "tu-<name>" is timm's. smp's resnet50 has the standard stem, the paper's is ResNet-v1c
               ("tu-resnet50d"-type stems are the nearest); Xception-65 is "tu-xception65"
     channels  of the decoder, 256 in the paper
     norm      "batch" or "group" (GroupNorm in place of every BatchNorm: small networks from scratch)
-    Deviations: PSPNet's classifier is 1x1 here, 3x3 in smp.
+    Deviations: PSPNet's classifier is 1x1 here, 3x3 in smp. smp's DeepLabV3+ decoder has one fusion convolution and upsamples with aligned
+    corners; the released one has several, without.
     """
 
     def __init__(
@@ -119,5 +120,7 @@ def file_sha256(path: str | Path) -> str:
 def weights_file(path: str | Path) -> Path:
     """The path, if there is such a file."""
     if not (found := Path(path).expanduser()).is_file():
-        raise ValueError(f"weights file {path} does not exist; give a local .pth or .safetensors file of the encoder, or '' for random weights")
+        raise ValueError(
+            f"weights file {path} does not exist; give a local .pth or .safetensors file of the encoder, or '' for random weights"
+        )
     return found

@@ -16,7 +16,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
 ROOT = Path(__file__).resolve().parents[1]  # notebooks and papermill start in different folders; the project root is where the package lies
-RUNS = Path(os.environ.get("MKD_RUNS", ROOT / "runs"))
+RUNS = Path(os.environ.get("MKD_RUNS", ROOT / "runs")).resolve()
 
 
 def folder(name: str | Path) -> Path:
@@ -112,8 +112,14 @@ def commit() -> str:
 
 
 def dump(records: Iterable[Record], path: Path) -> None:
-    """records.jsonl: one record a line."""
-    write_atomically(path, "".join(r.model_dump_json() + "\n" for r in records))
+    """records.jsonl: one record a line, data set and weights by their last name only."""
+    write_atomically(path, "".join(_portable(r).model_dump_json() + "\n" for r in records))
+
+
+def _portable(record: Record) -> Record:
+    """Without the folders of the machine that made it; the hashes say what the files were."""
+    own = {key: Path(record.config[key]).name for key in ("root", "weights")}
+    return record.model_copy(update={"config": record.config | own})
 
 
 def collect(source: str | Path) -> list[Record]:

@@ -15,19 +15,23 @@ from .base import SegDataset
 
 
 class Stream:
-    """Sample k: the images in a new random order every pass, each with a weak view of its own. Streams of other names are independent."""
+    """Sample k: the images in a new random order every pass, each with a weak view of its own. Streams of other names are independent.
+
+    block: what is left of a pass and does not fill a block is dropped, so a batch of that size never holds an image twice (CutMix).
+    """
 
     def __init__(
         self, dataset: SegDataset, ids: Sequence[str], *, name: str, seed: int, labeled: bool, crop: tuple[int, int],
-        scale: tuple[float, float], base: int,
+        scale: tuple[float, float], base: int, block: int = 1,
     ):  # fmt: skip
         self.dataset, self.ids, self.labeled = dataset, list(ids), labeled
         self.key = (seed, int.from_bytes(name.encode(), "big"))
+        self.turn = len(self.ids) - len(self.ids) % block if block <= len(self.ids) else len(self.ids)
         self.crop, self.scale, self.base = crop, scale, base
 
     def id(self, k: int) -> str:
         """The image of sample k."""
-        turn, i = divmod(k, len(self.ids))
+        turn, i = divmod(k, self.turn)
         return self.ids[_order(self.key, turn, len(self.ids))[i]]
 
     def __getitem__(self, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..augment import mix, xor_boxes
-from ..losses import cross_entropy, pseudo_label, ramp
+from ..data.base import IGNORE
+from ..losses import cross_entropy, masked_mean, pseudo_label, ramp
 from .base import Batch, Build, Count, Method, Share, Terms, Weight, both
 
 
@@ -48,14 +49,14 @@ class CPS(Method):
             labels = [pseudo_label(u, valid=valid) for u in (u1, u2)]
         y1, y2 = labels
         if self.on_labeled:  # released CPS: every pixel of the batch, labeled ones and their padding included
-            inside = batch.y != 255 if self.ignore_padding else None
+            inside = batch.y != IGNORE if self.ignore_padding else None
             u1, u2 = torch.cat((x1, u1)), torch.cat((x2, u2))
             y1, y2 = (torch.cat((pseudo_label(x, valid=inside), y)) for x, y in ((x1, y1), (x2, y2)))
         weight = self.weight * ramp(progress, self.rampup)
         return {
             "sup": cross_entropy(x1, batch.y) + cross_entropy(x2, batch.y),
             "cross": weight * (cross_entropy(u1, y2) + cross_entropy(u2, y1)),
-        }, {"agreement": (y1 == y2).float().mean()}
+        }, {"agreement": masked_mean((y1 == y2).float(), y1 != IGNORE)}
 
     @property
     def predictors(self) -> dict[str, nn.Module]:
