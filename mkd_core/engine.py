@@ -302,7 +302,7 @@ def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Rec
 
 
 def run_all(configs: Sequence[RunConfig], slots: int = 1, runs: Path | None = None) -> list[Record]:
-    """run() for each configuration, `slots` at a time in processes of their own; what has a record is not run. The longest should come first.
+    """run() for each configuration, `slots` at a time, each in a fresh process; what has a record is not run. The longest should come first.
 
     The first error stops the runs that have not begun and is raised.
     """
@@ -311,7 +311,9 @@ def run_all(configs: Sequence[RunConfig], slots: int = 1, runs: Path | None = No
     if slots == 1 or len(missing) < 2:
         return [run(config, runs) for config in configs]
     show, started = Progress(f"{len(missing)} runs"), time.monotonic()
-    with ProcessPoolExecutor(slots, multiprocessing.get_context("spawn"), initializer=_worker, initargs=(slots,)) as pool:
+    with ProcessPoolExecutor(
+        slots, multiprocessing.get_context("spawn"), max_tasks_per_child=1, initializer=_worker, initargs=(slots,)
+    ) as pool:
         futures = [pool.submit(run, config, runs, True) for config in missing]
         while not all(f.done() for f in futures):
             if error := next((e for f in futures if f.done() and not f.cancelled() and (e := f.exception())), None):
@@ -354,6 +356,8 @@ class _Run:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = pick_device(config.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.dataset = open_dataset(config.dataset, config.root, **config.dataset_options)
         self.split = load_split(self.dataset, config.split, config.seed)
         self.method = build_method(config, len(self.dataset.classes)).to(self.device)

@@ -44,7 +44,7 @@ class Record(BaseModel):
     pseudo_labels: dict[str, Any] | None  # quality against withheld labels, last step
     seconds: float  # training and evaluation, all parts of an interrupted run together
     images_per_second: float  # labeled and unlabeled, training alone
-    peak_memory_mb: float
+    peak_memory_mb: float  # of the GPU during the run, or of the whole process on a CPU
     device: str
     threads: int
     precision: str
