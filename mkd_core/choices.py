@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, ValidationError, create_model
 
 
 def choose(kind: str, name: str, allowed: Iterable[str]) -> str:
@@ -30,6 +32,20 @@ def check_options(owner: str, make: Callable[..., Any], options: Mapping[str, An
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in options:
             raise ValueError(f"{owner} needs the option {name!r}.{has}")
+
+
+def complete_options(owner: str, make: Callable[..., Any], options: Mapping[str, Any], skip: str) -> dict[str, Any]:
+    """Options with the constructor's defaults filled in, checked against its type hints: 1, 1.0 and "1.0" are one weight."""
+    check_options(owner, make, options, skip={skip})
+    hints = get_type_hints(make.__init__, include_extras=True)  # type: ignore[misc]
+    parameters = inspect.signature(make).parameters.values()
+    fields: dict[str, Any] = {p.name: (hints[p.name], ... if p.default is p.empty else p.default) for p in parameters if p.name != skip}
+    try:
+        model = create_model(owner, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
+        return model(**options).model_dump(mode="json")
+    except ValidationError as error:
+        faults = (f"option {str(e['loc'][0])!r}: {e['msg'].lower()}; got {e['input']!r}" for e in error.errors())
+        raise ValueError(f"{owner}, " + "; ".join(faults)) from error
 
 
 def _guess(name: str, allowed: list[str]) -> str:

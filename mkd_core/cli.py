@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import json
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("--download", action="store_true", help="fetch and verify the data first, where its terms allow that (voc, voc_aug)")
 
     # argparse closes a list of positionals at the first option; here key=value may stand anywhere.
+    # A polite end, so that no half-written notebook stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     words, rest = parser.parse_known_args(argv)
     if wrong := [word for word in rest if word.startswith("-") or "=" not in word]:
         (run if words.command == "run" else check).error(f"unrecognized arguments: {' '.join(wrong)}")
@@ -218,13 +220,15 @@ def _run(words: argparse.Namespace) -> int:
     if words.list:
         import papermill
 
+        if not words.notebook.is_file():
+            raise ValueError(f"notebook {words.notebook} does not exist")
         for name, about in papermill.inspect_notebook(str(words.notebook)).items():
             print(f"{name} = {about['default']}" + (f"    {about['help']}" if about["help"] else ""))
         return 0
     parameters = merge(read_parameters(words.file) if words.file else {}, parse_values(words.pairs))
     from .records import RUNS
 
-    digest = hashlib.sha256(json.dumps(parameters, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(repr(sorted(parameters.items())).encode()).hexdigest()[:8]
     try:
         written = execute(words.notebook, parameters, words.out or RUNS / "notebooks" / digest, words.html)
     except NotebookFailed as error:

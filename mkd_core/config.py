@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import segmentation_models_pytorch as smp
 import timm
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .augment import STRONG
-from .choices import check_options, choose
+from .choices import choose, complete_options
 from .data import DATASETS
 from .methods import METHODS
 from .models import ARCHITECTURES, file_sha256
@@ -31,7 +29,7 @@ class RunConfig(BaseModel):
     the record of a run states every hyper-parameter.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     # Data.
     dataset: str = Field("shapes", description="shapes, folder, voc, voc_aug, cityscapes, coco")
@@ -51,7 +49,7 @@ class RunConfig(BaseModel):
     # Views.
     crop: tuple[int, int] = Field((512, 512), description="height, width; multiples of 16")
     scale: tuple[float, float] = Field((0.5, 2.0), description="range of the random scale")
-    base: int = Field(0, ge=0, description="0: scale the native size; else the long side becomes scale * base")
+    base: int = Field(0, ge=0, le=16_384, description="0: scale the native size; else the long side becomes scale * base")
     strong: Literal[tuple(STRONG)] = "one_of"  # type: ignore[valid-type]
     weak_photometric: bool = Field(False, description="colour distortion in the weak view and on labeled images (released MKD)")
     # Optimisation.
@@ -69,16 +67,18 @@ class RunConfig(BaseModel):
     quality_images: int = Field(64, ge=0, description="unlabeled images with withheld labels on which pseudo-labels are measured")
     # Machine: not part of the id.
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
-    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: its own choice")
-    workers: int = Field(0, ge=0, description="loader processes")
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of torch; 0: its own choice")
+    workers: int = Field(0, ge=0, le=1024, description="loader processes")
     checkpoint_every: int = Field(1_000, gt=0)
     log_every: int = Field(50, gt=0)
 
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, data: Any) -> Any:
-        for key in data if isinstance(data, dict) else ():
+        for key, value in data.items() if isinstance(data, dict) else ():
             choose("RunConfig key", key, cls.model_fields)
+            if isinstance(value, bool) and cls.model_fields[key].annotation in (int, float):
+                raise ValueError(f"{key} must be a number; got {value}")
         return data
 
     @field_validator("dataset")
@@ -108,14 +108,16 @@ class RunConfig(BaseModel):
     @field_validator("scale")
     @classmethod
     def _scale(cls, scale: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < scale[0] <= scale[1]:
-            raise ValueError(f"scale must be (low, high) with 0 < low <= high; got {scale}")
+        if not 0.05 <= scale[0] <= scale[1] <= 20:
+            raise ValueError(f"scale must be (low, high) with 0.05 <= low <= high <= 20; got {scale}")
         return scale
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        object.__setattr__(self, "options", _complete(self.method, METHODS[self.method], self.options, "build"))
-        object.__setattr__(self, "dataset_options", _complete(self.dataset, DATASETS[self.dataset], self.dataset_options, "root"))
+        object.__setattr__(self, "options", complete_options(self.method, METHODS[self.method], self.options, "build"))
+        object.__setattr__(
+            self, "dataset_options", complete_options(f"data set {self.dataset!r}", DATASETS[self.dataset], self.dataset_options, "root")
+        )
         if self.batch < 2 and self.norm == "batch":
             raise ValueError(
                 "batch must be at least 2: BatchNorm cannot normalise a single image (DeepLabV3+ pools to 1 x 1); or norm='group'"
@@ -137,19 +139,6 @@ class RunConfig(BaseModel):
         return f"{data}-{self.split}-{self.method}-s{self.seed}-{digest}".replace("/", "_").replace(" ", "_")
 
 
-def _complete(owner: str, make: Callable[..., Any], options: dict[str, Any], skip: str) -> dict[str, Any]:
-    """Options with the constructor's defaults filled in, checked against its type hints: 1, 1.0 and "1.0" are one weight."""
-    check_options(owner, make, options, skip={skip})
-    hints = get_type_hints(make.__init__, include_extras=True)  # type: ignore[misc]
-    parameters = inspect.signature(make).parameters.values()
-    fields: dict[str, Any] = {p.name: (hints[p.name], ... if p.default is p.empty else p.default) for p in parameters if p.name != skip}
-    try:
-        return create_model(owner, __config__=ConfigDict(extra="forbid"), **fields)(**options).model_dump(mode="json")
-    except ValidationError as error:
-        faults = (f"option {'.'.join(map(str, e['loc']))!r}: {e['msg'].lower()}; got {e['input']!r}" for e in error.errors())
-        raise ValueError(f"{owner}, " + "; ".join(faults)) from error
-
-
 class Grid(BaseModel):
     """The runs of a table: every row with every seed. A row's keys win over the common ones; "{seed}" in a split's name is filled in.
 
@@ -168,12 +157,14 @@ class Grid(BaseModel):
 
         def config(row: dict[str, Any], seed: int) -> RunConfig:
             keys = self.common | row | {"seed": seed}
-            return RunConfig(**keys | {"split": keys["split"].replace("{seed}", str(seed))} if "split" in keys else keys)
+            return RunConfig(**keys | {"split": str(keys["split"]).replace("{seed}", str(seed))} if "split" in keys else keys)
 
         return {name: [config(row, seed) for seed in self.seeds] for name, row in self.rows.items()}
 
     @model_validator(mode="after")
     def _all_valid(self) -> Grid:
+        if any("seed" in keys for keys in (self.common, *self.rows.values())):
+            raise ValueError("seed stands in `seeds`, not among the keys of the runs")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"a seed is given twice: {self.seeds}")
         ids = [config.id for configs in self.runs.values() for config in configs]

@@ -76,6 +76,8 @@ def load_method(run: RunConfig | str | Path, device: torch.device | str = "cpu")
     Rebuilt from config.json with the weights of checkpoint.pt; no data are needed. Like every build, it seeds torch.
     """
     folder = records.RUNS / run.id if isinstance(run, RunConfig) else Path(run)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"there is no run in {folder}")
     config = RunConfig.model_validate_json((folder / "config.json").read_text())
     state = read_checkpoint(folder / "checkpoint.pt", device)["method"]
     classes = next(len(value) for name, value in state.items() if name.endswith("classifier.weight"))
@@ -88,7 +90,10 @@ def load_method(run: RunConfig | str | Path, device: torch.device | str = "cpu")
 def read_checkpoint(path: Path, device: torch.device | str) -> dict[str, Any]:
     """The state that a run left; nothing is unpickled. ValueError where there is none or it is damaged."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state, dict) or not {"step", "method", "optimizer", "history"} <= state.keys():
+            raise KeyError("not a checkpoint of this suite")
+        return state
     except FileNotFoundError as error:
         raise ValueError(f"there is no checkpoint {path}: the run has not come that far") from error
     except Exception as error:  # torch raises half a dozen unrelated classes here
@@ -135,7 +140,7 @@ def probabilities(net: nn.Module, images: Tensor, protocol: str, window: tuple[i
     size = images.shape[-2:]
     if protocol == "long512":
         factor = 512 / max(size)
-        small = resize(images, (round(size[0] * factor), round(size[1] * factor)))
+        small = resize(images, (max(1, round(size[0] * factor)), max(1, round(size[1] * factor))))
         return resize(_padded(net, small), size).softmax(1)
     if protocol == "whole":
         return _padded(net, images).softmax(1)
@@ -275,6 +280,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>; got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>; got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name} asked for, but torch sees {torch.cuda.device_count()} GPUs")
     return device
@@ -288,6 +295,8 @@ def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Rec
     """
     folder = (runs or records.RUNS) / config.id
     if found := records.load(folder):
+        if found.id != config.id or found.status != "done":
+            raise ValueError(f"{folder / 'record.json'} is the record of another run ({found.id}, {found.status}); delete it")
         return found
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -306,8 +315,14 @@ def run_all(configs: Sequence[RunConfig], slots: int = 1, runs: Path | None = No
 
     The first error stops the runs that have not begun and is raised.
     """
+    if slots < 1:
+        raise ValueError(f"slots must be at least 1; got {slots}")
     place = runs or records.RUNS
     missing = [config for config in configs if not records.load(place / config.id)]
+    for config in missing:  # what is wrong with the last is found before the first has trained
+        dataset = open_dataset(config.dataset, config.root, **config.dataset_options)
+        check(dataset, load_split(dataset, config.split, config.seed), deep=False).raise_if_bad()
+        build_method(config, len(dataset.classes))
     if slots == 1 or len(missing) < 2:
         return [run(config, runs) for config in configs]
     show, started = Progress(f"{len(missing)} runs"), time.monotonic()

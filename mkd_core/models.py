@@ -104,11 +104,20 @@ def load_encoder(net: SegNet, weights: str) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{weights} holds no plain tensors (only weights_only=True loads; nothing is unpickled): {error}") from error
+        raise ValueError(
+            f"{weights} holds no plain tensors (only weights_only=True loads; nothing is unpickled): {str(error)[:200]}"
+        ) from error
     try:
         net.encoder.load_state_dict(state)
     except (RuntimeError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{weights} does not fit the encoder: {str(error)[:600]}") from error
+        own, given = list(net.encoder.state_dict()), list(state) if isinstance(state, dict) else []
+        missing, unknown = [k for k in own if k not in given], [k for k in given if k not in own]
+        raise ValueError(
+            f"{weights} does not fit the encoder: {len(missing)} of its {len(own)} tensors are missing, first {missing[:5]}; {len(unknown)} in the "
+            f"file are unknown to it, first {unknown[:5]}. {str(error)[-200:] if not missing and not unknown else ''}"
+        ) from error
+    if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{weights} holds values that are not finite, first in {bad[0]}")
 
 
 def file_sha256(path: str | Path) -> str:

@@ -16,7 +16,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
 ROOT = Path(__file__).resolve().parents[1]  # notebooks and papermill start in different folders; the project root is where the package lies
-RUNS = Path(os.environ.get("MKD_RUNS", ROOT / "runs")).resolve()
+RUNS = Path(os.environ.get("MKD_RUNS") or ROOT / "runs").expanduser().resolve()
 
 
 def folder(name: str | Path) -> Path:
@@ -77,14 +77,22 @@ def save(record: Record, folder: Path) -> None:
 def load(folder: str | Path) -> Record | None:
     """The record of a run folder, None where the run is not finished."""
     path = Path(folder) / "record.json"
-    return Record.model_validate_json(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return Record.model_validate_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged; delete it and the run is finished from its checkpoint. {str(error)[:300]}") from error
 
 
 def history(folder: str | Path) -> list[dict[str, Any]]:
     """Rows of history.jsonl; a line that is still being written is left out."""
     path = Path(folder) / "history.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
 
 
 def environment() -> dict[str, str]:

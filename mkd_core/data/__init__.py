@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..choices import check_options, choose
+from ..choices import choose, complete_options
 from .base import IGNORE, DataError, SegDataset
 from .check import Report, check
 from .cityscapes import Cityscapes
@@ -36,5 +36,4 @@ def open_dataset(name: str, root: str = "", **options: Any) -> SegDataset:
     'train/0000'
     """
     make = DATASETS[choose("data set", name, DATASETS)]
-    check_options(f"data set {name!r}", make, options, skip=("root",))
-    return make(root, **options)
+    return make(root, **complete_options(f"data set {name!r}", make, options, "root"))

@@ -57,7 +57,7 @@ def check(dataset: SegDataset, split: Split, deep: bool = True, progress: Callab
 
     shares: dict[str, float] = {}
     if deep:
-        pixels = np.zeros(256, np.int64)
+        pixels, evaluated = np.zeros(256, np.int64), 0
         faults: list[str] = []
         absent = {path for paths in missing.values() for path in paths}
         todo = [id for id in ids if not absent & {str(path) for path in dataset.files(id)}]
@@ -65,10 +65,18 @@ def check(dataset: SegDataset, split: Split, deep: bool = True, progress: Callab
             for done, (id, fault, counts) in enumerate(pool.map(lambda id: _examine(dataset, id), todo), 1):
                 faults += [fault] if fault else []
                 pixels += counts if id in labeled else 0
+                evaluated += int(counts[:IGNORE].sum()) if id in val else 0
                 if progress:
                     progress(done, len(todo))
         if faults:
             problems.append(f"{len(faults)} faulty files:\n  " + "\n  ".join(faults[:5] + ["..."] * (len(faults) > 5)))
+        elif np.count_nonzero(pixels[:IGNORE]) < 2:
+            hint = f" {IGNORE} means ignored: an object needs a class value of its own, 1 for example." if pixels[IGNORE] else ""
+            problems.append(
+                f"the labeled masks hold {np.count_nonzero(pixels[:IGNORE])} of {len(dataset.classes)} classes, at least 2 are needed.{hint}"
+            )
+        if val and not faults and not absent and not evaluated:
+            problems.append("the masks of the validation set hold no class at all, so there is nothing to evaluate")
         values = {**dict(enumerate(dataset.classes)), IGNORE: "ignored"}
         shares = {name: 100 * int(pixels[value]) / max(1, int(pixels.sum())) for value, name in values.items()}
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -61,7 +62,7 @@ class Folder(FileDataset):
 
     def _pair(self, line: str, place: str) -> tuple[str, str | None]:
         fields = line.split("\t") if "\t" in line else self._split_at_space(line)
-        fields = [str(PurePosixPath(field.strip())) for field in fields if field.strip()]  # "./a.png" and "a.png" are one image
+        fields = [posixpath.normpath(field.strip()) for field in fields if field.strip()]  # "./a.png" and "a.png" are one image
         if len(fields) > 2:
             raise DataError(f"{place}: expected 'image mask' or 'image', got {line!r}; part names that hold spaces by a tab")
         return fields[0], fields[1] if len(fields) == 2 else None
@@ -88,7 +89,7 @@ def _class_names(root: Path, classes: Sequence[str] | int | None) -> tuple[str, 
 
 
 def _colours(palette: Sequence[Sequence[int]], classes: int) -> np.ndarray:
-    colours = np.asarray(palette)
+    colours = np.asarray(palette) if len({len(colour) for colour in palette}) == 1 else np.zeros(0)
     if colours.shape != (classes, 3) or colours.min() < 0 or colours.max() > 255:
         raise DataError(f"palette must hold {classes} colours [r, g, b] in 0..255, one for each class; got {palette!r}")
     return colours.astype(np.uint8)
