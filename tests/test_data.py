@@ -349,7 +349,7 @@ def test_folder_line_syntax(own):
     ],
 )
 def test_folder_options_that_are_wrong(own, options, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(ValueError, match=message):
         open_dataset("folder", str(own), **options)
 
 
