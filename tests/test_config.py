@@ -180,3 +180,26 @@ def test_grid():
     for wrong in ({"rows": {}, "seeds": [0]}, {"rows": {"a": {}}, "seeds": []}, {"rows": {"a": {}}, "seeds": [0], "extra": 1}):
         with pytest.raises(ValidationError):
             Grid(common={}, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("keys", "word"),
+    [
+        ({"steps": True}, "steps must be a number"),
+        ({"lr": float("inf")}, "finite"),
+        ({"options": {"alpha": float("inf")}}, "finite"),
+        ({"scale": [1e-6, 1e-6]}, "scale"),
+        ({"encoder": "resnet5"}, "resnet50"),
+        ({"encoder": "tu-resnet5"}, "timm model"),
+    ],
+)
+def test_values_that_would_only_fail_in_training_are_refused(keys, word):
+    with pytest.raises(ValueError, match=word):
+        RunConfig(**keys)
+
+
+def test_a_grid_keeps_its_seeds_in_one_place_and_fills_them_into_splits():
+    with pytest.raises(ValueError, match="seed"):
+        Grid(common={"seed": 1}, rows={"a": {}}, seeds=[0])
+    grid = Grid(common={"split": "random/8@{seed}"}, rows={"a": {}}, seeds=[0, 3])
+    assert [c.split for c in grid.runs["a"]] == ["random/8@0", "random/8@3"]

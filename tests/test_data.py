@@ -306,7 +306,7 @@ def test_coco_polygons():
 
 
 def test_folder_reads_street_scenes(shared):
-    names = "sky building pole road pavement tree sign_symbol fence car pedestrian bicyclist".split()
+    names = ["sky", "building", "pole", "road", "pavement", "tree", "sign_symbol", "fence", "car", "pedestrian", "bicyclist"]
     data = open_dataset("folder", str(shared / "data/camvid"), classes=names, val="test.txt")
     assert (len(data.train), len(data.val)) == (367, 233) and data.classes == tuple(names)
     split = load_split(data, "splits/1_16/seed0")
@@ -434,3 +434,15 @@ def test_check_of_generated_data():
     report = check(data, load_split(data, "full"))
     assert report.problems == () and sum(report.shares.values()) == pytest.approx(100)
     assert data.files(data.train[0]) == (None, None)
+
+
+def test_masks_without_two_classes_and_validation_masks_without_any_are_problems(own):
+    dataset = open_dataset("folder", own)
+    split = load_split(dataset, "full")
+    assert not check(dataset, split).problems
+    save(own / "v_.png", [[255] * 6] * 4)
+    assert "nothing to evaluate" in "".join(check(dataset, split).problems)
+    for name in ("a", "b"):  # the usual export of a binary mask: 0 and 255
+        save(own / f"{name}_.png", [[0, 0, 255, 255, 0, 0]] * 4)
+    (problem, _) = check(dataset, split).problems
+    assert "1 of 3 classes" in problem and "255 means ignored" in problem

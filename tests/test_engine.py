@@ -537,3 +537,32 @@ def test_the_record_tells_what_was_measured(tmp_path):
     data = engine.open_dataset("shapes", "", **c.dataset_options)
     matrix = evaluate({"net": method.students[0]}, data, data.val)[0]["net"]
     assert engine.miou(matrix) == record.miou
+
+
+def test_a_record_of_another_run_or_a_damaged_one_is_refused(tmp_path):
+    c = config(steps=2)
+    run(c, tmp_path, quiet=True)
+    path = tmp_path / c.id / "record.json"
+    text = path.read_text()
+    for wrong, word in (
+        (text.replace(c.id, "other"), "another run"),
+        (text.replace('"done"', '"running"'), "another run"),
+        (text[:99], "damaged"),
+    ):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match=word):
+            run(c, tmp_path, quiet=True)
+
+
+def test_all_runs_are_looked_at_before_the_first_trains(tmp_path):
+    with pytest.raises(ValueError, match="no shapes split 'nope'"):
+        engine.run_all([config(steps=2), config(steps=2, split="nope")], 1, tmp_path)
+    assert not list(tmp_path.glob("*/history.jsonl"))
+
+
+def test_a_checkpoint_that_is_none_is_called_damaged(tmp_path):
+    torch.save({"a": 1}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="damaged"):
+        engine.read_checkpoint(tmp_path / "checkpoint.pt", "cpu")
+    with pytest.raises(ValueError, match="no run"):
+        engine.load_method(tmp_path)

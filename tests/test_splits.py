@@ -152,6 +152,7 @@ def test_a_part_of_the_data_cannot_serve_a_published_split(universes, mirror):
 
 # ---- fetching
 
+
 def test_files_on_record_are_the_bytes_that_the_repositories_ship(mirror):
     compared = 0
     for file, sha256 in LISTS["files"].items():
@@ -211,6 +212,7 @@ def test_a_list_that_was_tampered_with_is_refused(universes, mirror, monkeypatch
 
 # ---- the syntax of lists
 
+
 def test_lists_are_read_whatever_their_syntax():
     wanted = ("2007_000032", "2008_000002")
     for text in (
@@ -232,6 +234,7 @@ def test_bad_lists_are_refused(text, message):
 
 
 # ---- random
+
 
 def holding():
     """60 images of one or two of the classes a, b; c in four, d in one."""
@@ -296,6 +299,7 @@ def test_full():
 
 
 # ---- one's own lists
+
 
 @pytest.fixture
 def own(tmp_path):
