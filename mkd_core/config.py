@@ -22,6 +22,11 @@ from .models import ARCHITECTURES, file_sha256
 NOT_IDENTITY = {"root", "device", "threads", "workers", "checkpoint_every", "log_every", "weights"}
 
 
+# Raised when a change of the code changes results, so that runs from before it are not taken for new ones. 1 is left out of the id: runs
+# are older than this number.
+RESULTS = 1
+
+
 class RunConfig(BaseModel):
     """Everything that decides a run. Flat; unknown keys, methods, options and values out of range are errors that list what is allowed.
 
@@ -129,6 +134,8 @@ class RunConfig(BaseModel):
         """Readable prefix and a hash of all that can change the result: `shapes-random_32-mkd-s0-1f2e3d4c`."""
         identity = self.model_dump(mode="json", exclude=NOT_IDENTITY)
         identity["weights"] = file_sha256(self.weights) if self.weights else ""
+        if RESULTS > 1:
+            identity["results"] = RESULTS
         if self.dataset == "folder":  # its lists tell one folder from another, wherever it lies
             root, options = Path(self.root).expanduser().resolve(), self.dataset_options
             names = [options["train"], options["val"], "classes.txt", f"{self.split}/labeled.txt", f"{self.split}/unlabeled.txt"]
@@ -140,7 +147,9 @@ class RunConfig(BaseModel):
 
 
 class Grid(BaseModel):
-    """The runs of a table: every row with every seed. A row's keys win over the common ones; "{seed}" in a split's name is filled in.
+    """The runs of a table: every row in every column with every seed; no columns: one without a name.
+
+    A row's keys win over a column's, and these over the common ones; "{seed}" in a split's name is filled in.
 
     All configurations are checked when the grid is made.
     """
@@ -149,21 +158,30 @@ class Grid(BaseModel):
 
     common: dict[str, Any]
     rows: dict[str, dict[str, Any]] = Field(min_length=1)
+    columns: dict[str, dict[str, Any]] = Field({"": {}}, min_length=1)
     seeds: list[int] = Field(min_length=1)
 
     @property
-    def runs(self) -> dict[str, list[RunConfig]]:
-        """Row name -> one configuration a seed."""
+    def cells(self) -> dict[str, dict[str, list[RunConfig]]]:
+        """Row name -> column name -> one configuration a seed."""
 
-        def config(row: dict[str, Any], seed: int) -> RunConfig:
-            keys = self.common | row | {"seed": seed}
+        def config(row: dict[str, Any], column: dict[str, Any], seed: int) -> RunConfig:
+            keys = self.common | column | row | {"seed": seed}
             return RunConfig(**keys | {"split": str(keys["split"]).replace("{seed}", str(seed))} if "split" in keys else keys)
 
-        return {name: [config(row, seed) for seed in self.seeds] for name, row in self.rows.items()}
+        return {
+            name: {title: [config(row, column, seed) for seed in self.seeds] for title, column in self.columns.items()}
+            for name, row in self.rows.items()
+        }
+
+    @property
+    def runs(self) -> dict[str, list[RunConfig]]:
+        """Row name -> its configurations, column by column, seed by seed."""
+        return {name: [config for configs in row.values() for config in configs] for name, row in self.cells.items()}
 
     @model_validator(mode="after")
     def _all_valid(self) -> Grid:
-        if any("seed" in keys for keys in (self.common, *self.rows.values())):
+        if any("seed" in keys for keys in (self.common, *self.rows.values(), *self.columns.values())):
             raise ValueError("seed stands in `seeds`, not among the keys of the runs")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"a seed is given twice: {self.seeds}")

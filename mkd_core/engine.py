@@ -19,12 +19,14 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -32,7 +34,7 @@ from . import records
 from .augment import STRONG, distort, normalise
 from .config import RunConfig
 from .data import SegDataset, open_dataset
-from .data.base import DataError
+from .data.base import DataError, read_label
 from .data.check import check
 from .data.splits import load_split
 from .data.stream import Steps, Stream
@@ -91,7 +93,7 @@ def read_checkpoint(path: Path, device: torch.device | str) -> dict[str, Any]:
     """The state that a run left; nothing is unpickled. ValueError where there is none or it is damaged."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(state, dict) or not {"step", "method", "optimizer", "history"} <= state.keys():
+        if not isinstance(state, dict) or not {"step", "method", "optimizers", "history"} <= state.keys():
             raise KeyError("not a checkpoint of this suite")
         return state
     except FileNotFoundError as error:
@@ -100,30 +102,41 @@ def read_checkpoint(path: Path, device: torch.device | str) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged ({error}); delete it and the run starts anew") from error
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Make torch's random draws on every device a function of (seed, step)."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step + 1]).generate_state(1, np.uint64)[0] >> 1))
+def seed_step(seed: int, step: int, *stage: int) -> None:
+    """Make torch's random draws on every device a function of (seed, step); step -1: what comes before the first, or before a stage."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step + 1, *stage]).generate_state(1, np.uint64)[0] >> 1))
 
 
 def make_batch(tensors: Sequence[Tensor], config: RunConfig, views: int, device: torch.device) -> Batch:
     """uint8 tensors of a step -> Batch on the device: colour views drawn there, normalised."""
-    x, y, u, valid = (t.to(device, non_blocking=True) for t in tensors)
+    x, y, *unlabeled = (t.to(device, non_blocking=True) for t in tensors)
+    u, valid, label = unlabeled or (x[:0], y[:0].bool(), y[:0])
     x, u = x.float() / 255, u.float() / 255
     strong = tuple(normalise(STRONG[config.strong](u)) for _ in range(views))  # from the geometric view alone, as released
     if config.weak_photometric:
         x, u = distort(x), distort(u)
-    return Batch(normalise(x), y.long(), normalise(u), strong, valid)
+    return Batch(normalise(x), y.long(), normalise(u), strong, valid, label.long())
 
 
-def poly(config: RunConfig, step: int) -> float:
-    return config.lr * (1 - step / config.steps) ** config.power
+def poly(config: RunConfig, step: int, start: int = 0, end: int = 0) -> float:
+    """Share of the initial learning rate at a step of the stage [start, end); end 0: of the whole run."""
+    return (1 - (step - start) / ((end or config.steps) - start)) ** config.power
 
 
-def make_optimizer(config: RunConfig, method: Method) -> torch.optim.Optimizer:
-    parameters = [p for p in method.parameters() if p.requires_grad]
+def make_optimizers(config: RunConfig, method: Method) -> list[torch.optim.Optimizer]:
+    """That of the networks and, where the method has a critic, the critic's: Adam with betas (0.9, 0.99), as AdvSemSeg and GCT have it."""
+    judges = list(method.critic[0].parameters()) if method.critic else []
+    parameters = [p for p in method.parameters() if p.requires_grad and not any(p is judge for judge in judges)]
+    optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
-    return torch.optim.SGD(parameters, config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True)
+        optimizers.append(torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True))
+    else:
+        optimizers.append(torch.optim.SGD(parameters, config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True))
+    if method.critic:
+        optimizers.append(torch.optim.Adam(judges, method.critic[1], betas=(0.9, 0.99), fused=True))
+    for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]
+    return optimizers
 
 
 # Evaluation.
@@ -180,6 +193,39 @@ class _Items(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         return self.dataset.image(self.ids[i]), self.dataset.label(self.ids[i])
+
+
+class _Images(Sequence[Tensor]):
+    """Normalised images (1, 3, H, W) on the device by position, loaded when asked for."""
+
+    def __init__(self, dataset: SegDataset, ids: Sequence[str], device: torch.device):
+        self.dataset, self.ids, self.device = dataset, ids, device
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: Any) -> Any:
+        return normalise(self.dataset.image(self.ids[i])[None].to(self.device).float() / 255)
+
+
+class _Relabeled(SegDataset):
+    """The images of a stage with the pseudo-labels that were written for it."""
+
+    def __init__(self, dataset: SegDataset, ids: Sequence[str], folder: Path):
+        self.dataset, self.folder = dataset, folder
+        self.places = {id: i for i, id in enumerate(ids) if (folder / f"{i}.png").exists()}
+        self.ids = tuple(self.places)
+        if not self.ids:
+            raise ValueError(f"the stage has no pseudo-labelled image in {folder}")
+
+    def image(self, id: str) -> Tensor:
+        return self.dataset.image(id)
+
+    def label(self, id: str) -> Tensor:
+        return read_label(self.folder / f"{self.places[id]}.png")
+
+    def has_label(self, id: str) -> bool:
+        return id in self.places
 
 
 def _equal_sizes(items: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
@@ -385,13 +431,12 @@ class _Run:
         # Every file is opened before the first step; a run that goes on has been through that.
         deep = not (folder / "checkpoint.pt").exists()
         check(self.dataset, self.split, deep, lambda done, of: self.progress(f"checking file {done:,} of {of:,}")).raise_if_bad()
-        self.optimizer = make_optimizer(config, self.method)
-        stream = partial(Stream, self.dataset, seed=config.seed, crop=config.crop, scale=config.scale, base=config.base)
-        self.steps = Steps(
-            stream(self.split.labeled, name="labeled", labeled=True),
-            stream(self.split.unlabeled, name="unlabeled", labeled=False, block=config.batch),
-            config.batch,
-        )
+        self.optimizers = make_optimizers(config, self.method)
+        self.stream = partial(Stream, seed=config.seed, crop=config.crop, scale=config.scale, base=config.base)
+        self.labeled = self.stream(self.dataset, self.split.labeled, name="labeled", labeled=True)
+        unlabeled = self.stream(self.dataset, self.split.unlabeled, name="unlabeled", labeled=False, block=config.batch)
+        self.steps = Steps(self.labeled, unlabeled if self.method.unlabeled else None, config.batch)
+        self.images_a_step = config.batch * (2 if self.method.unlabeled else 1)
         withheld = [i for i in self.split.unlabeled if self.dataset.has_label(i)]
         rng = np.random.default_rng(config.seed)
         self.withheld = [withheld[i] for i in sorted(rng.permutation(len(withheld))[: config.quality_images])]
@@ -404,29 +449,66 @@ class _Run:
         self._fit()
         record = self._record()
         records.save(record, self.folder)
+        for labels in self.folder.glob("labels-*"):
+            shutil.rmtree(labels)
         self.progress(f"done, mIoU {record.miou:.1f} in {record.seconds:.0f} s", now=True)
         return record
 
     # The loop.
 
     def _fit(self) -> None:
+        marks = [0, *(round(share * self.config.steps) for share in self.method.stages), self.config.steps]
+        for stage, (start, end) in enumerate(pairwise(marks)):
+            if self.step < end:
+                if stage:
+                    self._enter(stage, anew=self.step == start)
+                self._train(start, end)
+
+    def _enter(self, stage: int, anew: bool) -> None:
+        """Pseudo-labels of a stage, written before its first step and read back through the loader: they share the image's geometry."""
+        config, folder = self.config, self.folder / f"labels-{stage}"
+        if anew:
+            self.progress(f"labels {len(self.split.unlabeled):,} images for stage {stage}", now=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary = self.folder / f".labels-{stage}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            seed_step(config.seed, -1, stage)
+            self.method.eval()
+            prob = partial(probabilities, protocol=config.protocol, window=config.crop)
+            with torch.no_grad():
+                for i, label in self.method.relabel(stage, _Images(self.dataset, self.split.unlabeled, self.device), prob):
+                    Image.fromarray(label.to("cpu", torch.uint8).numpy()).save(temporary / f"{i}.png")
+            os.replace(temporary, folder)
+            self.optimizers = make_optimizers(config, self.method)
+        elif not folder.is_dir():
+            raise ValueError(f"{folder}, the pseudo-labels of this stage, is gone; delete {self.folder} and the run starts anew")
+        labeled = _Relabeled(self.dataset, self.split.unlabeled, folder)
+        self.steps = Steps(
+            self.labeled, self.stream(labeled, labeled.ids, name="unlabeled", labeled=True, block=config.batch), config.batch
+        )
+
+    def _train(self, start: int, end: int) -> None:
         config, method = self.config, self.method
         method.train()
-        batches = self.steps.batches(self.step, config.steps, config.workers, pin=self.device.type == "cuda")
+        batches = self.steps.batches(self.step, end, config.workers, pin=self.device.type == "cuda")
         bad = torch.full((), -1, device=self.device)  # the first step with a loss that is not finite: read only at logging
         clock = _Clock()
         for tensors in batches:
             seed_step(config.seed, self.step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = poly(config, self.step)
+            rate = poly(config, self.step, start, end)
+            for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
+                group["lr"] = group["initial_lr"] * rate
             batch = make_batch(tensors, config, method.views, self.device)  # colour stays in float32
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16", cache_enabled=False):
                 terms, stats = method(batch, self.step / config.steps)
             loss = torch.stack([t.float() for t in terms.values()]).sum()
             bad = torch.where((bad < 0) & ~loss.detach().isfinite(), self.step, bad)
-            self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             self.step += 1
             method.update(self.step)
 
@@ -434,18 +516,18 @@ class _Run:
             evaluating = last or (config.evaluate_every and self.step % config.evaluate_every == 0)
             if self.step % config.log_every == 0 or evaluating or self.step % config.checkpoint_every == 0:
                 self._stop_if_bad(bad)
-                row = {"step": self.step, "lr": poly(config, self.step - 1), "loss": loss.item()}
+                row = {"step": self.step, "lr": config.lr * rate, "loss": loss.item()}
                 row |= {f"term/{k}": v.item() for k, v in terms.items()} | {f"stat/{k}": v.item() for k, v in stats.items()}
                 self.seconds_training += clock.lap()
-                rate = 2 * config.batch * self.step / self.seconds_training
+                speed = self.images_a_step * self.step / self.seconds_training
                 if evaluating:
                     self.progress(f"step {self.step:,} of {config.steps:,}, evaluating", now=last)
                     row |= self._evaluate()
                 self.seconds += clock.since()
                 self._log(row)
-                left = (config.steps - self.step) * 2 * config.batch / rate
+                left = (config.steps - self.step) * self.images_a_step / speed
                 self.progress(
-                    f"step {self.step:,} of {config.steps:,}, loss {row['loss']:.3f}, {rate:.0f} images/s, {left / 60:.1f} min left"
+                    f"step {self.step:,} of {config.steps:,}, loss {row['loss']:.3f}, {speed:.0f} images/s, {left / 60:.1f} min left"
                 )
                 if self.step % config.checkpoint_every == 0 or last:
                     self._save()
@@ -486,7 +568,7 @@ class _Run:
 
     def _save(self) -> None:
         state = {
-            "step": self.step, "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "history": json.dumps(self.history),
+            "step": self.step, "method": self.method.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers], "history": json.dumps(self.history),
             "seconds": self.seconds, "seconds_training": self.seconds_training,
         }  # fmt: skip
         path, temporary = self.folder / "checkpoint.pt", self.folder / ".checkpoint.pt.tmp"
@@ -504,7 +586,8 @@ class _Run:
         if path.exists():
             state = read_checkpoint(path, self.device)
             self.method.load_state_dict(state["method"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
             self.step, self.history = state["step"], json.loads(state["history"])
             self.seconds, self.seconds_training = state["seconds"], state["seconds_training"]
             self.progress(f"goes on from step {self.step:,}", now=True)
@@ -534,7 +617,7 @@ class _Run:
             predictors_best={name: max(row["miou"][name] for row in evaluations) for name in last["miou"]},
             pseudo_labels=last.get("pseudo_labels"),
             seconds=round(self.seconds, 2),
-            images_per_second=round(2 * config.batch * config.steps / self.seconds_training, 2),
+            images_per_second=round(self.images_a_step * config.steps / self.seconds_training, 2),
             peak_memory_mb=round(memory, 1),
             device=torch.cuda.get_device_name(self.device) if cuda else "cpu",
             threads=torch.get_num_threads(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from pathlib import Path
 
 import segmentation_models_pytorch as smp
@@ -122,7 +123,15 @@ def load_encoder(net: SegNet, weights: str) -> None:
 
 def file_sha256(path: str | Path) -> str:
     """Hex digest of a file; ValueError where there is none."""
-    with open(weights_file(path), "rb") as file:
+    found = weights_file(path)
+    about = found.stat()
+    return _sha256(found, about.st_mtime_ns, about.st_size)
+
+
+@cache
+def _sha256(path: Path, changed: int, size: int) -> str:
+    """Read once as long as the file stays as it is: a grid asks for every run."""
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

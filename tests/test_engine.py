@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mkd_core import engine, records
 from mkd_core.augment import normalise
 from mkd_core.config import RunConfig
-from mkd_core.engine import NonFiniteLoss, build_method, evaluate, make_batch, make_optimizer, poly, probabilities, run
+from mkd_core.engine import NonFiniteLoss, build_method, evaluate, make_batch, make_optimizers, poly, probabilities, run
 from mkd_core.methods import METHODS
 from mkd_core.methods.supervised import Supervised
 
@@ -47,7 +47,7 @@ def outcome(folder: Path) -> tuple[dict, dict, str]:
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     record = json.loads((folder / "record.json").read_text())
     return (
-        {k: state[k] for k in ("step", "method", "optimizer")},
+        {k: state[k] for k in ("step", "method", "optimizers")},
         {k: v for k, v in record.items() if k not in MOVING},
         (folder / "history.jsonl").read_text(),
     )
@@ -315,15 +315,15 @@ def test_the_first_network_of_a_seed_is_the_same_for_every_method():
 def test_schedule_and_optimisers(tmp_path):
     c = config(steps=5, lr=0.02, weight_decay=0.003)
     method = build_method(c, 5)
-    sgd = make_optimizer(c, method)
+    (sgd,) = make_optimizers(c, method)
     assert isinstance(sgd, torch.optim.SGD) and sgd.defaults["momentum"] == 0.9 and sgd.defaults["weight_decay"] == 0.003
-    adamw = make_optimizer(config(optimizer="adamw", lr=0.02, weight_decay=0.003), method)
+    (adamw,) = make_optimizers(config(optimizer="adamw", lr=0.02, weight_decay=0.003), method)
     assert isinstance(adamw, torch.optim.AdamW) and adamw.defaults["weight_decay"] == 0.003
     mkd = build_method(config("mkd"), 5)
-    optimised = {id(p) for g in make_optimizer(config("mkd"), mkd).param_groups for p in g["params"]}
+    optimised = {id(p) for o in make_optimizers(config("mkd"), mkd) for g in o.param_groups for p in g["params"]}
     assert optimised == {id(p) for s in mkd.students for p in s.parameters()}
     for t in range(5):
-        assert poly(c, t) == pytest.approx(0.02 * (1 - t / 5) ** 0.9)
+        assert poly(c, t) == pytest.approx((1 - t / 5) ** 0.9)
     run(c, tmp_path, quiet=True)
     assert [row["lr"] for row in records.history(tmp_path / c.id)] == pytest.approx([0.02 * (1 - t / 5) ** 0.9 for t in range(5)])
 

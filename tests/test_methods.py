@@ -454,7 +454,7 @@ def test_mkd_without_strong_augmentation_mixes_nothing(monkeypatch):
     reference = Reference(method)
     b = batch()
     everywhere = torch.ones_like(b.valid)
-    theirs = reference.paper(Batch(b.x, b.y, b.weak, (b.weak,), b.valid), everywhere)
+    theirs = reference.paper(Batch(b.x, b.y, b.weak, (b.weak,), b.valid, b.label), everywhere)
     compare(method(b, 0.2)[0], theirs, method, reference)
 
 
@@ -490,7 +490,7 @@ def test_padding_carries_no_pseudo_label(monkeypatch):
 
     b = batch()
     noise = torch.randn(b.weak.shape) * (~b.valid)[:, None]
-    other = Batch(b.x, b.y, b.weak + noise, (b.strong[0] - 2 * noise,), b.valid)
+    other = Batch(b.x, b.y, b.weak + noise, (b.strong[0] - 2 * noise,), b.valid, b.label)
     assert (noise != 0).any()
     for name, options in (("mkd", {"threshold": 0.0, "fda": 1.0}), ("mkd", {"threshold": 0.26}), ("cps", {}), ("cps", {"boxes": 3}),
                           ("mean_teacher", {}), ("cutmix_seg", {"threshold": 0.26})):  # fmt: skip

@@ -41,7 +41,7 @@ def batch(seed: int = 0, n: int = 3, size: int = 32, padded: bool = True) -> Bat
         valid[i, size - 3 - 4 * i :] = False
         y[i, :, : 2 + i] = 255
     weak = noise()
-    return Batch(noise(), y, weak, (weak + 0.5 * noise(),), valid)
+    return Batch(noise(), y, weak, (weak + 0.5 * noise(), weak + 0.5 * noise()), valid, torch.full_like(y, 255))
 
 
 def gradients(term: Tensor, module: nn.Module) -> float:

@@ -47,21 +47,23 @@ def _order(key: tuple[int, int], turn: int, n: int) -> np.ndarray:
 
 
 class Steps(Dataset):
-    """Item s: the tensors of training step s, (image, label) of the labeled stream and (image, valid) of the unlabeled one."""
+    """Item s: the tensors of training step s, (image, label) of the labeled stream and (image, valid, label) of the unlabeled one, if any."""
 
-    def __init__(self, labeled: Stream, unlabeled: Stream, batch: int):
+    def __init__(self, labeled: Stream, unlabeled: Stream | None, batch: int):
         self.labeled, self.unlabeled, self.batch = labeled, unlabeled, batch
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def __getitem__(self, step: int) -> tuple[Tensor, ...]:
         ks = range(step * self.batch, (step + 1) * self.batch)
         x, y, _ = map(torch.stack, zip(*(self.labeled[k] for k in ks), strict=True))
-        u, _, valid = map(torch.stack, zip(*(self.unlabeled[k] for k in ks), strict=True))
-        return x, y, u, valid
+        if self.unlabeled is None:
+            return x, y
+        u, label, valid = map(torch.stack, zip(*(self.unlabeled[k] for k in ks), strict=True))
+        return x, y, u, valid, label
 
     def ids(self, step: int) -> tuple[list[str], list[str]]:
         """The labeled and unlabeled images of a step."""
         ks = range(step * self.batch, (step + 1) * self.batch)
-        return [self.labeled.id(k) for k in ks], [self.unlabeled.id(k) for k in ks]
+        return [self.labeled.id(k) for k in ks], [self.unlabeled.id(k) for k in ks] if self.unlabeled else []
 
     def batches(self, start: int, stop: int, workers: int, pin: bool) -> Iterator[tuple[Tensor, ...]]:
         """Steps start .. stop - 1; the number of workers changes nothing but the speed."""

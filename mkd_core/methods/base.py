@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -20,6 +21,7 @@ TeacherMode = Literal["train", "eval"]
 EMABuffers = Literal["none", "all"]
 
 Terms = dict[str, Tensor]
+Prob = Callable[[nn.Module, Tensor], Tensor]
 Build = Callable[..., SegNet]  # build() or build(arch="pspnet"): a freshly initialised network
 
 
@@ -32,20 +34,25 @@ class Batch:
     weak: Tensor  # (U, 3, H, W) unlabeled images, weak view
     strong: tuple[Tensor, ...]  # `views` times (U, 3, H, W): the same crops under strong colour
     valid: Tensor  # (U, H, W) bool, False on padding
+    label: Tensor  # (U, H, W) pseudo-labels of the stage (see Method.relabel), int64; all IGNORE where there are none
 
 
 class Method(nn.Module):
     """Networks, teachers and the equation of one paper. State is submodules and buffers, so checkpoints and devices need no code here.
 
+    unlabeled    False: no unlabeled image is loaded (U = 0)
     views        how many strong colour views of each unlabeled image it wants
     min_batch    the smallest unlabeled batch it accepts (2 where CutMix needs a partner)
+    stages       where in progress a further stage begins (self-training): before it `relabel` is called, learning rate and optimiser start anew
     forward      (terms, stats): weighted loss terms, which the loop only sums, and scalars that are only logged
     update       called after optimiser step number `step` (the first is 1): teachers
     predictors   what is evaluated, by name; the first is the reported one
     """
 
+    unlabeled = True
     views = 0
     min_batch = 1
+    stages: tuple[float, ...] = ()
 
     def forward(self, batch: Batch, progress: float) -> tuple[Terms, Terms]:
         raise NotImplementedError
@@ -56,6 +63,35 @@ class Method(nn.Module):
     @property
     def predictors(self) -> dict[str, nn.Module]:
         raise NotImplementedError
+
+    @property
+    def critic(self) -> tuple[nn.Module, float] | None:
+        """A network that judges the others (discriminator, flaw detector) and its learning rate: it has an Adam of its own.
+
+        One backward serves both: what trains the critic sees detached predictions, and it is frozen in what trains the networks.
+        """
+        return None
+
+    def relabel(self, stage: int, images: Sequence[Tensor], prob: Prob) -> Iterator[tuple[int, Tensor]]:
+        """Before stage 1, 2, ...: (position, label (H, W) integers, IGNORE = 255) of the unlabeled images that the stage trains on.
+
+        images: all of the split, (1, 3, H, W) normalised, loaded when asked for; prob(net, image): class probabilities (1, C, H, W) for any size.
+        Called in eval mode without gradient; networks that shall start anew are drawn anew here.
+        """
+        raise NotImplementedError
+
+
+@contextmanager
+def frozen(net: nn.Module) -> Iterator[None]:
+    """Gradients pass through `net` and do not reach its parameters: a critic while it judges for the networks."""
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
 
 
 def both(net: nn.Module, x: Tensor, u: Tensor, joint: bool) -> tuple[Tensor, Tensor]:

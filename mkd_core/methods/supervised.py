@@ -11,6 +11,8 @@ from .base import Batch, Build, Method, Terms
 class Supervised(Method):
     """Cross-entropy at full crop resolution. As many steps as the semi-supervised runs (our choice; sources differ)."""
 
+    unlabeled = False
+
     def __init__(self, build: Build):
         super().__init__()
         self.net = build()
