@@ -23,7 +23,7 @@ from mkd_core.augment import normalise
 from mkd_core.config import RunConfig
 from mkd_core.engine import NonFiniteLoss, build_method, evaluate, make_batch, make_optimizers, poly, probabilities, run
 from mkd_core.methods import METHODS
-from mkd_core.methods.supervised import Supervised
+from mkd_core.methods.mean_teacher import MeanTeacher
 
 # Children are forked from a clean process that has imported torch once.
 server = multiprocessing.get_context("forkserver")
@@ -189,18 +189,18 @@ def test_a_second_process_at_the_same_run_is_told_so(tmp_path):
 
 
 def poison(monkeypatch, step: int, steps: int) -> None:
-    forward = Supervised.forward
+    forward = MeanTeacher.forward
 
     def poisoned(self, batch, progress):
         terms, stats = forward(self, batch, progress)
         return {k: t * (float("nan") if round(progress * steps) == step else 1) for k, t in terms.items()}, stats
 
-    monkeypatch.setattr(Supervised, "forward", poisoned)
+    monkeypatch.setattr(MeanTeacher, "forward", poisoned)
 
 
 @pytest.mark.parametrize("log_every", [1, 4, 50])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, log_every):
-    c = config(steps=8, log_every=log_every, checkpoint_every=3)
+    c = config("mean_teacher", steps=8, log_every=log_every, checkpoint_every=3)
     run(c, tmp_path / "healthy", quiet=True)
     folder = tmp_path / "ill" / c.id
     with monkeypatch.context() as m:
@@ -240,7 +240,7 @@ def seen_in_step(c: RunConfig, step: int) -> tuple[list[str], list[str]]:
 def test_a_bad_loss_before_the_first_checkpoint(tmp_path, monkeypatch):
     poison(monkeypatch, 0, 8)
     with pytest.raises(NonFiniteLoss, match="step 0.*no checkpoint yet"):
-        run(config(steps=8), tmp_path, quiet=True)
+        run(config("mean_teacher", steps=8), tmp_path, quiet=True)
 
 
 def full_disk(monkeypatch, after: int = 0) -> None:
@@ -361,7 +361,8 @@ def test_one_step_is_plain_sgd(tmp_path, monkeypatch):
 def test_views_of_a_batch():
     torch.manual_seed(0)
     tensors = (torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8), torch.full((2, 32, 32), 255, dtype=torch.uint8),
-               torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8), torch.ones(2, 32, 32, dtype=torch.bool))  # fmt: skip
+               torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8), torch.ones(2, 32, 32, dtype=torch.bool),
+               torch.full((2, 32, 32), 3, dtype=torch.uint8))  # fmt: skip
     plain = make_batch(tensors, config(strong="none"), 2, torch.device("cpu"))
     expected = normalise(tensors[2].float() / 255)
     assert torch.equal(plain.weak, expected) and len(plain.strong) == 2 and all(torch.equal(s, expected) for s in plain.strong)
@@ -371,6 +372,9 @@ def test_views_of_a_batch():
     released = make_batch(tensors, config(strong="none", weak_photometric=True), 1, torch.device("cpu"))
     assert torch.equal(released.strong[0], expected)  # strong colour is applied to the geometric view alone
     assert not torch.equal(released.weak, expected) and not torch.equal(released.x, plain.x)
+    assert released.label.dtype == torch.int64 and (released.label == 3).all()
+    alone = make_batch(tensors[:2], config(strong="chain"), 0, torch.device("cpu"))
+    assert torch.equal(alone.x, plain.x) and len(alone.weak) == len(alone.strong) == len(alone.valid) == len(alone.label) == 0
 
 
 @pytest.mark.parametrize("method", ["cps", "mkd", "cutmix_seg"])
