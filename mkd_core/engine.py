@@ -541,7 +541,8 @@ class _Run:
             kept = self.folder / "checkpoint.pt"
             raise NonFiniteLoss(
                 f"run {self.config.id}: the loss was not finite at step {step}, or the weights after it. Labeled images: {', '.join(labeled)}; unlabeled images: "
-                f"{', '.join(unlabeled) or 'none'}. " + (f"The last good checkpoint is {kept}." if kept.exists() else "There is no checkpoint yet.")
+                f"{', '.join(unlabeled) or 'none'}. "
+                + (f"The last good checkpoint is {kept}." if kept.exists() else "There is no checkpoint yet.")
             )
 
     def _evaluate(self) -> dict[str, Any]:

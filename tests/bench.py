@@ -1,83 +1,24 @@
 """make bench: speed and memory of the parts as ratios against their plain forms, measured side by side in one run.
 
-A ratio is the median of alternating pairs after a warm-up; extra memory is the most that the tensors made on the way held at once.
+A ratio is the median of alternating pairs after a warm-up; extra memory is the most that the tensors made on the way held at once
+(mkd_core/cost.py).
 """
 
 from __future__ import annotations
 
-import statistics
 import time
-import weakref
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from tiny import batch, build, make
+from tiny import build, config
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from mkd_core.cost import costs, peak_bytes, ratio
 from mkd_core.ema import EMA
+from mkd_core.methods import METHODS
 from mkd_core.metrics import confusion_matrix
 from mkd_core.semantics import ClassMoments
 
 N, C, A = 16_384, 21, 256  # pixels, classes, channels: 4 crops of VOC at 1/8
-
-
-def seconds(f: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    f()
-    return time.perf_counter() - start
-
-
-def ratio(slow: Callable[[], Any], fast: Callable[[], Any], pairs: int = 5) -> tuple[float, float, float]:
-    """(slow / fast, seconds of slow, seconds of fast); fast is repeated until it takes about a tenth of slow."""
-    a, b = seconds(slow), seconds(fast)  # warm-up
-    slow_s, fast_s, b = [], [], min(seconds(fast) for _ in range(3))
-    repeat = max(1, min(200, int(a / max(b, 1e-6) / 10)))
-    for _ in range(pairs):
-        slow_s.append(seconds(slow))
-        fast_s.append(seconds(lambda: [fast() for _ in range(repeat)]) / repeat)
-    return statistics.median(x / y for x, y in zip(slow_s, fast_s, strict=True)), statistics.median(slow_s), statistics.median(fast_s)
-
-
-class _Live(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, as long as a tensor holds them; `peak` is the most at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.holders: dict[int, int] = {}
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor):
-                storage = t.untyped_storage()
-                if storage._cdata in self.holders or storage._cdata not in given:
-                    self._hold(t, storage._cdata, storage.nbytes())
-        return out
-
-    def _hold(self, t: Tensor, key: int, size: int) -> None:
-        if key not in self.holders:
-            self.live += size
-            self.peak = max(self.peak, self.live)
-        self.holders[key] = self.holders.get(key, 0) + 1
-        weakref.finalize(t, self._let_go, key, size)
-
-    def _let_go(self, key: int, size: int) -> None:
-        self.holders[key] -= 1
-        if not self.holders[key]:
-            del self.holders[key]
-            self.live -= size
-
-
-def peak_bytes(f: Callable[[], Any]) -> int:
-    """Most bytes that f held at once beyond what lay there before it."""
-    with _Live() as live:
-        f()
-    return live.peak
 
 
 def line(what: str, value: float, note: str = "", target: float | None = None) -> None:
@@ -153,41 +94,8 @@ def parts() -> None:
 
 
 def steps() -> None:
-    """Cost of a step beside supervised's, and beside the forward and backward passes that its equation needs."""
-    b = batch(n=8, size=48)
-    cases: dict[str, tuple[str, dict, int, int]] = {  # passes of one batch: with gradient, without
-        "supervised": ("supervised", {}, 1, 0), "mean_teacher": ("mean_teacher", {}, 2, 1), "cutmix_seg": ("cutmix_seg", {}, 2, 1),
-        "cps": ("cps", {}, 4, 0), "cps + CutMix": ("cps", {"boxes": 3}, 4, 2), "mkd paper": ("mkd", {}, 4, 2), "mkd paper + FDA": ("mkd", {"fda": 1.5}, 4, 2),
-        "mkd released": ("mkd", {"fda": 1.5, "stride": 8, "on_labeled": True, "ignore_padding": False, "threshold": 0.0, "decay": 0.6,
-                                 "fda_label": "own", "fda_on_teacher": True, "target_after_fda": True}, 4, 4),
-    }  # fmt: skip
-    bare = build()
-
-    def train_pass() -> None:
-        bare(b.x).mean().backward()
-
-    @torch.no_grad()
-    def plain_pass() -> None:
-        bare(b.x)
-
-    base = make("supervised")
-    for name, (method, options, with_gradient, without) in cases.items():
-        m = make(method, **options)
-
-        def step(m: torch.nn.Module = m) -> None:
-            terms, _ = m(b, 0.5)
-            torch.stack([*terms.values()]).sum().backward()
-            m.update(10)
-
-        def passes(g: int = with_gradient, n: int = without) -> None:
-            for _ in range(g):
-                train_pass()
-            for _ in range(n):
-                plain_pass()
-
-        r, _, _ = ratio(step, lambda: step(base), pairs=5)
-        over, own, _ = ratio(step, passes, pairs=5)
-        line(f"step of {name}, against supervised", r, f"{over:.2f} x its {with_gradient} + {without} passes, {1e3 * own:.0f} ms")
+    """Every method's step beside supervised's and beside the passes through its networks alone, measured on the same tensors."""
+    print(f"\n{costs({method: config(method, crop=(48, 48), channels=32, batch=8) for method in METHODS}).round(2)}")
 
 
 if __name__ == "__main__":
