@@ -44,8 +44,19 @@ def complete_options(owner: str, make: Callable[..., Any], options: Mapping[str,
         model = create_model(owner, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
         return model(**options).model_dump(mode="json")
     except ValidationError as error:
-        faults = (f"option {str(e['loc'][0])!r}: {e['msg'].lower()}; got {e['input']!r}" for e in error.errors())
-        raise ValueError(f"{owner}, " + "; ".join(faults)) from error
+        raise ValueError(f"{owner}, {faults(error, 'option ')}") from error
+
+
+def faults(error: ValidationError, prefix: str = "") -> str:
+    """Every fault that pydantic found, in our words where they are ours: "crop: input should be a valid integer; got 'wide'"."""
+
+    def text(e: Any) -> str:
+        if "error" in e.get("ctx", {}):
+            return str(e["ctx"]["error"])
+        place = ".".join(map(str, e["loc"]))
+        return f"{prefix}{place!r}: {e['msg'].lower()}; got {e['input']!r}"
+
+    return "; ".join(text(e) for e in error.errors())
 
 
 def _guess(name: str, allowed: list[str]) -> str:

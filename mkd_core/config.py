@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import segmentation_models_pytorch as smp
 import timm
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .augment import STRONG
-from .choices import choose, complete_options
+from .choices import choose, complete_options, faults
 from .data import DATASETS
 from .methods import METHODS
 from .models import ARCHITECTURES, file_sha256
@@ -76,6 +76,12 @@ class RunConfig(BaseModel):
     workers: int = Field(0, ge=0, le=1024, description="loader processes")
     checkpoint_every: int = Field(1_000, gt=0)
     log_every: int = Field(50, gt=0)
+
+    def __init__(self, **keys: Any):
+        try:
+            super().__init__(**keys)
+        except ValidationError as error:
+            raise ValueError(faults(error)) from None
 
     @model_validator(mode="before")
     @classmethod
@@ -160,6 +166,12 @@ class Grid(BaseModel):
     rows: dict[str, dict[str, Any]] = Field(min_length=1)
     columns: dict[str, dict[str, Any]] = Field({"": {}}, min_length=1)
     seeds: list[int] = Field(min_length=1)
+
+    def __init__(self, **keys: Any):
+        try:
+            super().__init__(**keys)
+        except ValidationError as error:
+            raise ValueError(faults(error)) from None
 
     @property
     def cells(self) -> dict[str, dict[str, list[RunConfig]]]:

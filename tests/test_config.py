@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 
 import pytest
-from pydantic import ValidationError
 from tiny import config
 
 from mkd_core.config import Grid, RunConfig
@@ -48,7 +47,7 @@ def test_unknown_names_are_refused_with_a_guess_and_the_list(keys, words):
     ids=str,
 )  # fmt: skip
 def test_values_out_of_range_are_refused(keys):
-    with pytest.raises(ValidationError) as error:
+    with pytest.raises(ValueError) as error:
         RunConfig(**keys)
     assert next(iter(keys)) in str(error.value)
 
@@ -72,9 +71,10 @@ def test_wrong_values_of_data_set_options_are_refused():
 
 
 def test_all_errors_are_told_at_once():
-    with pytest.raises(ValidationError) as error:
+    with pytest.raises(ValueError) as error:
         RunConfig(lr=-1, steps=0, crop=(5, 5))
-    assert {e["loc"][0] for e in error.value.errors()} == {"lr", "steps", "crop"}
+    assert all(word in str(error.value) for word in ("'lr': input should be greater than 0; got -1", "'steps'", "crop sides"))
+    assert "pydantic" not in str(error.value) and "Value error" not in str(error.value)
 
 
 def test_yaml_s_numbers():
@@ -91,7 +91,7 @@ def test_numbers_of_options_too():
 
 
 def test_a_configuration_is_frozen():
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValueError):
         config().lr = 1.0
 
 
@@ -178,7 +178,7 @@ def test_grid():
     with pytest.raises(ValueError, match="twice"):
         Grid(common={}, rows={"a": {}}, seeds=[1, 1])
     for wrong in ({"rows": {}, "seeds": [0]}, {"rows": {"a": {}}, "seeds": []}, {"rows": {"a": {}}, "seeds": [0], "extra": 1}):
-        with pytest.raises(ValidationError):
+        with pytest.raises(ValueError):
             Grid(common={}, **wrong)
 
 
