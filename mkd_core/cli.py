@@ -1,4 +1,4 @@
-"""The `mkd` command: run a notebook with parameters, check data before training."""
+"""The `mkd` command: run a notebook with parameters, check data before training, put a trained run to use."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
 from .choices import choose
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +30,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Start with `make demo`, or look at your data with `mkd check folder --root MY_IMAGES --split random/1_16`.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_run, _add_check, _add_predict, _add_pseudo_label, _add_export):
+        add(commands)
+    # A polite end, so that no half-written notebook stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # argparse closes a list of positionals at the first option; here key=value, and images, may stand anywhere.
+    words, rest = parser.parse_known_args(argv)
+    anywhere = "pairs" if "pairs" in words else "images"
+    if wrong := [word for word in rest if word.startswith("-") or anywhere not in words or (anywhere == "pairs" and "=" not in word)]:
+        words.parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        getattr(words, anywhere).extend(rest)
+    try:
+        return words.handle(words)
+    except (ValueError, FileNotFoundError, OSError) as error:
+        print(f"mkd {words.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        hint = "; the same command goes on from the last checkpoint" if words.command == "run" else ""
+        print(f"mkd {words.command}: interrupted{hint}", file=sys.stderr)
+        return 130
 
+
+def _add_run(commands: Commands) -> None:
     run = commands.add_parser(
         "run",
         help="execute a notebook with parameters",
@@ -44,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument("-o", "--out", type=Path, help="folder for the executed notebook (default: runs/notebooks/<hash of the parameters>)")
     run.add_argument("--html", action="store_true", help="write the executed notebook as HTML too")
     run.add_argument("--list", action="store_true", help="list the notebook's parameters and stop")
+    run.set_defaults(handle=_run, parser=run)
 
+
+def _add_check(commands: Commands) -> None:
     check = commands.add_parser(
         "check",
         help="look for faults in a data set and a split before training",
@@ -58,22 +85,68 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("--seed", type=int, default=0, help="of a random split")
     check.add_argument("--quick", action="store_true", help="lists and file names only, open nothing")
     check.add_argument("--download", action="store_true", help="fetch and verify the data first, where its terms allow that (voc, voc_aug)")
+    check.set_defaults(handle=_check, parser=check)
 
-    # argparse closes a list of positionals at the first option; here key=value may stand anywhere.
-    # A polite end, so that no half-written notebook stays behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    words, rest = parser.parse_known_args(argv)
-    if wrong := [word for word in rest if word.startswith("-") or "=" not in word]:
-        (run if words.command == "run" else check).error(f"unrecognized arguments: {' '.join(wrong)}")
-    words.pairs += rest
-    try:
-        return _run(words) if words.command == "run" else _check(words)
-    except (ValueError, FileNotFoundError, OSError) as error:
-        print(f"mkd {words.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"mkd {words.command}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+
+def _add_predict(commands: Commands) -> None:
+    predict = commands.add_parser(
+        "predict",
+        help="masks, overlays and confidence of images, by a trained run",
+        description="Writes OUT/masks, OUT/overlays and OUT/confidence as PNG, under the images' paths below the folder that holds them all.",
+        epilog="Example: mkd predict runs/my_run photos/ --out predictions",
+    )
+    _add_predictor(predict)
+    predict.add_argument("images", nargs="*", metavar="IMAGE", help="files of any size, or folders with all pictures below them")
+    _add_output(predict)
+    predict.set_defaults(handle=_predict, parser=predict)
+
+
+def _add_pseudo_label(commands: Commands) -> None:
+    label = commands.add_parser(
+        "pseudo-label",
+        help="label images by a trained run, as a data set for training",
+        description="Writes OUT/masks (PNG, 255 where the confidence is below the threshold), OUT/classes.txt and OUT/train.txt, which the "
+        "data set `folder` reads: root=OUT val=''. Prints what was kept of each class, and how much of that is right where the truth is known.",
+        epilog="Example: mkd pseudo-label runs/my_run --threshold 0.95 --out labels",
+    )
+    _add_predictor(label)
+    label.add_argument("images", nargs="*", metavar="IMAGE", help="files or folders (default: the unlabeled images of the run's own split)")
+    label.add_argument("--threshold", type=float, default=0.95, help="confidence from which a pixel is kept, 0 to 1 (default: %(default)s)")
+    _add_output(label)
+    label.set_defaults(handle=_pseudo_label, parser=label)
+
+
+def _add_export(commands: Commands) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a trained network as a torch.export file",
+        description="Writes <predictor>.pt2 and, with preprocessing, classes and colours, <predictor>.json. Checked to give the same labels.",
+        epilog="Example: mkd export runs/my_run --predictor 'student 1' --out exported",
+    )
+    _add_predictor(export)
+    export.add_argument("-o", "--out", default="", metavar="DIR", help="folder of both files (default: that of the run)")
+    export.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    export.set_defaults(handle=_export, parser=export)
+
+
+def _add_predictor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder, or the id of one under runs/")
+    parser.add_argument(
+        "--predictor", default="", metavar="NAME", help="'student 1', 'teacher 2', 'mean' ... (default: the one that the record reports)"
+    )
+    parser.add_argument(
+        "--step", type=int, help="use the kept checkpoint-STEP.pt (default: the last one). The best step is named in record.json as step_best;"
+        " its weights exist only where the run kept a checkpoint of that step (parameter keep_every)",
+    )  # fmt: skip
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--out", required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist (default: refuse before anything is predicted)")
+    parser.add_argument(
+        "--protocol", default="", help="whole, long512 or sliding (default: the run's; whole becomes sliding above 2 megapixels)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
 
 
 def parse_values(pairs: Sequence[str]) -> dict[str, Any]:
@@ -255,6 +328,35 @@ def _check(words: argparse.Namespace) -> int:
     report = check(dataset, split, deep=not words.quick, progress=progress)
     print(report)
     return 1 if report.problems else 0
+
+
+def _predict(words: argparse.Namespace) -> int:
+    from .predict import predict
+
+    masks = predict(words.run, words.images, words.out, **_options(words))
+    print(f"Masks, overlays and confidence of {len(masks):,} images: {words.out}")
+    return 0
+
+
+def _pseudo_label(words: argparse.Namespace) -> int:
+    from .predict import pseudo_label
+
+    table = pseudo_label(words.run, words.out, words.images, threshold=words.threshold, **_options(words))
+    print(f"In percent, at confidence {words.threshold} and above: share of the pixels, kept of these, accuracy of the kept ones")
+    print(table.to_string(float_format="{:.1f}".format, na_rep="-"))
+    print(f"Data set: {words.out} (folder, val='')")
+    return 0
+
+
+def _export(words: argparse.Namespace) -> int:
+    from .predict import export
+
+    print("Written:", *export(words.run, words.out, predictor=words.predictor, step=words.step, overwrite=words.overwrite), sep="\n  ")
+    return 0
+
+
+def _options(words: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(words, name) for name in ("predictor", "step", "protocol", "device", "overwrite")}
 
 
 if __name__ == "__main__":

@@ -72,16 +72,16 @@ def build_method(config: RunConfig, num_classes: int) -> Method:
     return method
 
 
-def load_method(run: RunConfig | str | Path, device: torch.device | str = "cpu") -> Method:
+def load_method(run: RunConfig | str | Path, device: torch.device | str = "cpu", checkpoint: str = "checkpoint.pt") -> Method:
     """The trained method of a run (its configuration or its folder), in eval mode; its `predictors` are what was evaluated.
 
-    Rebuilt from config.json with the weights of checkpoint.pt; no data are needed. Like every build, it seeds torch.
+    Rebuilt from config.json with the weights of `checkpoint`, a file of the folder; no data are needed. Like every build, it seeds torch.
     """
     folder = records.RUNS / run.id if isinstance(run, RunConfig) else Path(run)
     if not (folder / "config.json").is_file():
         raise ValueError(f"there is no run in {folder}")
     config = RunConfig.model_validate_json((folder / "config.json").read_text())
-    state = read_checkpoint(folder / "checkpoint.pt", device)["method"]
+    state = read_checkpoint(folder / checkpoint, device)["method"]
     classes = next(len(value) for name, value in state.items() if name.endswith("classifier.weight"))
     # The checkpoint holds the encoder too: its ImageNet file may be gone.
     method = build_method(config.model_copy(update={"weights": ""}), classes).to(device)
@@ -159,8 +159,8 @@ def probabilities(net: nn.Module, images: Tensor, protocol: str, window: tuple[i
         return _padded(net, images).softmax(1)
     total: Tensor | float = 0.0
     count = images.new_zeros(1, 1, *size)
-    for top in _starts(size[0], window[0]):
-        for left in _starts(size[1], window[1]):
+    for top in starts(size[0], window[0]):
+        for left in starts(size[1], window[1]):
             where = (..., slice(top, top + window[0]), slice(left, left + window[1]))
             prob = _padded(net, images[where]).softmax(1)
             if isinstance(total, float):
@@ -176,7 +176,8 @@ def _padded(net: nn.Module, images: Tensor, multiple: int = 32) -> Tensor:
     return net(nn.functional.pad(images, pad))[..., :height, :width].float()
 
 
-def _starts(side: int, window: int) -> list[int]:
+def starts(side: int, window: int) -> list[int]:
+    """Where the windows of the sliding protocol begin along a side."""
     stride = math.ceil(window * 2 / 3)
     last = max(0, side - window)
     return sorted({min(s, last) for s in range(0, last + stride, stride)})

@@ -57,12 +57,12 @@ class Record(BaseModel):
     commit: str
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """All of the text or nothing: a temporary file beside it, flushed to disk, then renamed over it."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """All of the content or nothing: a temporary file beside it, flushed to disk, then renamed over it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

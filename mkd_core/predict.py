@@ -1,0 +1,308 @@
+"""A trained run at work: masks of one's own images, pseudo-labels as a data set, and the network as a file for other programs."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.export import Dim
+
+from . import records
+from .augment import MEAN, STD, normalise
+from .choices import choose
+from .config import RunConfig
+from .data import DATASETS, IGNORE, DataError, load_split, open_dataset
+from .data.base import colormap, read_image, some
+from .engine import Progress, load_method, pick_device, probabilities, starts
+from .figures import Array, overlay, to_image
+from .models import file_sha256, nearest, resize
+
+LARGE = 2**21  # pixels, those of a Cityscapes image: what is larger is predicted in pieces (our choice)
+MULTIPLE = 32  # of the sides of an exported network's images: the deepest encoder's stride
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class Predictor:
+    """A trained network of a run, for images of any size: `predictor(image)` -> (label, confidence).
+
+    run        a run folder, or the id of one under runs/
+    name       one of the method's predictors, or "mean", their averaged probabilities; default: the first, which the record reports
+    step       of a checkpoint-<step>.pt that the run kept; default: the last, checkpoint.pt
+    protocol   "whole", "long512" or "sliding" (engine.probabilities) with the run's crop as window; default: the run's own, where "whole"
+               becomes "sliding" for images of more than LARGE pixels
+
+    ValueError for a run, predictor, checkpoint, protocol or device that does not exist, or is damaged.
+    """
+
+    def __init__(self, run: str | Path, name: str = "", step: int | None = None, protocol: str = "", device: str = "auto"):
+        self.folder, self.device = _run_folder(run), pick_device(device)
+        self.config = RunConfig.model_validate_json((self.folder / "config.json").read_text())
+        self.protocol = protocol and choose("protocol", protocol, ("whole", "long512", "sliding"))
+        kept = sorted(path.name for path in self.folder.glob("checkpoint-*.pt"))
+        self.checkpoint = "checkpoint.pt" if step is None else choose("checkpoint", f"checkpoint-{step}.pt", kept)
+        try:
+            nets = load_method(self.folder, self.device, self.checkpoint).predictors
+        except (RuntimeError, StopIteration) as error:
+            raise ValueError(f"{self.folder / self.checkpoint} does not fit config.json beside it: {str(error)[:300]}") from error
+        self.name = choose("predictor", name or next(iter(nets)), [*nets, "mean"] if len(nets) > 1 else nets)
+        self.nets = list(nets.values()) if self.name == "mean" else [nets[self.name]]
+        self.classes, self.palette = _classes(self.config, self.folder)
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """image (3, H, W) uint8 RGB -> label (H, W) uint8, and its probability (H, W) float32, on the host.
+
+        Bounded memory: "sliding" goes in bands of the window's height; of images above LARGE pixels, "long512" sees a copy of LARGE pixels.
+        """
+        height, width = image.shape[1:]
+        large = height * width > LARGE
+        protocol = self.protocol or ("sliding" if large and self.config.protocol == "whole" else self.config.protocol)
+        if large and protocol == "long512":
+            factor = (LARGE / (height * width)) ** 0.5
+            small = resize(image[None].float(), (max(1, int(height * factor)), max(1, int(width * factor))))
+            label, confidence = self(small[0].round().byte())
+            return nearest(label[None], (height, width))[0], resize(confidence[None, None], (height, width))[0, 0]
+        parts = self._bands(image) if protocol == "sliding" else [self._probabilities(image, protocol)]
+        found = [(label.byte().cpu(), confidence.cpu()) for confidence, label in (part.max(1) for part in parts)]
+        return torch.cat([label for label, _ in found], 1)[0], torch.cat([confidence for _, confidence in found], 1)[0]
+
+    def _probabilities(self, image: Tensor, protocol: str) -> Tensor:
+        x = normalise(image[None].to(self.device).float() / 255)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            return torch.stack([probabilities(net, x, protocol, self.config.crop) for net in self.nets]).mean(0)
+
+    def _bands(self, image: Tensor) -> Iterator[Tensor]:
+        """The probabilities of "sliding", finished rows (1, C, rows, W) from top to bottom: a row's mean over the bands that cover it."""
+        height, window = image.shape[1], self.config.crop[0]
+        tops = starts(height, window)
+        total, count = torch.zeros(1, device=self.device), torch.zeros(0, 1, device=self.device)  # of the rows begun
+        for top, following in zip(tops, [*tops[1:], height], strict=True):
+            band = self._probabilities(image[:, top : top + window], "sliding")
+            band[:, :, : len(count)] += total
+            count = 1 + nn.functional.pad(count, (0, 0, 0, band.shape[2] - len(count)))
+            rows = following - top
+            yield band[:, :, :rows] / count[:rows]
+            total, count = band[:, :, rows:], count[rows:]
+
+
+def predict(
+    run: str | Path, images: Sequence[str | Path], out: str | Path, *, predictor: str = "", step: int | None = None, protocol: str = "",
+    device: str = "auto", overwrite: bool = False, quiet: bool = False,
+) -> list[Path]:  # fmt: skip
+    """Predict images, given as files or as folders with all below them; returns the masks written. run .. device: see Predictor.
+
+    For each image: out/masks/<name>.png (class indices, the data set's colours as palette), out/overlays/<name>.png and
+    out/confidence/<name>.png (8 bits, 255 = certain); <name> is its path below the deepest folder that holds all of them. Sizes are those
+    of the stored pixels: EXIF orientation is not applied.
+
+    Checked before the first prediction: DataError that names every image that cannot be read; ValueError where files would be overwritten,
+    unless that is wanted. A file appears whole or not at all; an error such as a full disk leaves those that were finished.
+    """
+    out, progress = _absolute(out), Progress("predict", quiet)
+    model = Predictor(run, predictor, step, protocol, device)
+    files = _named(_find(images, out))
+    made = {name: [out / kind / name for kind in ("masks", "confidence", "overlays")] for name in files}
+    _check([path for paths in made.values() for path in paths], files.values(), overwrite, progress)
+    for k, (name, file) in enumerate(files.items(), 1):
+        image = read_image(file)
+        label, confidence = model(image)
+        strips = zip(image.split(512, 1), label.split(512), strict=True)  # colours are floats: a strip at a time
+        painted = [np.rint(255 * overlay(to_image(part), below, model.palette)).astype(np.uint8) for part, below in strips]
+        _save(made[name][0], label.numpy(), model.palette)
+        _save(made[name][1], (255 * confidence).round().byte().numpy())
+        _save(made[name][2], np.concatenate(painted))
+        progress(f"{k:,} of {len(files):,} images", now=k == len(files))
+    return [paths[0] for paths in made.values()]
+
+
+def pseudo_label(
+    run: str | Path, out: str | Path, images: Sequence[str | Path] = (), *, threshold: float = 0.95, predictor: str = "",
+    step: int | None = None, protocol: str = "", device: str = "auto", overwrite: bool = False, quiet: bool = False,
+) -> pd.DataFrame:  # fmt: skip
+    """Write pseudo-labels of `images`, or of the run's unlabeled ones, as a `folder` data set: open_dataset("folder", out, val="").
+
+    out/masks/<name>.png: class indices, 255 where the confidence is below threshold (0..1); out/classes.txt: the names; out/train.txt,
+    written last: "image<tab>mask" lines. Images stay where they are, named relative to out; generated ones are written to out/images.
+    Names, checks and errors as in `predict`.
+
+    Returns percentages, a row for each class and one for all: share of the pixels, how many of these are kept, and the accuracy of the
+    kept ones where the truth is known (NaN where there is nothing to count).
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be in [0, 1]; got {threshold}")
+    out, progress = _absolute(out), Progress("pseudo-label", quiet)
+    model = Predictor(run, predictor, step, protocol, device)
+    dataset = None if images else open_dataset(model.config.dataset, model.config.root, **model.config.dataset_options)
+    generated = dataset is not None and dataset.root is None
+    if dataset is None:
+        files = _named(_find(images, out))
+        ids = [""] * len(files)
+    else:
+        ids = list(load_split(dataset, model.config.split, model.config.seed).unlabeled)
+        files = {f"{id}.png": out / f"images/{id}.png" for id in ids} if generated else _named(str(dataset.files(id)[0]) for id in ids)
+    if bad := [name for name in files if set(name) & set("\t\r\n")]:
+        raise DataError(f"{some(bad, 'images')}: names with a tab or a line break cannot stand in a list; rename them")
+    made = [out / "train.txt", out / "classes.txt", *(out / "masks" / name for name in files), *(files.values() if generated else [])]
+    _check(made, [] if generated else files.values(), overwrite, progress)
+    counts = np.zeros((4, len(model.classes)), np.int64)  # pixels by predicted class: all, kept, kept and judged, kept and right
+    for k, ((name, file), id) in enumerate(zip(files.items(), ids, strict=True), 1):
+        image = dataset.image(id) if dataset and generated else read_image(file)
+        label, confidence = model(image)
+        truth = dataset.label(id) if dataset and dataset.has_label(id) else torch.full_like(label, IGNORE)
+        kept = confidence >= threshold
+        for row, where in zip(counts, (label >= 0, kept, kept & (truth != IGNORE), kept & (truth == label)), strict=True):
+            row += np.bincount(label[where], minlength=len(row))
+        _save(out / "masks" / name, torch.where(kept, label, IGNORE).numpy(), model.palette)
+        if generated:
+            _save(file, image.permute(1, 2, 0).numpy())
+        progress(f"{k:,} of {len(files):,} images", now=k == len(files))
+    records.write_atomically(out / "classes.txt", "".join(f"{name}\n" for name in model.classes))
+    records.write_atomically(out / "train.txt", "".join(f"{_relative(file, out)}\tmasks/{name}\n" for name, file in files.items()))
+    every, kept, judged, right = np.column_stack((counts, counts.sum(1))).astype(float)
+    with np.errstate(invalid="ignore"):
+        columns = {"share": every / every[-1], "kept": kept / every, "accuracy": right / judged}
+    return 100 * pd.DataFrame(columns, index=pd.Index([*model.classes, "all"], name="class"))
+
+
+def export(
+    run: str | Path, out: str | Path = "", *, predictor: str = "", step: int | None = None, overwrite: bool = False
+) -> list[Path]:  # fmt: skip
+    """Write one network as a torch.export program, <predictor>.pt2, and what a caller must know, <predictor>.json, to out or the run folder.
+
+    The program: (B, 3, H, W) float32, preprocessed as the JSON says -> logits (B, C, H, W). B is free; H and W are free multiples of 32
+    where torch.export can trace that, else the run's crop: the JSON says which. It is read back and must give the labels of the network
+    that it was made from on random images: ValueError otherwise.
+    """
+    model = Predictor(run, predictor, step, device="cpu")
+    if len(model.nets) > 1:
+        raise ValueError("'mean' is several networks, an export is one: name it")
+    folder = _absolute(out) if str(out) else model.folder
+    paths = [folder / f"{model.name.replace(' ', '_')}{suffix}" for suffix in (".pt2", ".json")]
+    _check(paths, [], overwrite, Progress("export"))
+    content, sizes = _program(model.nets[0], model.config.crop)
+    loaded = torch.export.load(io.BytesIO(content)).module()
+    for count, size in enumerate(sizes, 1):
+        x = normalise(torch.rand(count, 3, *size))
+        if not torch.equal(loaded(x).argmax(1), model.nets[0](x).argmax(1)):
+            raise ValueError(f"the exported program gives other labels than the network, on images of {size}; nothing was written")
+    free = f"any multiple of {MULTIPLE}"
+    about = {
+        "run": model.config.id, "predictor": model.name, "checkpoint_sha256": file_sha256(model.folder / model.checkpoint),
+        "input": "images, float32 (batch, 3, height, width)", "colour": "RGB", "scale": "(value / 255 - mean) / std", "mean": MEAN, "std": STD,
+        "height": free if len(sizes) > 2 else sizes[0][0], "width": free if len(sizes) > 2 else sizes[0][1],
+        "padding": "0 after scaling, at the bottom and right; crop the logits", "output": "logits, float32 (batch, classes, height, width)",
+        "classes": model.classes, "palette": model.palette.tolist(), "protocol": model.config.protocol, "window": model.config.crop,
+        "torch": torch.__version__,
+    }  # fmt: skip
+    records.write_atomically(paths[0], content)
+    records.write_atomically(paths[1], json.dumps(about, indent=1) + "\n")
+    return paths
+
+
+def _program(net: nn.Module, crop: tuple[int, int]) -> tuple[bytes, list[tuple[int, int]]]:
+    """A .pt2 file's content and the image sizes to check it on: several where height and width are free, else the crop twice."""
+    free = {0: Dim("batch"), 2: MULTIPLE * Dim("rows"), 3: MULTIPLE * Dim("columns")}
+    tries = [(free, [(96, 128), (32, 32), (64, 160)]), ({0: Dim("batch")}, [crop, crop])]
+    for shapes, sizes in tries:
+        try:
+            buffer = io.BytesIO()
+            torch.export.save(torch.export.export(net, (torch.rand(2, 3, *sizes[0]),), dynamic_shapes=(shapes,), strict=False), buffer)
+            return buffer.getvalue(), sizes
+        except Exception as error:  # what it raises differs from version to version; timm's "same" padding is one thing it cannot write
+            failure = error
+    raise ValueError(f"torch.export cannot write this network: {str(failure)[:300]}") from failure
+
+
+def _run_folder(run: str | Path) -> Path:
+    for folder in (Path(run).expanduser(), records.RUNS / run):
+        if (folder / "config.json").is_file():
+            return folder
+    known = sorted(path.parent.name for path in records.RUNS.glob("*/config.json"))
+    return records.RUNS / choose("run (a folder, or an id under runs/)", str(run), known)
+
+
+def _classes(config: RunConfig, folder: Path) -> tuple[list[str], Array]:
+    """Class names and colours: the data set's own; a person's folder may have gone, so the record's names come before those found there."""
+    if config.dataset != "folder":
+        made: Any = DATASETS[config.dataset]
+        return list(made.classes), made.palette
+    record, colours = records.load(folder), config.dataset_options["palette"]
+    names = record.classes if record else open_dataset(config.dataset, config.root, **config.dataset_options).classes
+    return list(names), colormap(len(names)) if colours is None else np.array(colours, np.uint8)
+
+
+def _absolute(path: str | Path) -> Path:
+    return Path(os.path.abspath(Path(path).expanduser()))
+
+
+def _relative(file: Path, folder: Path) -> str:
+    """The way from folder to file, as the system goes it through links; the file itself may be a link."""
+    return os.path.join(os.path.relpath(file.parent.resolve(), folder.resolve()), file.name)
+
+
+def _find(images: Sequence[str | Path], out: Path) -> list[Path]:
+    """Files as they are; in folders, every picture at any depth, but nothing hidden and nothing below out."""
+    files: list[Path] = []
+    for path in map(_absolute, images):
+        if path.is_dir():
+            below = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and out not in file.parents]
+            below = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+            if not below:
+                raise DataError(f"{path}: no picture ({' '.join(SUFFIXES)}) in this folder or below it")
+            files += below
+        else:
+            files.append(path)
+    if not files:
+        raise DataError("no images given: name files or folders")
+    return list(dict.fromkeys(files))
+
+
+def _named(files: Iterable[str | Path]) -> dict[str, Path]:
+    """Output name -> file: the path below the deepest folder that holds all of them, ending in .png."""
+    paths = [_absolute(file) for file in files]
+    top = os.path.commonpath([path.parent for path in paths])
+    names: dict[str, Path] = {}
+    for path in paths:
+        name = str(path.relative_to(top).with_suffix(".png"))
+        if name in names:
+            raise DataError(f"{names[name]} and {path} would both be written as {name}: give one of them")
+        names[name] = path
+    return names
+
+
+def _check(made: Sequence[Path], images: Collection[Path], overwrite: bool, progress: Progress) -> None:
+    """Everything that can be wrong before work starts: files in the way, pictures that cannot be read, folders that cannot be made."""
+    if there := [path for path in made if path.exists() and not overwrite]:
+        raise ValueError(f"{some(there, 'files')} exist already: choose another folder, or overwrite them")
+    if own := set(made) & set(images):
+        raise ValueError(f"{some(sorted(own), 'images')} would be overwritten by output: choose another folder")
+    bad = []
+    for k, image in enumerate(images, 1):
+        progress(f"checking image {k:,} of {len(images):,}")
+        try:
+            read_image(image)
+        except DataError as error:
+            bad.append(str(error))
+    if bad:
+        raise DataError("\n".join([f"{len(bad)} of {len(images)} images cannot be read, nothing was written:", *bad]))
+    for folder in {path.parent for path in made}:
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _save(path: Path, array: Array, palette: Array | None = None) -> None:
+    """A PNG of (H, W) or (H, W, 3) uint8, whole or not at all; with a palette (C, 3), an indexed one, its other colours VOC's."""
+    picture = Image.fromarray(array)
+    if palette is not None:
+        picture.putpalette(np.concatenate((palette, colormap(256)[len(palette) :])).tobytes())
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    records.write_atomically(path, buffer.getvalue())
