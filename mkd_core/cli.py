@@ -349,7 +349,7 @@ def _pseudo_label(words: argparse.Namespace) -> int:
 
 
 def _export(words: argparse.Namespace) -> int:
-    from .predict import export
+    from .export import export
 
     print("Written:", *export(words.run, words.out, predictor=words.predictor, step=words.step, overwrite=words.overwrite), sep="\n  ")
     return 0

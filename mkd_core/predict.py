@@ -1,9 +1,8 @@
-"""A trained run at work: masks of one's own images, pseudo-labels as a data set, and the network as a file for other programs."""
+"""A trained run at work on images of any size: masks of one's own pictures, and pseudo-labels as a data set."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,20 +13,18 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.export import Dim
 
 from . import records
-from .augment import MEAN, STD, normalise
+from .augment import normalise
 from .choices import choose
 from .config import RunConfig
 from .data import DATASETS, IGNORE, DataError, load_split, open_dataset
 from .data.base import colormap, read_image, some
 from .engine import Progress, load_method, pick_device, probabilities, starts
 from .figures import Array, overlay, to_image
-from .models import file_sha256, nearest, resize
+from .models import nearest, resize
 
 LARGE = 2**21  # pixels, those of a Cityscapes image: what is larger is predicted in pieces (our choice)
-MULTIPLE = 32  # of the sides of an exported network's images: the deepest encoder's stride
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -173,55 +170,6 @@ def pseudo_label(
     return 100 * pd.DataFrame(columns, index=pd.Index([*model.classes, "all"], name="class"))
 
 
-def export(
-    run: str | Path, out: str | Path = "", *, predictor: str = "", step: int | None = None, overwrite: bool = False
-) -> list[Path]:  # fmt: skip
-    """Write one network as a torch.export program, <predictor>.pt2, and what a caller must know, <predictor>.json, to out or the run folder.
-
-    The program: (B, 3, H, W) float32, preprocessed as the JSON says -> logits (B, C, H, W). B is free; H and W are free multiples of 32
-    where torch.export can trace that, else the run's crop: the JSON says which. It is read back and must give the labels of the network
-    that it was made from on random images: ValueError otherwise.
-    """
-    model = Predictor(run, predictor, step, device="cpu")
-    if len(model.nets) > 1:
-        raise ValueError("'mean' is several networks, an export is one: name it")
-    folder = _absolute(out) if str(out) else model.folder
-    paths = [folder / f"{model.name.replace(' ', '_')}{suffix}" for suffix in (".pt2", ".json")]
-    _check(paths, [], overwrite, Progress("export"))
-    content, sizes = _program(model.nets[0], model.config.crop)
-    loaded = torch.export.load(io.BytesIO(content)).module()
-    for count, size in enumerate(sizes, 1):
-        x = normalise(torch.rand(count, 3, *size))
-        if not torch.equal(loaded(x).argmax(1), model.nets[0](x).argmax(1)):
-            raise ValueError(f"the exported program gives other labels than the network, on images of {size}; nothing was written")
-    free = f"any multiple of {MULTIPLE}"
-    about = {
-        "run": model.config.id, "predictor": model.name, "checkpoint_sha256": file_sha256(model.folder / model.checkpoint),
-        "input": "images, float32 (batch, 3, height, width)", "colour": "RGB", "scale": "(value / 255 - mean) / std", "mean": MEAN, "std": STD,
-        "height": free if len(sizes) > 2 else sizes[0][0], "width": free if len(sizes) > 2 else sizes[0][1],
-        "padding": "0 after scaling, at the bottom and right; crop the logits", "output": "logits, float32 (batch, classes, height, width)",
-        "classes": model.classes, "palette": model.palette.tolist(), "protocol": model.config.protocol, "window": model.config.crop,
-        "torch": torch.__version__,
-    }  # fmt: skip
-    records.write_atomically(paths[0], content)
-    records.write_atomically(paths[1], json.dumps(about, indent=1) + "\n")
-    return paths
-
-
-def _program(net: nn.Module, crop: tuple[int, int]) -> tuple[bytes, list[tuple[int, int]]]:
-    """A .pt2 file's content and the image sizes to check it on: several where height and width are free, else the crop twice."""
-    free = {0: Dim("batch"), 2: MULTIPLE * Dim("rows"), 3: MULTIPLE * Dim("columns")}
-    tries = [(free, [(96, 128), (32, 32), (64, 160)]), ({0: Dim("batch")}, [crop, crop])]
-    for shapes, sizes in tries:
-        try:
-            buffer = io.BytesIO()
-            torch.export.save(torch.export.export(net, (torch.rand(2, 3, *sizes[0]),), dynamic_shapes=(shapes,), strict=False), buffer)
-            return buffer.getvalue(), sizes
-        except Exception as error:  # what it raises differs from version to version; timm's "same" padding is one thing it cannot write
-            failure = error
-    raise ValueError(f"torch.export cannot write this network: {str(failure)[:300]}") from failure
-
-
 def _run_folder(run: str | Path) -> Path:
     for folder in (Path(run).expanduser(), records.RUNS / run):
         if (folder / "config.json").is_file():
@@ -255,10 +203,10 @@ def _find(images: Sequence[str | Path], out: Path) -> list[Path]:
     for path in map(_absolute, images):
         if path.is_dir():
             below = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and out not in file.parents]
-            below = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-            if not below:
+            seen = [file for file in below if "/." not in f"/{file.relative_to(path)}"]
+            if not seen:
                 raise DataError(f"{path}: no picture ({' '.join(SUFFIXES)}) in this folder or below it")
-            files += below
+            files += seen
         else:
             files.append(path)
     if not files:

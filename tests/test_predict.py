@@ -11,14 +11,16 @@ import torch
 from PIL import Image
 
 from mkd_core import engine, load_split, open_dataset, records
+from mkd_core import export as exporting
 from mkd_core import predict as module
 from mkd_core.augment import normalise
 from mkd_core.cli import main
 from mkd_core.data import DataError, check
 from mkd_core.data.base import colormap, read_image, read_label
+from mkd_core.export import export
 from mkd_core.metrics import PseudoLabelQuality
 from mkd_core.models import SegNet
-from mkd_core.predict import Predictor, export, predict, pseudo_label
+from mkd_core.predict import Predictor, predict, pseudo_label
 
 
 def trained(config, runs):
@@ -125,7 +127,7 @@ def test_large_images_are_predicted_in_pieces_unless_whole_is_asked_for(run, mon
     blocks = torch.tensor([[0, 255, 0], [40, 120, 255], [255, 30, 90]], dtype=torch.uint8).repeat_interleave(32, 1)
     blocks = blocks[:, None, :].repeat(1, 64, 1)
     label, confidence = Predictor(run, protocol="long512")(blocks)
-    assert label.shape == confidence.shape == (64, 96) and 0 < confidence.min() and confidence.max() <= 1
+    assert label.shape == confidence.shape == (64, 96) and confidence.min() > 0 and confidence.max() <= 1
     monkeypatch.setattr(module, "LARGE", 60 * 90)
     reduced, _ = Predictor(run, protocol="long512")(blocks)
     same, turned, mirrored = ((reduced == other).float().mean() for other in (label, label.flip(0), label.flip(1)))
@@ -348,7 +350,7 @@ def test_an_export_gives_the_labels_that_predict_gives(run, tmp_path, capsys, mo
         export(run, tmp_path / "mean", predictor="mean")
     # The program of another network is not written.
     content = program.read_bytes()
-    monkeypatch.setattr(module, "_program", lambda net, crop: (content, [crop, crop]))
+    monkeypatch.setattr(exporting, "_program", lambda net, crop: (content, [crop, crop]))
     with pytest.raises(ValueError, match="other labels"):
         export(run, tmp_path / "other")
     assert not list((tmp_path / "other").iterdir())
@@ -356,7 +358,7 @@ def test_an_export_gives_the_labels_that_predict_gives(run, tmp_path, capsys, mo
 
 def test_exports_take_every_batch_and_size_where_the_network_can_be_traced(tmp_path):
     net = SegNet(4, encoder="resnet18", channels=16).eval()
-    content, sizes = module._program(net, (48, 48))
+    content, sizes = exporting._program(net, (48, 48))
     assert len(sizes) > 2
     (tmp_path / "net.pt2").write_bytes(content)
     loaded = torch.export.load(tmp_path / "net.pt2").module()
