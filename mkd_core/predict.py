@@ -146,10 +146,12 @@ def pseudo_label(
     else:
         ids = list(load_split(dataset, model.config.split, model.config.seed).unlabeled)
         files = {f"{id}.png": out / f"images/{id}.png" for id in ids} if generated else _named(str(dataset.files(id)[0]) for id in ids)
-    if bad := [name for name in files if set(name) & set("\t\r\n")]:
-        raise DataError(f"{some(bad, 'images')}: names with a tab or a line break cannot stand in a list; rename them")
+    lines = {name: f"{_relative(file, out)}\tmasks/{name}" for name, file in files.items()}
+    if bad := [name for name, line in lines.items() if line.count("\t") > 1 or len(line.splitlines()) > 1]:
+        raise DataError(f"{some(bad, 'images')}: paths with a tab or a line break cannot stand in a list; rename them")
     made = [out / "train.txt", out / "classes.txt", *(out / "masks" / name for name in files), *(files.values() if generated else [])]
     _check(made, [] if generated else files.values(), overwrite, progress)
+    (out / "train.txt").unlink(missing_ok=True)  # where it stands, the masks are complete
     counts = np.zeros((4, len(model.classes)), np.int64)  # pixels by predicted class: all, kept, kept and judged, kept and right
     for k, ((name, file), id) in enumerate(zip(files.items(), ids, strict=True), 1):
         image = dataset.image(id) if dataset and generated else read_image(file)
@@ -163,7 +165,7 @@ def pseudo_label(
             _save(file, image.permute(1, 2, 0).numpy())
         progress(f"{k:,} of {len(files):,} images", now=k == len(files))
     records.write_atomically(out / "classes.txt", "".join(f"{name}\n" for name in model.classes))
-    records.write_atomically(out / "train.txt", "".join(f"{_relative(file, out)}\tmasks/{name}\n" for name, file in files.items()))
+    records.write_atomically(out / "train.txt", "".join(f"{line}\n" for line in lines.values()))
     every, kept, judged, right = np.column_stack((counts, counts.sum(1))).astype(float)
     with np.errstate(invalid="ignore"):
         columns = {"share": every / every[-1], "kept": kept / every, "accuracy": right / judged}
@@ -203,10 +205,9 @@ def _find(images: Sequence[str | Path], out: Path) -> list[Path]:
     for path in map(_absolute, images):
         if path.is_dir():
             below = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and out not in file.parents]
-            seen = [file for file in below if "/." not in f"/{file.relative_to(path)}"]
+            files += (seen := [file for file in below if "/." not in f"/{file.relative_to(path)}"])
             if not seen:
                 raise DataError(f"{path}: no picture ({' '.join(SUFFIXES)}) in this folder or below it")
-            files += seen
         else:
             files.append(path)
     if not files:
@@ -231,7 +232,7 @@ def _check(made: Sequence[Path], images: Collection[Path], overwrite: bool, prog
     """Everything that can be wrong before work starts: files in the way, pictures that cannot be read, folders that cannot be made."""
     if there := [path for path in made if path.exists() and not overwrite]:
         raise ValueError(f"{some(there, 'files')} exist already: choose another folder, or overwrite them")
-    if own := set(made) & set(images):
+    if own := {path.resolve() for path in made} & {path.resolve() for path in images}:
         raise ValueError(f"{some(sorted(own), 'images')} would be overwritten by output: choose another folder")
     bad = []
     for k, image in enumerate(images, 1):
