@@ -70,7 +70,7 @@ def test_quickstart_grids_are_valid(path):
 
 
 def test_every_parameters_file_says_how_it_is_run():
-    for path in ROOT.glob("parameters/*/*.yaml"):
+    for path in set(ROOT.glob("parameters/*/*.yaml")) - set(ROOT.glob("parameters/published/*")):  # those are numbers, not runs
         head = path.read_text().split("\n", 12)[:12]
         assert any("Command:" in line for line in head) and any("Expected:" in line for line in head), path
 
