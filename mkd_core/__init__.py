@@ -5,7 +5,8 @@ from .data import open_dataset
 from .data.splits import load_split
 from .engine import evaluate, run, run_all, segment
 from .methods import METHODS
-from .records import Record, collect, table
+from .records import Record, collect
+from .tables import published, table
 
 __all__ = [
     "METHODS",
@@ -16,6 +17,7 @@ __all__ = [
     "evaluate",
     "load_split",
     "open_dataset",
+    "published",
     "run",
     "run_all",
     "segment",

@@ -1,4 +1,4 @@
-"""What a run leaves: runs/<id>/{config.json, history.jsonl, record.json, checkpoint.pt}; and tables made from records."""
+"""What a run leaves: runs/<id>/{config.json, history.jsonl, record.json, checkpoint.pt}; and files of many records."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import os
 import platform
 import subprocess
 import threading
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
 ROOT = Path(__file__).resolve().parents[1]  # notebooks and papermill start in different folders; the project root is where the package lies
@@ -55,6 +54,10 @@ class Record(BaseModel):
     evaluated: dict[str, Any]  # number of images
     versions: dict[str, str]
     commit: str
+
+
+Rows = Mapping[str, Sequence[Record]]
+Cells = Mapping[str, Mapping[str, Sequence[Record]]]  # row -> column -> one record a seed
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -119,9 +122,27 @@ def commit() -> str:
         return "unknown"
 
 
-def dump(records: Iterable[Record], path: Path) -> None:
-    """records.jsonl: one record a line, data set and weights by their last name only."""
-    write_atomically(path, "".join(_portable(r).model_dump_json() + "\n" for r in records))
+def as_cells(cells: Rows | Cells) -> Cells:
+    """Rows alone stand in one column without a name."""
+    return {row: of if isinstance(of, Mapping) else {"": of} for row, of in cells.items()}
+
+
+def dump(cells: Rows | Cells, path: Path) -> None:
+    """records.jsonl: one record a line, led by its row and column; data set and weights by their last name only."""
+    labeled = [({"row": row, "column": title}, r) for row, of in as_cells(cells).items() for title, found in of.items() for r in found]
+    lines = [json.dumps(label | _portable(r).model_dump(mode="json"), ensure_ascii=False) + "\n" for label, r in labeled]
+    write_atomically(path, "".join(lines))
+
+
+def read_cells(path: str | Path) -> dict[str, dict[str, list[Record]]]:
+    """Row -> column -> records of a records.jsonl file, in its order."""
+    cells: dict[str, dict[str, list[Record]]] = {}
+    for line in map(json.loads, Path(path).read_text().splitlines()):
+        if not line.keys() >= {"row", "column"}:
+            raise ValueError(f"{path}: a record without its row and column; `dump` writes both")
+        row, title = line.pop("row"), line.pop("column")
+        cells.setdefault(row, {}).setdefault(title, []).append(Record(**line))
+    return cells
 
 
 def _portable(record: Record) -> Record:
@@ -134,38 +155,5 @@ def collect(source: str | Path) -> list[Record]:
     """Records of a runs folder (its finished runs) or of a records.jsonl file."""
     source = Path(source)
     if source.is_file():
-        return [Record.model_validate_json(line) for line in source.read_text().splitlines()]
+        return [r for of in read_cells(source).values() for found in of.values() for r in found]
     return [r for r in map(load, sorted(source.glob("*/"))) if r]
-
-
-def table(rows: dict[str, list[Record]]) -> pd.DataFrame:
-    """One row a name: mIoU last and best as mean +- sample standard deviation over seeds, their number, the seeds, seconds a run.
-
-    Refused where the rows were not measured alike: other evaluation protocols, other evaluated sets, or, seed by seed, other labeled images.
-    """
-    every = [r for records in rows.values() for r in records]
-    for what, of in {
-        "data sets": lambda r: r.config["dataset"],
-        "evaluation protocols": lambda r: r.protocol,
-        "evaluated images": lambda r: json.dumps(r.evaluated, sort_keys=True),
-    }.items():
-        if len(found := {of(r) for r in every}) > 1:
-            raise ValueError(f"one table, different {what}: {', '.join(sorted(found))}")
-    for seed in {r.seed for r in every}:
-        if len({r.split["sha256"] for r in every if r.seed == seed}) > 1:
-            raise ValueError(f"one table, different labeled images (split hashes) for seed {seed}")
-
-    def spread(values: list[float]) -> str:
-        series = pd.Series(values)
-        return f"{series.mean():.1f}" + (f" ± {series.std():.1f}" if len(values) > 1 else "")
-
-    return pd.DataFrame(
-        {
-            "mIoU last": [spread([r.miou for r in records]) if records else "missing" for records in rows.values()],
-            "mIoU best": [spread([r.miou_best for r in records]) if records else "missing" for records in rows.values()],
-            "runs": [len(records) for records in rows.values()],
-            "seeds": [", ".join(str(r.seed) for r in records) for records in rows.values()],
-            "seconds a run": [f"{pd.Series([r.seconds for r in records]).mean():.0f}" if records else "" for records in rows.values()],
-        },
-        index=pd.Index(rows, name="method"),
-    )

@@ -10,26 +10,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from tiny import config
+from tiny import record
 
 from mkd_core import records
-from mkd_core.records import Record, collect, dump, history, load, save, table, write_atomically
+from mkd_core.records import collect, dump, history, load, read_cells, save, write_atomically
 
 server = multiprocessing.get_context("forkserver")
-
-
-def record(id: str = "a", miou: float = 50.0, seed: int = 0, **keys) -> Record:
-    c = config(seed=seed)
-    return Record(
-        **{
-            "id": id, "status": "done", "config": c.model_dump(mode="json"), "miou": miou, "miou_best": miou + 1, "step_best": 3,
-            "iou": [miou, None], "classes": ["x", "y"], "predictors": {"net": miou}, "predictors_best": {"net": miou + 1}, "pseudo_labels": None,
-            "seconds": 2.0, "images_per_second": 3.0, "peak_memory_mb": 4.0, "device": "cpu", "threads": 1, "precision": "float32", "seed": seed,
-            "split": {"name": "random/6@0", "sha256": f"labeled by seed {seed}", "labeled": 6, "unlabeled": 18}, "weights": {"name": "", "sha256": ""},
-            "protocol": "whole", "evaluated": {"images": 6, "set": "val"}, "versions": {}, "commit": "unknown",
-        }
-        | keys
-    )  # fmt: skip
 
 
 def test_save_and_load(tmp_path):
@@ -104,9 +90,16 @@ def test_collect_takes_the_finished_runs_of_a_folder_and_a_file_alike(tmp_path):
     (tmp_path / "note.txt").write_text("not a run")
     found = collect(tmp_path)
     assert [r.id for r in found] == ["a", "b", "c"]
-    dump(found, tmp_path / "records.jsonl")
-    assert collect(tmp_path / "records.jsonl") == found
-    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 3
+    cells = {"second": {"1/4": found[2:], "1/16": found[:1]}, "first": {"1/16": found[1:2]}}
+    dump(cells, tmp_path / "records.jsonl")
+    assert [r.id for r in collect(tmp_path / "records.jsonl")] == ["c", "a", "b"]
+    kept = read_cells(tmp_path / "records.jsonl")
+    assert kept == cells and [*kept] == ["second", "first"] and [*kept["second"]] == ["1/4", "1/16"]
+    dump({"alone": found}, tmp_path / "records.jsonl")
+    assert read_cells(tmp_path / "records.jsonl") == {"alone": {"": found}}
+    (tmp_path / "records.jsonl").write_text(found[0].model_dump_json() + "\n")
+    with pytest.raises(ValueError, match="without its row and column"):
+        collect(tmp_path / "records.jsonl")
     assert collect(str(tmp_path / "unfinished")) == []
 
 
@@ -114,28 +107,6 @@ def test_history_leaves_out_the_line_that_is_being_written(tmp_path):
     assert history(tmp_path) == []
     (tmp_path / "history.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
     assert history(tmp_path) == [{"step": 1}, {"step": 2}]
-
-
-def test_table_is_mean_and_sample_deviation():
-    rows = {"SupOnly": [record(miou=40.0, seed=0), record(miou=44.0, seed=1)], "MKD": [record(miou=60.0)], "later": []}
-    found = table(rows)
-    assert [*found.index] == ["SupOnly", "MKD", "later"]
-    assert [*found["mIoU last"]] == ["42.0 ± 2.8", "60.0", "missing"]  # sqrt(8) = 2.83
-    assert [*found["mIoU best"]] == ["43.0 ± 2.8", "61.0", "missing"]
-    assert [*found["runs"]] == [2, 1, 0] and found["seeds"]["SupOnly"] == "0, 1"
-
-
-@pytest.mark.parametrize(
-    "keys, words",
-    [({"protocol": "sliding"}, "evaluation protocols: sliding, whole"), ({"evaluated": {"images": 7, "set": "val"}}, "evaluated images"),
-     ({"evaluated": {"images": 6, "set": "test"}}, "evaluated images"), ({"split": {"sha256": "others"}}, "labeled images"),
-     ({"config": {"dataset": "voc"}}, "data sets: shapes, voc")],
-    ids=str,
-)  # fmt: skip
-def test_table_refuses_what_was_not_measured_alike(keys, words):
-    with pytest.raises(ValueError, match=words):
-        table({"a": [record()], "b": [record(**keys)]})
-    table({"a": [record()], "b": [record()]})
 
 
 def test_a_score_that_does_not_exist_survives_the_disk(tmp_path):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mkd_core.config import RunConfig
 from mkd_core.methods import METHODS, Batch, Method
 from mkd_core.models import SegNet
+from mkd_core.records import Record
 
 torch.set_num_threads(1)
 CLASSES = 4
@@ -61,6 +62,21 @@ def config(method: str = "supervised", **keys: Any) -> RunConfig:
         checkpoint_every=2, log_every=1, quality_images=4,
     )  # fmt: skip
     return RunConfig(**small | keys)
+
+
+def record(id: str = "a", miou: float = 50.0, seed: int = 0, **keys: Any) -> Record:
+    """What a run of `config` could have left."""
+    c = config(seed=seed)
+    return Record(
+        **{
+            "id": id, "status": "done", "config": c.model_dump(mode="json"), "miou": miou, "miou_best": miou + 1, "step_best": 3,
+            "iou": [miou, None], "classes": ["x", "y"], "predictors": {"net": miou}, "predictors_best": {"net": miou + 1}, "pseudo_labels": None,
+            "seconds": 2.0, "images_per_second": 3.0, "peak_memory_mb": 4.0, "device": "cpu", "threads": 1, "precision": "float32", "seed": seed,
+            "split": {"name": "random/6@0", "sha256": f"labeled by seed {seed}", "labeled": 6, "unlabeled": 18}, "weights": {"name": "", "sha256": ""},
+            "protocol": "whole", "evaluated": {"images": 6, "set": "val"}, "versions": {}, "commit": "unknown",
+        }
+        | keys
+    )  # fmt: skip
 
 
 def child(keys: dict[str, Any], runs: str, delay: float = 0.0, wait: bool = False, die: str = "", limit: int = 0) -> None:

@@ -1,0 +1,260 @@
+"""Tables of records in the paper's shape, beside published numbers that are quoted with their source and never mixed with ours."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from math import inf
+from pathlib import Path
+from statistics import fmean, stdev
+from zlib import crc32
+
+import pandas as pd
+import yaml
+from pandas.io.formats.style import Styler
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from .choices import choose
+from .records import ROOT, Cells, Record, Rows, as_cells, write_atomically
+
+PUBLISHED = ROOT / "parameters" / "published"
+BOLD, QUOTED = "font-weight: bold;", "font-style: italic;"
+
+
+class PublishedColumn(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    labeled: int  # images
+    split: str = ""  # as RunConfig.split names it
+    backbone: str = ""
+
+
+class PublishedRow(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str  # who measured it, where
+    values: dict[str, float]  # column title -> mIoU in percent; none where the source has none
+    printed: str = ""  # the row's names in the source
+    backbone: str = ""  # where the columns do not say
+    family: str = ""  # of labeled lists, where it is not the column's
+    unlabeled: str = ""
+    note: str = ""  # contradictions and doubts
+
+    @property
+    def credit(self) -> str:
+        return "; ".join(filter(None, (self.source, self.family, self.note)))
+
+
+class Published(BaseModel):
+    """A published table, read from parameters/published: data, each row with its source."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: str
+    source: str
+    dataset: str
+    columns: dict[str, PublishedColumn]
+    rows: dict[str, PublishedRow]
+
+    @model_validator(mode="after")
+    def _columns_exist(self) -> Published:
+        for row in self.rows.values():
+            for title in row.values:
+                choose(f"column of {self.title}", title, self.columns)
+        return self
+
+    @property
+    def digits(self) -> int:
+        """Decimals that the source prints."""
+        return max(len(str(value).split(".")[1]) for row in self.rows.values() for value in row.values.values())
+
+    def value(self, row: str, title: str) -> float | None:
+        return self.rows[row].values.get(title) if row in self.rows else None
+
+    def text(self, row: str, title: str) -> str:
+        """The number as printed; "-" where the source has none, "" where it has no such row."""
+        value = self.value(row, title)
+        return f"{value:.{self.digits}f}" if value is not None else "-" * (row in self.rows)
+
+    def frame(self) -> pd.DataFrame:
+        """Every row as quoted, between its backbone and split family and its source: compare only where both agree."""
+
+        def of_columns(row: PublishedRow, kind: str) -> str:
+            found = (getattr(self.columns[title], kind).split("/")[0] for title in row.values)
+            return ", ".join(dict.fromkeys(filter(None, found)))
+
+        rows = {
+            name: {"backbone": row.backbone or of_columns(row, "backbone"), "split family": row.family or of_columns(row, "split")}
+            | ({"unlabeled": row.unlabeled} if row.unlabeled else {})
+            | {title: self.text(name, title) for title in self.columns}
+            | {"source": row.credit}
+            for name, row in self.rows.items()
+        }  # fmt: skip
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis(self.title)
+
+
+def published(name: str, section: str | None = None) -> Published:
+    """parameters/published/<name>.yaml, e.g. "table1"; `section` of a file that holds several tables ("newer")."""
+    files = {path.stem: path for path in sorted(PUBLISHED.glob("*.yaml"))}
+    content = yaml.safe_load(files[choose("published table", name, files)].read_text(encoding="utf-8"))
+    return Published(**(content[choose(f"section of {name}", section, content)] if section else content))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One table of text: `style` holds the CSS of each cell (BOLD, QUOTED or nothing)."""
+
+    heading: str
+    text: pd.DataFrame
+    style: pd.DataFrame
+
+    def styler(self, escape: str) -> Styler:
+        styler = self.text.style.apply(lambda _: self.style, axis=None).format(escape=escape).set_caption(self.heading)
+        return styler.format_index(escape=escape, axis=0).format_index(escape=escape, axis=1)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows x columns beside the paper's numbers, then every column in detail; and notes on what was measured and what is quoted."""
+
+    parts: Sequence[Part]
+    notes: Sequence[str]
+
+    def markdown(self) -> str:
+        """Rows alone, without named columns, are one plain table."""
+        texts = []
+        for part in self.parts:
+            frame = part.text.mask(part.style == BOLD, "**" + part.text + "**") if part.heading else part.text
+            frame.columns = [", ".join(c) if isinstance(c, tuple) else c for c in frame.columns]
+            numbers = [pd.to_numeric(frame[c], errors="coerce").notna().all() for c in frame]
+            align = ["left", *("right" if number else "left" for number in numbers)]
+            texts += [part.heading] * bool(part.heading) + [frame.to_markdown(disable_numparse=True, colalign=align)]
+        return "\n\n".join([*texts, *self.notes])
+
+    def html(self) -> str:
+        # pandas draws a random id for the styles; one made from the content keeps equal tables equal
+        stylers = [part.styler("html").set_uuid(f"{crc32(part.text.to_csv().encode()):x}") for part in self.parts]
+        return "\n".join([*(styler.to_html() for styler in stylers), *(f"<p>{escape(note)}</p>" for note in self.notes)])
+
+    _repr_html_ = html
+
+    def latex(self) -> str:
+        """Needs booktabs and multirow."""
+        notes = [re.sub(r"([&%$#_{}])", r"\\\1", note) for note in self.notes]
+        return "\n\n".join([*(part.styler("latex").to_latex(hrules=True, convert_css=True) for part in self.parts), *notes])
+
+
+def save(table: Table, folder: Path) -> None:
+    """table.md, table.html and table.tex, each whole or not at all."""
+    for name, text in {"md": table.markdown(), "html": table.html(), "tex": table.latex()}.items():
+        write_atomically(folder / f"table.{name}", text + "\n")
+
+
+def table(cells: Rows | Cells, published: Published | None = None) -> Table:
+    """Records by row and column (or by row alone): mIoU of the last step and of the best evaluation, mean +- sample deviation over seeds.
+
+    A column that `published` has under the same title gets the paper's number and the difference (ours minus the paper's) in columns of
+    their own. Refused where a column's records were not measured alike: other data sets, evaluation protocols or evaluated images, or,
+    seed by seed, other labeled images; or where a column's runs are not what the published one is.
+    """
+    cells = as_cells(cells)
+    titles = list(dict.fromkeys(title for of in cells.values() for title in of))
+    columns = {title: {row: list(of.get(title, ())) for row, of in cells.items()} for title in titles}
+    quoted = {title: published for title in titles if published and title in published.columns}
+    for title, rows in columns.items():
+        _refuse_unlike(title, [r for records in rows.values() for r in records], quoted.get(title))
+    parts = [Part(_heading(title, rows), *_details(rows)) for title, rows in columns.items()]
+    if titles == [""]:
+        return Table(parts, [])
+    notes = ["mIoU in percent, last step: mean ± sample standard deviation over seeds; bold: the best measured here."]
+    if quoted and published:
+        notes += [
+            f'Columns "paper" are quoted, not measured here: {published.title}, {published.source}. Difference: ours minus the paper\'s.',
+            "Source of each row: " + " ".join(f"{row} ({published.rows[row].credit})." for row in cells if row in published.rows),
+        ]
+    return Table([Part("Measured here" + " beside the paper's numbers" * bool(quoted), *_overview(columns, quoted)), *parts], notes)
+
+
+def _overview(columns: Mapping[str, Rows], quoted: Mapping[str, Published]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The paper's shape; where numbers are quoted, each column has three: mIoU, paper, difference."""
+    text, style = {}, {}
+    for title, rows in columns.items():
+        text[title, "mIoU"], style[title, "mIoU"] = _scores(rows, "miou")
+        if source := quoted.get(title):
+            text[title, "paper"] = [source.text(row, title) for row in rows]
+            text[title, "difference"] = [_difference(row, title, records, source) for row, records in rows.items()]
+            style[title, "paper"] = style[title, "difference"] = [QUOTED] * len(rows)
+    frames = [pd.DataFrame(cells, index=pd.Index(next(iter(columns.values())), name="method")) for cells in (text, style)]
+    if not quoted:
+        frames = [frame.droplevel(1, axis=1) for frame in frames]
+    return frames[0], frames[1]
+
+
+def _details(rows: Rows) -> tuple[pd.DataFrame, pd.DataFrame]:
+    last, best = _scores(rows, "miou"), _scores(rows, "miou_best")
+    text = {
+        "mIoU last": last[0],
+        "mIoU best": best[0],
+        "runs": [str(len(records)) for records in rows.values()],
+        "seeds": [", ".join(str(r.seed) for r in records) for records in rows.values()],
+        "seconds a run": [f"{fmean(r.seconds for r in records):.0f}" if records else "" for records in rows.values()],
+    }
+    index = pd.Index(rows, name="method")
+    style = pd.DataFrame("", index, list(text)).assign(**{"mIoU last": last[1], "mIoU best": best[1]})
+    return pd.DataFrame(text, index), style
+
+
+def _scores(rows: Rows, field: str) -> tuple[list[str], list[str]]:
+    """Mean +- sample deviation of each row, and BOLD at the highest mean of several."""
+    values = [[getattr(r, field) for r in records] for records in rows.values()]
+    means = [fmean(v) if v else -inf for v in values]
+    text = [f"{m:.1f}" + (f" ± {stdev(v):.1f}" if len(v) > 1 else "") if v else "missing" for m, v in zip(means, values, strict=True)]
+    several = sum(map(bool, values)) > 1
+    return text, [BOLD * (several and m == max(means)) for m in means]
+
+
+def _difference(row: str, title: str, records: Sequence[Record], source: Published) -> str:
+    """None across split families."""
+    value = source.value(row, title)
+    return f"{fmean(r.miou for r in records) - value:+.1f}" if records and value is not None and not source.rows[row].family else ""
+
+
+def _heading(title: str, rows: Rows) -> str:
+    """What a column's runs have in common, and, joined by "or", in what they differ."""
+    if not title:
+        return ""
+    every = [r for records in rows.values() for r in records]
+    parts = ("{dataset} {split}", "{labeled} labeled images", "{encoder}", "{steps} steps", "{images} images evaluated ({protocol})")
+    known = [r.config | {"labeled": r.split["labeled"], "images": r.evaluated["images"], "protocol": r.protocol} for r in every]
+    return ", ".join([title, *(" or ".join(dict.fromkeys(part.format(**of) for of in known)) for part in parts)]) if every else title
+
+
+def _refuse_unlike(title: str, records: Sequence[Record], source: Published | None) -> None:
+    where = f"column {title!r}" if title else "one table"
+    for what, of in {
+        "data sets": lambda r: _images(r.config["dataset"]),
+        "evaluation protocols": lambda r: r.protocol,
+        "evaluated images": lambda r: json.dumps(r.evaluated, sort_keys=True),
+    }.items():
+        if len(found := {of(r) for r in records}) > 1:
+            raise ValueError(f"{where}, different {what}: {', '.join(sorted(found))}")
+    for seed in {r.seed for r in records}:
+        if len({r.split["sha256"] for r in records if r.seed == seed}) > 1:
+            raise ValueError(f"{where}, different labeled images (split hashes) for seed {seed}")
+    if source:
+        theirs = source.columns[title]
+        wanted = (_images(source.dataset), theirs.split, theirs.backbone)
+        for r in records:
+            ours = (_images(r.config["dataset"]), r.split["name"], r.config["encoder"])
+            if ours[:2] != wanted[:2] or theirs.backbone.lower().replace("-", "") not in ours[2]:
+                raise ValueError(
+                    f"{where} holds a run on {' '.join(ours)}, that of {source.title} is {' '.join(wanted)}: give it another title"
+                )
+
+
+def _images(dataset: str) -> str:
+    """The data set whose images are evaluated: VOC and VOCAug differ in their unlabeled images only."""
+    return "voc" if dataset == "voc_aug" else dataset
