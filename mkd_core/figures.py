@@ -1,15 +1,17 @@
 """Pictures: label maps, comparison sheets (the paper's Figures 1 and 2), curves over seeds, confusion matrices, FDA tables.
 
 Every function returns a matplotlib Figure of its own, outside pyplot's registry: nothing is shown twice and nothing leaks. Colours are
-Okabe and Ito's, lines differ in dash too, so that prints in grey can be read. `save` writes PNG files.
+Okabe and Ito's, lines differ in dash and marker too, so that prints in grey can be read. `save` writes PNG files.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -28,13 +30,19 @@ from .augment import MEAN, STD, chain, mix, xor_boxes
 from .data.base import IGNORE
 from .data.shapes import Shapes
 from .metrics import confusion_matrix, miou
-from .records import Record
+from .records import Cells, Rows
 
 Array = NDArray[Any]
 INK, GREY, LIGHT = "#222222", "#8a8a8a", "#dcdcdc"
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#9c4083"
 COLOURS = (GREY, ORANGE, BLUE, GREEN, "#cc79a7", "#e69f00", "#56b4e9")
-DASHES = ("--", "-.", "-", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+DASHES = ("--", "-.", "-", ":", (0, (5, 1)))  # 5, 7 and 9 have no common divisor: 35 methods until a line repeats
+MARKERS = "osD^vP*X<"
+# A method's place in these; the first seven, which are most often shown together, have a colour of their own.
+PLACES = {"SupOnly": 0, "CPS": 1, "co-training": 1, "MKD": 2, "MT": 3, "CutMix-Seg": 4, "CPS with CutMix": 5, "MKD (released)": 6} | {
+    name: 7 + k for k, name in enumerate(("CCT", "GCT", "VAT", "AdvSemSeg", "PseudoSeg", "PC2Seg", "ST++", "PS-MT", "U2PL", "SimpleBaseline",
+                                          "FixMatch", "UniMatch", "SPEED"))
+}  # fmt: skip
 STYLE: Any = {
     "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
@@ -107,14 +115,20 @@ def sheet(
     columns = max(map(len, arrays.values()))
     tall = side * np.mean([a.shape[0] / a.shape[1] for row in arrays.values() for a in row])
     lines = 1 + caption.count("\n") if caption else 0
-    foot, head = 0.08 + 0.3 * bool(classes) + 0.17 * lines, 0.25 if titles else 0.05
-    width, height = side * columns + 0.32, tall * len(arrays) + foot + head
+    names = {name: fill(name, max(6, int(tall / 0.075)), break_long_words=False) for name in arrays}  # upright beside its row of pictures
+    left = 0.14 + 0.16 * max(1 + name.count("\n") for name in names.values())
+    width = side * columns + left + 0.02
+    keys = [Patch(fc=c / 255, ec=INK, lw=0.4, label=n) for c, n in zip(() if palette is None else palette, classes, strict=False)]
+    if keys and any((a == IGNORE).any() for row in arrays.values() for a in row if a.ndim == 2 and a.dtype.kind in "iu"):
+        keys.append(Patch(fc="0.93", ec="0.6", hatch="/////", lw=0.4, label="no label"))
+    deep = -(-len(keys) // max(3, int(width / 0.95)))  # lines of the legend
+    foot, head = 0.1 + 0.19 * deep + 0.06 * bool(keys) + 0.17 * lines, 0.25 if titles else 0.05
+    height = tall * len(arrays) + foot + head
     figure = Picture(figsize=(width, height))
     axes = figure.subplots(len(arrays), columns, squeeze=False)
-    ignored = False
     scaled: Axes | None = None  # the last picture of a row of float maps, the colour bar's neighbour
     for (name, row), strip in zip(arrays.items(), axes, strict=True):
-        strip[0].set_ylabel(name, fontsize=9)
+        strip[0].set_ylabel(names[name], fontsize=9, linespacing=1.0)
         for k, ax in enumerate(strip):
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
@@ -126,7 +140,6 @@ def sheet(
             elif picture.ndim == 2 and picture.dtype.kind == "b":
                 how = {"cmap": "gray", "vmin": 0, "vmax": 1}
             elif picture.ndim == 2:
-                ignored = ignored or bool((picture == IGNORE).any())
                 picture = colourise(picture, palette if palette is not None else np.zeros((IGNORE, 3)))
             ax.imshow(picture, interpolation="nearest", **how)
             if notes and name in notes:
@@ -134,18 +147,17 @@ def sheet(
                 ax.text(0.97, 0.03, notes[name][k], bbox={"facecolor": "black", "alpha": 0.65, "pad": 1.2, "linewidth": 0}, **place)
     for ax, title in zip(axes[0], titles, strict=False):
         ax.set_title(title, fontsize=8, pad=3)
-    figure.subplots_adjust(0.3 / width, foot / height, 1 - 0.02 / width, 1 - head / height, 0.04, 0.04)
+    figure.subplots_adjust(left / width, foot / height, 1 - 0.02 / width, 1 - head / height, 0.04, 0.04)
     if scaled is not None:
         beside = scaled.get_position()
         bar = figure.add_axes((beside.x1 + 0.05 / width, beside.y0, 0.09 / width, beside.height))
         figure.colorbar(ScalarMappable(cmap="cividis"), cax=bar)
         bar.tick_params(labelsize=7)
-    if classes and palette is not None:
-        keys = [Patch(facecolor=c / 255, edgecolor=INK, linewidth=0.4, label=n) for c, n in zip(palette, classes, strict=False)]
-        keys += [Patch(facecolor="0.93", edgecolor="0.6", hatch="/////", linewidth=0.4, label="no label")] * ignored
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5 + 0.14 / width, (foot - 0.04) / height)}
-        figure.legend(handles=keys, ncols=min(len(keys), max(3, int(width / 0.9))), handlelength=1.1, columnspacing=1.2, **place)
-    figure.text(0.5 + 0.14 / width, (0.17 * lines + 0.02) / height, caption, ha="center", va="top", fontsize=7.5, linespacing=1.25)
+    middle = (width + left) / 2 / width
+    if keys:
+        place = {"loc": "upper center", "bbox_to_anchor": (middle, (foot - 0.04) / height)}
+        figure.legend(handles=keys, ncols=-(-len(keys) // deep), handlelength=1.1, columnspacing=1.2, **place)
+    figure.text(middle, (0.17 * lines + 0.02) / height, caption, ha="center", va="top", fontsize=7.5, linespacing=1.25)
     return figure
 
 
@@ -194,8 +206,37 @@ def figure2(
 # Numbers over training and over seeds.
 
 
-def _look(k: int) -> dict[str, Any]:
-    return {"color": COLOURS[k % len(COLOURS)], "linestyle": DASHES[k % len(DASHES)]}
+def looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour, dash and marker for each name: a method of the paper's tables has its own in every figure, other names take free ones."""
+    names, taken = list(names), dict[str, int]()
+    for name in sorted(names, key=lambda name: name not in PLACES):
+        place = PLACES.get(name)
+        free = next(k for k in count(1) if k not in taken.values())
+        taken[name] = free if place is None or place in taken.values() else place
+    return {
+        name: {"color": COLOURS[k % len(COLOURS)], "linestyle": DASHES[k % len(DASHES)], "marker": MARKERS[k % len(MARKERS)]}
+        for name, k in ((name, taken[name]) for name in names)
+    }
+
+
+def _legend(figure: Figure, ax: Axes) -> None:
+    """Names in as many columns as the figure's width holds."""
+    handles, names = ax.get_legend_handles_labels()
+    wide = 0.5 + 0.065 * max(map(len, names), default=1)  # inches
+    figure.legend(handles, names, loc="outside lower center", ncols=max(1, min(len(names), int(figure.get_figwidth() / wide))))
+
+
+def _name_ends(ax: Axes, ends: Mapping[str, tuple[float, float]], look: Mapping[str, Mapping[str, Any]], gap: float) -> None:
+    """Names right of the axes at the height of their points (x, y), at least `gap` (share of the height) apart, with leaders."""
+    low, high = ax.get_ylim()
+    order = sorted(ends, key=lambda name: ends[name][1])
+    places = [(ends[name][1] - low) / (high - low) for name in order]
+    for k in range(1, len(places)):
+        places[k] = max(places[k], places[k - 1] + gap)
+    places = [min(place, 1 - gap * k) for k, place in zip(reversed(range(len(places))), places, strict=True)]
+    for name, place in zip(order, places, strict=True):
+        leader = {"arrowstyle": "-", "color": look[name]["color"], "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4, "relpos": (0, 0.5)}
+        ax.annotate(name, ends[name], (1.04, place), "data", "axes fraction", leader, annotation_clip=False, va="center", fontsize=8)
 
 
 @styled
@@ -203,8 +244,8 @@ def lines(series: Mapping[str, tuple[ArrayLike, ArrayLike]], xlabel: str, ylabel
     """One named line for each (x, y)."""
     figure = Picture(figsize=(4.6, 2.7), layout="constrained")
     ax = figure.subplots()
-    for k, (name, (x, y)) in enumerate(series.items()):
-        ax.plot(x, y, label=name, **_look(k + 1))
+    for (name, (x, y)), look in zip(series.items(), looks(series).values(), strict=True):
+        ax.plot(x, y, label=name, **look | {"marker": ""})
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.grid(axis="y")
     ax.legend()
@@ -249,19 +290,19 @@ def curves(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Fi
     measured = any("pseudo_labels" in row for runs in histories.values() for run in runs for row in run)
     if measured:
         panels += [("pixels kept (%)", "pseudo_labels", "kept"), ("accuracy of kept pixels (%)", "pseudo_labels", "accuracy")]
-    figure = Picture(figsize=(0.6 + 2.9 * len(panels), 2.9), layout="constrained")
+    tall = 2.9 + 0.08 * max(0, len(histories) - 4)  # room for the legend
+    figure, look = Picture(figsize=(0.6 + 2.9 * len(panels), tall), layout="constrained"), looks(histories)
     for ax, (ylabel, key, part) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for k, (name, runs) in enumerate(histories.items()):
+        for name, runs in histories.items():
             points = [(row["step"], _of_labeler(row[key], part)) for run in runs for row in run if key in row]
             if points:
                 spread = pd.DataFrame(points, columns=["step", "value"]).astype(float).groupby("step")["value"].agg(["mean", "min", "max"])
                 seeds = f" ({len(runs)} seeds)" if len(runs) > 1 else ""
-                ax.plot(spread.index, spread["mean"], label=name + seeds, marker="o", markersize=2.5, **_look(k))
-                ax.fill_between(spread.index, spread["min"], spread["max"], color=COLOURS[k % len(COLOURS)], alpha=0.18, linewidth=0)
+                ax.plot(spread.index, spread["mean"], label=name + seeds, markersize=3, **look[name])
+                ax.fill_between(spread.index, spread["min"], spread["max"], color=look[name]["color"], alpha=0.18, linewidth=0)
         ax.set(xlabel="step", ylabel=ylabel)
         ax.grid(axis="y")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    _legend(figure, figure.axes[0])
     return figure
 
 
@@ -272,7 +313,7 @@ def _of_labeler(found: Mapping[str, Any], part: str) -> Any:
 
 
 @styled
-def seeds(rows: Mapping[str, Sequence[Record]]) -> Figure:
+def seeds(rows: Rows) -> Figure:
     """Every run's mIoU for each method; a bar is the mean, a thin line joins the runs of one seed."""
     table = pd.DataFrame([(name, r.seed, r.miou) for name, records in rows.items() for r in records], columns=["method", "seed", "miou"])
     figure = Picture(figsize=(1.2 + 0.95 * len(rows), 2.9), layout="constrained")
@@ -280,32 +321,88 @@ def seeds(rows: Mapping[str, Sequence[Record]]) -> Figure:
     paired = table.pivot_table(index="seed", columns="method", values="miou").reindex(columns=list(rows))
     for _, values in paired.iterrows():
         ax.plot(range(len(rows)), values, color=LIGHT, linewidth=0.8, zorder=0)
-    kinds = dict(zip(rows, COLOURS, strict=False))
-    sns.stripplot(table, x="method", y="miou", hue="method", palette=kinds, jitter=False, size=5.5, alpha=0.9, legend=False, ax=ax)
-    for k, name in enumerate(rows):
-        mean = table.miou[table.method == name].mean()
-        ax.plot([k - 0.28, k + 0.28], [mean, mean], color=INK, linewidth=1.6)
-        ax.annotate(f"{mean:.1f}", (k + 0.3, mean), va="center", fontsize=8)
-    ax.set(xlabel="", ylabel="mIoU (%)", xlim=(-0.5, len(rows) - 0.3))
+    for k, (name, look) in enumerate(looks(rows).items()):
+        values = table.miou[table.method == name]
+        ax.plot([k] * len(values), values, **look | {"linestyle": ""}, markersize=5, alpha=0.9)
+        if len(values):
+            ax.plot([k - 0.28, k + 0.28], [values.mean()] * 2, color=INK, linewidth=1.6)
+            ax.annotate(f"{values.mean():.1f}", (k + 0.3, values.mean()), va="center", fontsize=8)
+    ax.set_xticks(range(len(rows)), [fill(name, 12, break_long_words=False) for name in rows])
+    ax.set(ylabel="mIoU (%)", xlim=(-0.5, len(rows) - 0.3))
     ax.grid(axis="y")
     return figure
 
 
+def label_counts(cells: Cells) -> Figure:
+    """mIoU against the number of labeled images for every method, over all columns: lines join means, dots are single runs."""
+    points = {name: [(r.split["labeled"], r.miou) for found in of.values() for r in found] for name, of in cells.items()}
+    figure = _against(points, "labeled images")
+    counts = sorted({x for of in points.values() for x, _ in of})
+    figure.axes[0].set_xscale("log")
+    figure.axes[0].set_xticks(counts, [str(n) for n in counts])
+    figure.axes[0].set_xticks([], minor=True)
+    return figure
+
+
+def cost(rows: Rows, unit: str = "SupOnly") -> Figure:
+    """mIoU against the time of a run, evaluation included, in units of the mean run of the row `unit`: small dots runs, large ones means.
+
+    Seconds compare only runs of one machine with nothing else on it.
+    """
+    if not rows.get(unit):
+        raise ValueError(f"cost is measured in runs of {unit!r}, which has none; rows: {', '.join(rows)}")
+    one = sum(r.seconds for r in rows[unit]) / len(rows[unit])
+    points = {name: [(r.seconds / one, r.miou) for r in records] for name, records in rows.items()}
+    figure = _against(points, f"time of a run (1 = {unit})", grouped=False)
+    figure.axes[0].set_xlim(0, None)
+    return figure
+
+
 @styled
-def class_iou(rows: Mapping[str, Sequence[Record]]) -> Figure:
-    """IoU of each class for each method: dots are means over runs, whiskers min .. max."""
-    classes = next(r.classes for records in rows.values() for r in records)
-    figure = Picture(figsize=(4.6, 0.9 + 0.3 * len(classes)), layout="constrained")
+def _against(points: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, grouped: bool = True) -> Figure:
+    """mIoU of single runs (x, mIoU) as small dots and their means, one for each x (`grouped`) or one in all, named at the right."""
+    points = {name: runs for name, runs in points.items() if runs}
+    figure, look, ends = Picture(figsize=(5.6, max(2.9, 0.6 + 0.19 * len(points))), layout="constrained"), looks(points), {}
     ax = figure.subplots()
-    for k, (name, records) in enumerate(rows.items()):
-        values = pd.DataFrame([r.iou for r in records]).astype(float)
-        places = np.arange(len(classes)) + 0.18 * (k - (len(rows) - 1) / 2)
-        ax.hlines(places, values.min(), values.max(), color=COLOURS[k % len(COLOURS)], linewidth=1.2)
-        ax.plot(values.mean(), places, "osD^vP*"[k % 7], color=COLOURS[k % len(COLOURS)], markersize=5, label=name)
+    for name, runs in points.items():
+        table = pd.DataFrame(runs, columns=["x", "miou"])
+        means = (table.groupby("x", as_index=False) if grouped else table.groupby(lambda _: 0)).mean()
+        ax.plot(table.x, table.miou, **look[name] | {"linestyle": "", "marker": "."}, markersize=4, alpha=0.5)
+        ax.plot(means.x, means.miou, **look[name], markersize=5.5)
+        ends[name] = (means.x.iloc[-1], means.miou.iloc[-1])
+    ax.set(xlabel=xlabel, ylabel="mIoU (%)")
+    ax.margins(y=0.08)
+    ax.grid()
+    _name_ends(ax, ends, look, 0.17 / (figure.get_figheight() - 0.5))
+    return figure
+
+
+@styled
+def class_iou(rows: Rows, over: str = "") -> Figure:
+    """IoU of each class for each method; with `over`, the name of a row, its gain on that row's run of the same seed.
+
+    Dots are means over runs, whiskers min .. max. A class that neither occurs nor is predicted in a run is left out of it.
+    """
+    classes = next(r.classes for records in rows.values() for r in records)
+    base = {r.seed: np.array(r.iou, float) for r in rows[over]} if over else {}
+    figure = Picture(figsize=(4.6, 0.9 + max(0.3, 0.07 * len(rows)) * len(classes)), layout="constrained")
+    ax = figure.subplots()
+    shown = {name: records for name, records in rows.items() if name != over}
+    for k, (name, look) in enumerate((name, look) for name, look in looks(rows).items() if name in shown):
+        gains = [np.array(r.iou, float) - base.get(r.seed, np.nan if over else 0) for r in shown[name]]
+        values = pd.DataFrame(gains, columns=range(len(classes)))
+        places = np.arange(len(classes)) + 0.72 * ((k + 0.5) / len(shown) - 0.5)
+        ax.hlines(places, values.min(), values.max(), color=look["color"], linewidth=1.2)
+        ax.plot(values.mean(), places, **look | {"linestyle": ""}, markersize=4.5, label=name)
     ax.set_yticks(range(len(classes)), classes)
-    ax.set(xlabel="IoU (%)", xlim=(0, 100), ylim=(len(classes) - 0.5, -0.5))
+    ax.set(xlabel=f"IoU minus {over}'s (points)" if over else "IoU (%)", ylim=(len(classes) - 0.5, -0.5))
+    if over:
+        ax.axvline(0, color=INK, linewidth=0.8)
+    else:
+        ax.set_xlim(0, 100)
     ax.grid(axis="x")
-    figure.legend(loc="outside lower center", ncols=len(rows))
+    ax.hlines(np.arange(len(classes) - 1) + 0.5, *ax.get_xlim(), color=LIGHT, linewidth=0.6)
+    _legend(figure, ax)
     return figure
 
 

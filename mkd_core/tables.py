@@ -45,7 +45,7 @@ class PublishedRow(BaseModel):
 
     @property
     def credit(self) -> str:
-        return "; ".join(filter(None, (self.source, self.family, self.note)))
+        return "; ".join(filter(None, (self.source, self.note)))
 
 
 class Published(BaseModel):
@@ -136,7 +136,8 @@ class Table:
 
     def html(self) -> str:
         # pandas draws a random id for the styles; one made from the content keeps equal tables equal
-        stylers = [part.styler("html").set_uuid(f"{crc32(part.text.to_csv().encode()):x}") for part in self.parts]
+        look = [{"selector": "th, td", "props": "text-align: left; padding: 2px 8px"}]
+        stylers = [part.styler("html").set_table_styles(look).set_uuid(f"{crc32(part.text.to_csv().encode()):x}") for part in self.parts]
         return "\n".join([*(styler.to_html() for styler in stylers), *(f"<p>{escape(note)}</p>" for note in self.notes)])
 
     _repr_html_ = html
@@ -174,6 +175,11 @@ def table(cells: Rows | Cells, published: Published | None = None) -> Table:
         notes += [
             f'Columns "paper" are quoted, not measured here: {published.title}, {published.source}. Difference: ours minus the paper\'s.',
             "Source of each row: " + " ".join(f"{row} ({published.rows[row].credit})." for row in cells if row in published.rows),
+            *(
+                f"{row} is on other lists, so without a difference: {of.family}."
+                for row, of in published.rows.items()
+                if row in cells and of.family
+            ),
         ]
     return Table([Part("Measured here" + " beside the paper's numbers" * bool(quoted), *_overview(columns, quoted)), *parts], notes)
 

@@ -1,8 +1,13 @@
 """Pictures: exact colours, an honest choice of columns, the axes and labels that a reader needs, reproducible files."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+from tiny import record
 
 from mkd_core import figures
 from mkd_core.augment import normalise
@@ -74,6 +79,85 @@ def test_curves_survive_what_was_not_measured():
     assert len(figures.curves({"MKD": [[{"step": 1, "miou": {"student 1": 3.0}}]]}).axes) == 1
     nothing_kept = figures.curves({"MKD": [rows([40, 50], accuracy=None)]})
     assert np.isnan(nothing_kept.axes[2].lines[0].get_ydata()).all()
+
+
+METHODS = ["SupOnly", "MT", "CutMix-Seg", "CPS", "CPS with CutMix", "MKD", "MKD (released)", "CCT", "GCT", "VAT", "AdvSemSeg", "PseudoSeg", "PC2Seg",
+           "ST++", "PS-MT", "U2PL", "SimpleBaseline", "FixMatch", "UniMatch"]  # fmt: skip
+
+
+def test_a_method_looks_the_same_in_every_figure_and_like_no_other():
+    every = figures.looks([*METHODS, "mine", "+ mutual MT"])
+    assert len({tuple(look.values()) for look in every.values()}) == 21
+    for some in (["MKD", "SupOnly"], ["mine", "UniMatch", "CPS"]):
+        found = figures.looks(some)
+        assert [*found] == some and all(found[name] == every[name] for name in some if name in METHODS)
+    assert len({look["color"] for look in figures.looks(METHODS[:7]).values()}) == 7
+    both = figures.looks(["CPS", "co-training"])  # two names of one method
+    assert both["CPS"] != both["co-training"]
+
+
+def runs(*pairs, **keys):
+    """Records of (seed, mIoU)."""
+    return [record(seed=seed, miou=float(miou), **keys) for seed, miou in pairs]
+
+
+def labels_of(figure):
+    """Extents of the names at the right, in pixels, top first."""
+    FigureCanvasAgg(figure).draw()
+    boxes = [Text.get_window_extent(text) for text in figure.axes[0].texts]  # without the leader
+    return sorted(boxes, key=lambda box: -box.y0)
+
+
+def test_label_counts_joins_means_over_columns():
+    cells = {
+        "MKD": {f"1/{n}": runs((0, 40 + n), (1, 44 + n), split={"labeled": n, "sha256": "a"}) for n in (8, 16)},
+        "not run": {"1/8": []},
+    }
+    ax = figures.label_counts(cells).axes[0]
+    dots, means = ax.lines
+    assert [*means.get_xdata()] == [8, 16] and [*means.get_ydata()] == [50, 58]
+    assert sorted(dots.get_ydata()) == [48, 52, 56, 60] and ax.get_xscale() == "log"
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["8", "16"] and [t.get_text() for t in ax.texts] == ["MKD"]
+
+
+def test_cost_is_relative_to_the_cheapest_method_and_names_do_not_overlap():
+    rows = {name: runs((0, 50 + k % 3), (1, 51), seconds=10.0 * (k + 1)) for k, name in enumerate(METHODS)}
+    figure = figures.cost(rows)
+    means = figure.axes[0].lines[1::2]
+    assert [line.get_xdata()[0] for line in means] == pytest.approx([*range(1, 20)])
+    assert [line.get_ydata()[0] for line in means[:3]] == [50.5, 51, 51.5]
+    boxes = labels_of(figure)
+    assert len(boxes) == 19 and all(upper.y0 >= lower.y1 for upper, lower in pairwise(boxes))
+    with pytest.raises(ValueError, match="runs of 'SupOnly', which has none; rows: MKD"):
+        figures.cost({"MKD": runs((0, 50))})
+
+
+def test_gains_of_a_class_are_paired_by_seed():
+    def iou(first, second):
+        return {"iou": [first, second], "classes": ["x", "y"]}
+
+    rows = {
+        "SupOnly": [*runs((0, 1), **iou(10, 50)), *runs((1, 1), **iou(30, None))],
+        "MKD": [*runs((1, 1), **iou(35, 60)), *runs((0, 1), **iou(20, 40))],
+    }
+    ax = figures.class_iou(rows, over="SupOnly").axes[0]
+    assert [*ax.lines[0].get_xdata()] == [7.5, -10]  # (20 - 10 + 35 - 30) / 2; the second class exists for seed 0 alone
+    assert ax.get_xlabel() == "IoU minus SupOnly's (points)" and len(ax.lines) == 2  # MKD and the zero
+    assert [*figures.class_iou(rows).axes[0].lines[0].get_xdata()] == [20, 50]
+
+
+def test_long_row_names_and_legends_keep_clear_of_each_other():
+    truth = [np.arange(9 * 12).reshape(9, 12) % 11 for _ in range(8)]
+    palette, classes = np.zeros((11, 3), np.uint8), [f"class {k}" for k in range(11)]
+    maps = {"CPS with CutMix": truth, "MKD (released)": truth}
+    for columns in (3, 8):
+        figure = figures.figure2([torch.zeros(3, 9, 12, dtype=torch.uint8)] * 8, truth, maps, palette, classes, columns=columns)
+        FigureCanvasAgg(figure).draw()
+        names = [ax.yaxis.label.get_window_extent() for ax in figure.axes[::columns]]
+        assert all(upper.y0 > lower.y1 for upper, lower in pairwise(names)) and min(box.x0 for box in names) > 0
+        legend, caption = figure.legends[0].get_window_extent(), figure.texts[-1].get_window_extent()
+        pictures = min(ax.get_window_extent().y0 for ax in figure.axes)
+        assert pictures > legend.y1 > legend.y0 > caption.y1 > caption.y0 > 0
 
 
 def test_tables_are_annotated():

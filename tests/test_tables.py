@@ -98,7 +98,9 @@ def test_no_difference_across_split_families():
     """The paper's ST++ row is on lists of its own, whatever the caption says."""
     title = "R50 1/16 (662)"
     cells = {row: {title: [on(title, 75.0, name="table2_vocaug")]} for row in ("ST++", "PS-MT")}
-    text = table(cells, published("table2_vocaug")).parts[0].text
+    made = table(cells, published("table2_vocaug"))
+    text = made.parts[0].text
+    assert "ST++ is on other lists" in made.markdown() and "PS-MT is on other" not in made.markdown()
     assert [*text[title, "paper"]] == ["73.20", "72.83"] and [*text[title, "difference"]] == ["", "+2.2"]
 
 
