@@ -471,12 +471,13 @@ def figure1(pictures: Mapping[str, Array] | None = None) -> Figure:
 
     # Views and networks, one row for each of the four networks.
     picture("image", 0.9, 2.7, "unlabeled\nimage $x^u$")
-    picture("weak", 3.1, level["t1"], "weak view")
-    picture("strong", 3.1, 2.7, "strong view,\nCutMix with mask $m$")
-    picture("weak", 3.1, level["t2"], "the same weak view")
-    arrow((1.5, 3.05), (2.5, 4.85))
-    arrow((1.5, 2.7), (2.5, 2.7))
-    arrow((1.5, 2.35), (2.5, 0.55))
+    for name, y, text in (
+        ("weak", 5.2, "weak view"),
+        ("strong", 2.7, "strong view,\nCutMix with mask $m$"),
+        ("weak", 0.2, "the same weak view"),
+    ):
+        picture(name, 3.1, y, text)
+        arrow((1.5, 2.7 + 0.14 * (y - 2.7)), (2.5, y - 0.14 * (y - 2.7)))
     for name, y in level.items():
         role, branch = ("teacher", GREEN) if name[0] == "t" else ("student", BLUE), name[1]
         box(5.4, y, f"{role[0]} {branch}\n$\\theta_{{{name}}}$", role[1])
@@ -489,8 +490,7 @@ def figure1(pictures: Mapping[str, Array] | None = None) -> Figure:
         ax.text(5.52, (teacher + student) / 2, "EMA, Eq. (1)", color=GREEN, va="center", fontsize=8.5)
         box(9.3, teacher, f"$\\mathbf{{y}}^u_{{t{name}}}$", GREEN, wide=0.8, tall=0.6)
         arrow((7.85, teacher), (8.85, teacher))
-        ax.text(8.35, teacher + 0.1, "mix by $m$", ha="center", va="bottom", fontsize=7.5)
-        ax.text(8.35, teacher - 0.1, "keep $\\geq T$", ha="center", va="top", fontsize=7.5)
+        ax.text(8.35, teacher, "mix by $m$\n\nkeep $\\geq T$", ha="center", va="center", fontsize=7.5)
         box(9.3, student - 0.4 * sign, f"$\\mathbf{{y}}^u_{{s{name}}}$", BLUE, wide=0.8, tall=0.5)
         arrow((7.85, student - 0.08 * sign), (8.85, student - 0.38 * sign))
 
