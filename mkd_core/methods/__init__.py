@@ -3,9 +3,11 @@
 from .base import Batch, Build, Method, Terms
 from .cps import CPS
 from .cutmix_seg import CutMixSeg
+from .fixmatch import FixMatch
 from .mean_teacher import MeanTeacher
 from .mkd import MKD
 from .supervised import Supervised
+from .unimatch import UniMatch
 
 METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
@@ -13,6 +15,8 @@ METHODS: dict[str, type[Method]] = {
     "cutmix_seg": CutMixSeg,
     "cps": CPS,
     "mkd": MKD,
+    "fixmatch": FixMatch,
+    "unimatch": UniMatch,
 }
 
 __all__ = ["METHODS", "Batch", "Build", "Method", "Terms"]

@@ -1,0 +1,223 @@
+"""FixMatch, UniMatch, SPEED, VAT, PS-MT: special cases, and whole losses against slow references written from the specification."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import batch, make
+from torch import Tensor, nn
+
+from mkd_core.augment import beta_box, ratio_box, xor_boxes
+from mkd_core.methods import Method
+
+IGNORE = 255
+SOFT = 0.4  # what sharpened networks at their random start reach on a part of the pixels
+
+
+def sharp(name: str, factor: float = 4.0, **options) -> Method:
+    """A method with confident networks, and teachers that differ from their students."""
+    method = make(name, **options)
+    g = torch.Generator().manual_seed(7)
+    for i, net in enumerate(m for m in method.modules() if hasattr(m, "classifier")):
+        net.classifier.weight.data.mul_(factor)
+        for p in net.parameters() if i else ():
+            p.data.add_(0.2 * p.data.abs().mean() * torch.randn(p.shape, generator=g))
+    return method
+
+
+def blocks(n: int = 3, size: int = 32, seed: int = 0) -> Tensor:
+    """A mask of blocks of 8 pixels whose edges lie on no grid."""
+    drawn = torch.rand(n, size // 8, size // 8, generator=torch.Generator().manual_seed(seed)) < 0.5
+    return drawn.repeat_interleave(8, 1).repeat_interleave(8, 2).roll((3, 5), (1, 2))
+
+
+def fix(monkeypatch: pytest.MonkeyPatch, target: str, *masks: Tensor) -> tuple[Tensor, ...]:
+    """The next CutMix masks of a method are these."""
+    upcoming = iter(masks * 4)
+    monkeypatch.setattr(f"mkd_core.methods.{target}", lambda *args, **kwargs: next(upcoming))
+    return masks
+
+
+def owner(mask: Tensor, i: int, r: int, c: int) -> int:
+    """Whose pixel (r, c) of mixed sample i is."""
+    return i if mask[i, r, c] else (i + 1) % len(mask)
+
+
+def blended(images: Tensor, mask: Tensor) -> Tensor:
+    following = torch.stack([images[(i + 1) % len(images)] for i in range(len(images))])
+    m = mask[:, None].to(images.dtype)
+    return m * images + (1 - m) * following
+
+
+def supervised(logits: Tensor, y: Tensor) -> Tensor:
+    logs = logits.log_softmax(1)
+    kept = [-logs[i, y[i, r, c], r, c] for i in range(len(y)) for r in range(y.shape[1]) for c in range(y.shape[2]) if y[i, r, c] != IGNORE]
+    return torch.stack(kept).mean()
+
+
+def confident(strong: Tensor, weak: Tensor, valid: Tensor, mask: Tensor | None, threshold: float) -> tuple[Tensor, float]:
+    """CE_thr of methods.md 1.2, pixel by pixel: (sum over confident valid pixels) / (number of valid pixels), and the share kept."""
+    mask = torch.ones_like(valid) if mask is None else mask
+    prob, logs = weak.detach().softmax(1), strong.log_softmax(1)
+    total, count, kept = strong.new_zeros(()), 0, 0
+    for i in range(len(valid)):
+        for r in range(valid.shape[1]):
+            for c in range(valid.shape[2]):
+                k = owner(mask, i, r, c)
+                if valid[k, r, c]:
+                    count += 1
+                    q, label = prob[k, :, r, c].max(0)
+                    if q >= threshold:
+                        total, kept = total - logs[i, label, r, c], kept + 1
+    return total / count, kept / count
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor], mine: nn.Module, other: nn.Module) -> None:
+    """Terms, and the gradient of each."""
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+        a, b = (
+            torch.autograd.grad(t[key], [*net.parameters()], retain_graph=True, allow_unused=True)
+            for t, net in ((ours, mine), (theirs, other))
+        )
+        pairs = [(g, h) for g, h in zip(a, b, strict=True) if g is not None or h is not None]
+        norm = torch.stack([h.square().sum() for _, h in pairs]).sum().sqrt()
+        assert torch.stack([(g - h).square().sum() for g, h in pairs]).sum().sqrt() < 2e-3 * norm, key
+
+
+# Boxes.
+
+
+def released_ratio_box(rng: np.random.Generator, side: int) -> tuple[int, int, int, int]:
+    """The released rejection loop: (height, width, top, left)."""
+    pixels = rng.uniform(0.02, 0.4) * side * side
+    while True:
+        ratio = rng.uniform(0.3, 1 / 0.3)
+        w, h = int(math.sqrt(pixels / ratio)), int(math.sqrt(pixels * ratio))
+        left, top = rng.integers(side), rng.integers(side)
+        if left + w <= side and top + h <= side:
+            return h, w, top, left
+
+
+def test_ratio_box_has_the_published_area_and_the_law_of_the_rejection_loop():
+    torch.manual_seed(0)
+    wide = torch.cat([~ratio_box(250, (256, 256), probability=1.0) for _ in range(12)]).float().mean((1, 2))
+    assert wide.mean().item() == pytest.approx(0.209, abs=0.006) and wide.min() > 0.015 and wide.max() <= 0.4
+    boxes = ~ratio_box(6000, (48, 48), probability=1.0)
+    rows, columns = boxes.any(2), boxes.any(1)
+    assert torch.equal(boxes, rows[:, :, None] & columns[:, None])  # one rectangle
+    ours = [v.double() for v in (rows.sum(1), columns.sum(1), rows.byte().argmax(1), columns.byte().argmax(1))]
+    rng = np.random.default_rng(0)
+    theirs = torch.tensor([released_ratio_box(rng, 48) for _ in range(6000)], dtype=torch.float64).T
+    quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
+    for what, a, b in zip(("height", "width", "top", "left"), ours, theirs, strict=True):
+        assert (torch.quantile(a, quantiles) - torch.quantile(b, quantiles)).abs().max() <= 1, what
+        assert a.mean().item() == pytest.approx(b.mean().item(), abs=0.75), what
+    applied = (~ratio_box(4000, (32, 32))).flatten(1).any(1).float().mean().item()
+    assert applied == pytest.approx(0.5, abs=0.04)
+    assert ratio_box(5, (32, 48), probability=0.0).all()
+
+
+def test_beta_box_has_the_published_area():
+    torch.manual_seed(0)
+    boxes = torch.stack([~beta_box(4, (128, 128)) for _ in range(1500)])
+    area = boxes.float().mean((2, 3))
+    assert area.mean().item() == pytest.approx(0.36, abs=0.015)
+    rows, columns = boxes.any(3).sum(2), boxes.any(2).sum(2)
+    both = torch.cat([rows, columns], 1).amax(1).float() / 128  # one side for the whole batch: sqrt(1 - p) where nothing is cut off
+    assert (1 - both**2).mean().item() == pytest.approx(0.5, abs=0.06)
+    assert beta_box(3, (16, 32)).shape == (3, 16, 32)
+
+
+@pytest.mark.parametrize("law", [ratio_box, beta_box, xor_boxes])
+def test_boxes_are_drawn_per_sample_and_by_the_seed(law):
+    torch.manual_seed(3)
+    first = law(16, (32, 48))
+    torch.manual_seed(3)
+    assert torch.equal(first, law(16, (32, 48))) and first.dtype == torch.bool
+    assert len({tuple(m.flatten().tolist()) for m in first}) > 4
+
+
+# FixMatch and UniMatch.
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_fixmatch_is_the_reference(joint, monkeypatch):
+    (mask,) = fix(monkeypatch, "fixmatch.ratio_box", blocks())
+    method = sharp("fixmatch", threshold=SOFT, joint=joint, weight=3.0)
+    net, b = copy.deepcopy(method.net), batch()
+    labeled, weak = net(torch.cat((b.x, b.weak))).split(3) if joint else (net(b.x), net(b.weak))
+    strong, kept = confident(net(blended(b.strong[0], mask)), weak, b.valid, mask, SOFT)
+    ours, stats = method(b, 0.5)
+    same(ours, {"sup": supervised(labeled, b.y) / 2, "strong": 1.5 * strong}, method.net, net)
+    assert 0.05 < kept < 0.95 and 0.05 < stats["kept"] < 0.95
+
+
+def test_unsure_pixels_count_in_the_denominator(monkeypatch):
+    """Over all valid pixels: with a threshold the term is the sum over kept pixels, divided by the same number as without."""
+    mask = torch.ones(3, 32, 32, dtype=torch.bool)
+    fix(monkeypatch, "fixmatch.ratio_box", mask)
+    everything, some, none = (sharp("fixmatch", threshold=t) for t in (0.0, SOFT, 0.9999))
+    b = batch()
+    (a, all_kept), (c, part), (d, nothing) = (m(b, 0.5) for m in (everything, some, none))
+    assert all_kept["kept"] == 1 and 0.05 < part["kept"] < 0.95
+    assert d["strong"] == 0 and nothing["kept"] == 0 and 0 < c["strong"] < a["strong"]
+    sum(d.values()).backward()
+    assert all(p.grad.isfinite().all() for p in none.parameters())
+
+
+@pytest.mark.parametrize("threshold", [0.0, SOFT])
+def test_unimatch_with_one_stream_and_without_feature_perturbation_is_fixmatch(threshold):
+    fixmatch, unimatch = sharp("fixmatch", threshold=threshold), sharp("unimatch", threshold=threshold, streams=1, feature=0.0)
+    results = []
+    for method in (fixmatch, unimatch):
+        torch.manual_seed(5)  # boxes
+        results.append(method(batch(), 0.3))
+    (a, s), (b, t) = results
+    assert a["strong"] > 0.01 and s == t
+    same(a, b, fixmatch.net, unimatch.net)
+    for x, y in zip(fixmatch.net.buffers(), unimatch.net.buffers(), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_unimatch_is_the_reference(monkeypatch):
+    masks = fix(monkeypatch, "unimatch.ratio_box", blocks(seed=1), blocks(seed=2))
+
+    def even(maps: Tensor, p: float) -> Tensor:
+        out = maps / (1 - p)
+        out = out.clone()
+        out[:, ::2] = 0
+        return out
+
+    monkeypatch.setattr(F, "dropout2d", even)
+    method = sharp("unimatch", threshold=SOFT, feature=0.4)
+    net, b = copy.deepcopy(method.net), batch()
+    maps = net.encoder(torch.cat((b.x, b.weak)))
+    shallow, deep = maps[2], maps[-1]  # 1/4 and the last, all that the decoder reads
+    doubled = [None, None, torch.cat((shallow, even(shallow[3:], 0.5))), *[None] * (len(maps) - 4), torch.cat((deep, even(deep[3:], 0.5)))]
+    z = F.interpolate(net.classifier(net.decoder(doubled)), (32, 32), mode="bilinear")
+    strong = net(torch.cat([blended(s, m) for s, m in zip(b.strong, masks, strict=True)])).split(3)
+    first, second = (confident(k, z[3:6], b.valid, m, SOFT)[0] for k, m in zip(strong, masks, strict=True))
+    feature, kept = confident(z[6:], z[3:6], b.valid, None, SOFT)
+    assert 0.05 < kept < 0.95
+    theirs = {"sup": supervised(z[:3], b.y) / 2, "strong": 0.15 * (first + second), "feature": 0.2 * feature}
+    same(method(b, 0.5)[0], theirs, method.net, net)
+
+
+def test_unimatch_drops_whole_channels_anew_each_time(monkeypatch):
+    seen = []
+    dropout2d = F.dropout2d
+    monkeypatch.setattr(F, "dropout2d", lambda maps, p: seen.append(dropout2d(maps, p)) or seen[-1])
+    torch.manual_seed(0)
+    method = make("unimatch", threshold=0.0)
+    method(batch(), 0.5)
+    deep = [m for m in seen if m.shape[1] >= 16]
+    silent = torch.cat([(m == 0).flatten(2).all(2).flatten() for m in deep]).float().mean().item()
+    assert silent == pytest.approx(0.5, abs=0.15)
+    assert all(m.shape[-1] <= 8 for m in seen)  # nothing above 1/4
