@@ -40,6 +40,12 @@ def confidence(logits: Tensor) -> Tensor:
     return (logits.amax(1) - logits.logsumexp(1)).exp()
 
 
+def entropy(logits: Tensor) -> Tensor:
+    """Of the class probabilities, in nats: (B, C, H, W) -> (B, H, W) in [0, log C]."""
+    logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+    return -(logs.exp() * logs).sum(1)
+
+
 def squared_distance(prob: Tensor, target: Tensor) -> Tensor:
     """Per-pixel mean over classes of (prob - target)^2: (B, C, H, W) twice -> (B, H, W). Its mean is "MSE" of the CPS authors' MT."""
     return (prob - target).square().mean(1)

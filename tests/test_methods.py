@@ -53,6 +53,7 @@ CASES: dict[str, tuple[str, dict]] = {
     "fixmatch separate": ("fixmatch", {"threshold": SOFT, "joint": False, "cutmix": 0.0}),
     "unimatch": ("unimatch", {"threshold": SOFT}),
     "unimatch one stream": ("unimatch", {"threshold": SOFT, "streams": 1, "feature": 0.0}),
+    "speed": ("speed", {"threshold": SOFT, "grid": 4}),
 }  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def test_every_term_reaches_every_student_and_no_teacher(name):
     assert not any(s.requires_grad for s in stats.values()) and all(s.isfinite() for s in stats.values())
     expected = {
         "supervised": {"sup"}, "cps": {"sup", "cross"}, "mkd": {"sup", "st", "ss"}, "fixmatch": {"sup", "strong"},
-        "unimatch": {"sup", "strong", "feature"},
+        "unimatch": {"sup", "strong", "feature"}, "speed": {"sup", "strong", "entropymix", "relation"},
     }.get(CASES[name][0], {"sup", "consistency"})  # fmt: skip
     expected -= {"st"} if CASES[name][1].get("alpha") == 0 else set()
     expected -= {"ss"} if CASES[name][1].get("beta") == 0 else set()

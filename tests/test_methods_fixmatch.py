@@ -13,7 +13,7 @@ from tiny import batch, make
 from torch import Tensor, nn
 
 from mkd_core.augment import beta_box, ratio_box, xor_boxes
-from mkd_core.methods import Method
+from mkd_core.methods import Batch, Method
 
 IGNORE = 255
 SOFT = 0.4  # what sharpened networks at their random start reach on a part of the pixels
@@ -221,3 +221,88 @@ def test_unimatch_drops_whole_channels_anew_each_time(monkeypatch):
     silent = torch.cat([(m == 0).flatten(2).all(2).flatten() for m in deep]).float().mean().item()
     assert silent == pytest.approx(0.5, abs=0.15)
     assert all(m.shape[-1] <= 8 for m in seen)  # nothing above 1/4
+
+
+# SPEED.
+
+
+def entropies(logits: Tensor) -> Tensor:
+    p = logits.softmax(1)
+    return sum(-p[:, c] * p[:, c].log() for c in range(p.shape[1]))
+
+
+def entropymix(views: tuple[Tensor, Tensor], logits: list[Tensor], grid: int) -> Tensor:
+    """Patch by patch, the view with the higher mean entropy."""
+    out, side = views[0].clone(), views[0].shape[-1] // grid
+    small = logits[0].shape[-1] // grid
+    for i in range(len(out)):
+        for r in range(grid):
+            for c in range(grid):
+                scores = [entropies(z)[i, r * small : (r + 1) * small, c * small : (c + 1) * small].mean() for z in logits]
+                here = (i, slice(None), slice(r * side, (r + 1) * side), slice(c * side, (c + 1) * side))
+                out[here] = views[int(scores[1] >= scores[0])][here]
+    return out
+
+
+def relations(features: Tensor, logits: Tensor, target: tuple[Tensor, Tensor], valid: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """(mean squared difference of cosine similarities, mean KL of the rows), pair by pair, over pixels inside; every pixel of the 1/8 grid."""
+    squares, kls = [], []
+    for i in range(len(valid)):
+        inside = valid[i].flatten().nonzero().flatten().tolist()
+        f, z, fw, zw = (m[i].flatten(1).T for m in (features, logits, *target))
+        for a in inside:
+            squares += [(F.cosine_similarity(f[a], f[b], 0) - F.cosine_similarity(fw[a], fw[b], 0)) ** 2 for b in inside]
+            q, qw = (torch.stack([(m[a] * m[b]).sum() / tau for b in inside]).softmax(0) for m in (z, zw))
+            kls.append((qw * (qw.log() - q.log())).sum())
+    return torch.stack(squares).mean(), torch.stack(kls).mean()
+
+
+def test_speed_is_the_reference():
+    feature, logit = 0.7, 0.3
+    method = sharp("speed", threshold=SOFT, grid=4, feature=feature, logit=logit, temperature=2.0)
+    net, b = copy.deepcopy(method.net), batch()
+    features = net.features(torch.cat((b.x, b.weak)))
+    z = net.classifier(features)
+    up = F.interpolate(z, (32, 32), mode="bilinear")
+    first, second = (net.features(s) for s in b.strong)
+    mixed = net.features(entropymix(b.strong, [net.classifier(f).detach() for f in (first, second)], 4))
+    theirs = {"sup": supervised(up[:3], b.y) / 2, "relation": 0.0}
+    coarse = b.valid[:, ::8, ::8]  # decoder at 1/4, relations at half of it
+    target = [F.avg_pool2d(m, 2).detach() for m in (features[3:], z[3:])]
+    for key, f in (("strong", first), ("entropymix", mixed)):
+        logits = net.classifier(f)
+        theirs[key] = confident(F.interpolate(logits, (32, 32), mode="bilinear"), up[3:], b.valid, None, SOFT)[0] / 4
+        square, kl = relations(F.avg_pool2d(f, 2), F.avg_pool2d(logits, 2), target, coarse, 2.0)
+        theirs["relation"] = theirs["relation"] + feature * square + logit * kl
+    ours, stats = method(b, 0.5)
+    same(ours, theirs | {"relation": theirs["relation"]}, method.net, net)
+    assert 0.05 < stats["kept"] < 0.95 and 0.1 < stats["from first"] < 0.9 and theirs["relation"] > 1e-4
+
+
+def test_speed_without_its_losses_and_with_equal_views_is_fixmatch():
+    """Two equal strong views mix to themselves: the two quarters are FixMatch's half."""
+    b = batch()
+    b = Batch(b.x, b.y, b.weak, (b.strong[0],) * 2, b.valid, b.label)
+    fixmatch, speed = sharp("fixmatch", threshold=SOFT, cutmix=0.0), sharp("speed", threshold=SOFT, feature=0.0, logit=0.0)
+    a, c = fixmatch(b, 0.5)[0], speed(b, 0.5)[0]
+    same(a, {"sup": c["sup"], "strong": c["strong"] + c["entropymix"]}, fixmatch.net, speed.net)
+
+
+def test_speed_draws_as_many_pixels_as_asked_for():
+    b = batch(size=64)
+    losses = []
+    for pixels in (8, 8, 10_000, 10_000):
+        torch.manual_seed(len(losses))
+        method = sharp("speed", pixels=pixels)
+        torch.manual_seed(len(losses))
+        losses.append(method(b, 0.5)[0]["relation"].item())
+    assert losses[0] != losses[1] and losses[2] == pytest.approx(losses[3], rel=1e-4)  # 64 places there are: all of them, in any order
+
+
+def test_an_image_that_is_all_padding_has_no_relations():
+    b = batch()
+    b = Batch(b.x, b.y, b.weak, b.strong, b.valid & torch.tensor([True, False, True])[:, None, None], b.label)
+    method = sharp("speed")
+    terms, _ = method(b, 0.5)
+    sum(terms.values()).backward()
+    assert all(t.isfinite() for t in terms.values()) and all(p.grad.isfinite().all() for p in method.parameters())

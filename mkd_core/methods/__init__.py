@@ -6,6 +6,7 @@ from .cutmix_seg import CutMixSeg
 from .fixmatch import FixMatch
 from .mean_teacher import MeanTeacher
 from .mkd import MKD
+from .speed import SPEED
 from .supervised import Supervised
 from .unimatch import UniMatch
 
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Method]] = {
     "mkd": MKD,
     "fixmatch": FixMatch,
     "unimatch": UniMatch,
+    "speed": SPEED,
 }
 
 __all__ = ["METHODS", "Batch", "Build", "Method", "Terms"]
