@@ -46,6 +46,12 @@ def entropy(logits: Tensor) -> Tensor:
     return -(logs.exp() * logs).sum(1)
 
 
+def kl_divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """Per-pixel KL(softmax target || softmax logits), summed over classes, in nats: logits (B, C, H, W) twice -> (B, H, W)."""
+    logs, target = (z.to(torch.promote_types(z.dtype, torch.float32)).log_softmax(1) for z in (logits, target))
+    return F.kl_div(logs, target, reduction="none", log_target=True).sum(1)
+
+
 def squared_distance(prob: Tensor, target: Tensor) -> Tensor:
     """Per-pixel mean over classes of (prob - target)^2: (B, C, H, W) twice -> (B, H, W). Its mean is "MSE" of the CPS authors' MT."""
     return (prob - target).square().mean(1)

@@ -54,6 +54,8 @@ CASES: dict[str, tuple[str, dict]] = {
     "unimatch": ("unimatch", {"threshold": SOFT}),
     "unimatch one stream": ("unimatch", {"threshold": SOFT, "streams": 1, "feature": 0.0}),
     "speed": ("speed", {"threshold": SOFT, "grid": 4}),
+    "vat": ("vat", {"threshold": SOFT}),
+    "vat radius 0": ("vat", {"threshold": 0.0, "radius": 0.0}),
 }  # fmt: skip
 
 
@@ -130,7 +132,7 @@ def test_two_students_start_differently():
 @pytest.mark.parametrize("name", CASES)
 def test_predictors_map_images_to_logits_and_the_first_is_the_reported_one(name):
     method = make(CASES[name][0], **CASES[name][1]).eval()
-    first = {"mean_teacher": "student", "cutmix_seg": "teacher", "cps": "student 1", "mkd": "student 1"}
+    first = {"mean_teacher": "student", "cutmix_seg": "teacher", "cps": "student 1", "mkd": "student 1", "vat": "teacher"}
     assert next(iter(method.predictors)) == first.get(CASES[name][0], "net")
     assert len(method.predictors) == len(students(method)) + len(teachers(method))
     with torch.no_grad():

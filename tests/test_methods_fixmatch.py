@@ -306,3 +306,74 @@ def test_an_image_that_is_all_padding_has_no_relations():
     terms, _ = method(b, 0.5)
     sum(terms.values()).backward()
     assert all(t.isfinite() for t in terms.values()) and all(p.grad.isfinite().all() for p in method.parameters())
+
+
+# VAT.
+
+
+def test_vat_is_the_reference(monkeypatch):
+    """methods.md 18 in float64, image by image, the gradient by the chain of one image alone."""
+    method = sharp("vat", weight=2.0, radius=0.8)
+    noise = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(torch, "randn_like", lambda images: noise)
+    s, t, b = copy.deepcopy(method.net), copy.deepcopy(method.teacher.module).double().eval(), batch()
+    target, moved = t(b.weak.double()).detach().softmax(1), []
+    method.threshold = target.amax(1).median().item() + 1e-5
+    for i in range(3):
+        image, v = b.strong[0][i].double(), b.valid[i]
+        d = (0.01 * noise[i].double() / noise[i].double().square().sum().sqrt()).requires_grad_()
+        q = t((image + d)[None])[0].log_softmax(0)
+        kl = sum((target[i, c] * (target[i, c].log() - q[c]))[v].sum() for c in range(4))
+        (g,) = torch.autograd.grad(kl, d)
+        rows = sum((image[k, r + 2] - image[k, r]).square().sum() for k in range(3) for r in range(30))
+        columns = sum((image[k, :, c + 2] - image[k, :, c]).square().sum() for k in range(3) for c in range(30))
+        moved.append(image + 0.8 * 0.5 * (rows + columns).sqrt() * g / g.square().sum().sqrt())
+    q = s(torch.stack(moved).float()).log_softmax(1)
+    distance = (target.float() * (target.float().log() - q)).sum(1)[b.valid].mean()
+    confidence = (target.amax(1)[b.valid] >= method.threshold).float().mean()
+    assert 0.05 < confidence < 0.95
+    ours, stats = method(b, 0.5)
+    same(ours, {"sup": supervised(s(b.x), b.y), "consistency": 2.0 * confidence * distance}, method.net, s)
+    torch.testing.assert_close(stats["confident"], confidence)
+
+
+def test_vat_with_radius_0_is_mean_teacher(monkeypatch):
+    """Up to its distance, and to the colour of what the student sees."""
+    mt = sharp("mean_teacher", weight=2.0, decay=0.9, teacher_mode="eval", ema_buffers="all")
+    vat = sharp("vat", weight=2.0, decay=0.9, radius=0.0, threshold=0.0)
+    monkeypatch.setattr("mkd_core.methods.vat.kl_divergence", lambda z, t: (z.softmax(1) - t.softmax(1)).square().mean(1))
+    b = batch()
+    same(mt(b, 0.5)[0], vat(Batch(b.x, b.y, b.weak, (b.weak,), b.valid, b.label), 0.5)[0], mt.net, vat.net)
+    for method in (mt, vat):
+        method.update(1)
+    for x, y in zip(mt.teacher.state_dict().values(), vat.teacher.state_dict().values(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_vat_moves_the_prediction_more_than_noise_of_the_same_length():
+    method = sharp("vat", threshold=0.0).eval()
+    images, valid = batch(padded=False).weak, batch(padded=False).valid
+    target = method.teacher(images)
+    r = method._perturbation(images, target, valid)
+    noise = torch.randn(r.shape, generator=torch.Generator().manual_seed(0))
+    noise *= (r.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1))[:, None, None, None]
+
+    def change(by: Tensor) -> float:
+        p, q = target.softmax(1), method.teacher(images + by).softmax(1)
+        return (p * (p / q).log()).sum().item()
+
+    assert change(0.1 * r) > 2 * change(0.1 * noise) > 0
+
+
+def test_vat_leaves_no_trace_of_the_direction():
+    """No gradient and no BatchNorm statistics in the teacher; the teacher's mode stays; flat images of no contrast stay finite."""
+    method = sharp("vat", threshold=0.0)
+    before = copy.deepcopy(method.teacher.state_dict())
+    b = batch()
+    flat = Batch(b.x, b.y, 0 * b.weak, (0 * b.weak,), b.valid, b.label)
+    for view in (b, flat):
+        terms, _ = method(view, 0.5)
+        sum(terms.values()).backward()
+    assert all(torch.equal(x, y) for x, y in zip(before.values(), method.teacher.state_dict().values(), strict=True))
+    assert all(p.grad is None for p in method.teacher.parameters()) and not method.teacher.module.training and method.training
+    assert all(p.grad.isfinite().all() for p in method.net.parameters())

@@ -9,6 +9,7 @@ from .mkd import MKD
 from .speed import SPEED
 from .supervised import Supervised
 from .unimatch import UniMatch
+from .vat import VAT
 
 METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
@@ -19,6 +20,7 @@ METHODS: dict[str, type[Method]] = {
     "fixmatch": FixMatch,
     "unimatch": UniMatch,
     "speed": SPEED,
+    "vat": VAT,
 }
 
 __all__ = ["METHODS", "Batch", "Build", "Method", "Terms"]
