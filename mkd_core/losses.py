@@ -62,6 +62,11 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum() / mask.sum().clamp_min(1)
 
 
+def unit(tensor: Tensor) -> Tensor:
+    """Each sample (first axis) scaled to length 1: a direction for adversarial noise; zeros stay zeros."""
+    return tensor / tensor.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (tensor.ndim - 1))
+
+
 def ramp(progress: float, length: float) -> float:
     """Quadratic ramp 0 -> 1 over the first `length` of training, progress in [0, 1); length 0: always 1. Our choice, for nets from scratch."""
     return 1.0 if length <= 0 else min(1.0, progress / length) ** 2

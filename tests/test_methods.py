@@ -56,6 +56,8 @@ CASES: dict[str, tuple[str, dict]] = {
     "speed": ("speed", {"threshold": SOFT, "grid": 4}),
     "vat": ("vat", {"threshold": SOFT}),
     "vat radius 0": ("vat", {"threshold": 0.0, "radius": 0.0}),
+    "ps_mt": ("ps_mt", {"threshold": SOFT, "top": 2}),
+    "ps_mt plain": ("ps_mt", {"threshold": 0.0, "vat": 0.0, "cutmix": False}),
 }  # fmt: skip
 
 
@@ -108,7 +110,7 @@ def test_teachers_start_as_copies_follow_their_student_and_are_not_optimised(nam
         for (key, a), b in zip(student.state_dict().items(), teacher.module.state_dict().values(), strict=True):
             assert torch.equal(a, b) and a.data_ptr() != b.data_ptr(), key
         assert not any(p.requires_grad for p in teacher.parameters())
-    starts = [copy.deepcopy(t.module) for t in teachers(method)]
+    starts = [copy.deepcopy(t.module) for _, t in pairs]
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.1)
     terms, _ = method(batch(), 0.0)
     sum(terms.values()).backward()
@@ -132,7 +134,8 @@ def test_two_students_start_differently():
 @pytest.mark.parametrize("name", CASES)
 def test_predictors_map_images_to_logits_and_the_first_is_the_reported_one(name):
     method = make(CASES[name][0], **CASES[name][1]).eval()
-    first = {"mean_teacher": "student", "cutmix_seg": "teacher", "cps": "student 1", "mkd": "student 1", "vat": "teacher"}
+    first = {"mean_teacher": "student", "cutmix_seg": "teacher", "cps": "student 1", "mkd": "student 1", "vat": "teacher",
+             "ps_mt": "teachers"}  # fmt: skip
     assert next(iter(method.predictors)) == first.get(CASES[name][0], "net")
     assert len(method.predictors) == len(students(method)) + len(teachers(method))
     with torch.no_grad():

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import batch, make
+from tiny import batch, config, make
 from torch import Tensor, nn
 
+from mkd_core import engine
 from mkd_core.augment import beta_box, ratio_box, xor_boxes
-from mkd_core.methods import Batch, Method
+from mkd_core.methods import METHODS, Batch, Method
 
 IGNORE = 255
 SOFT = 0.4  # what sharpened networks at their random start reach on a part of the pixels
@@ -77,8 +78,8 @@ def confident(strong: Tensor, weak: Tensor, valid: Tensor, mask: Tensor | None, 
     return total / count, kept / count
 
 
-def same(ours: dict[str, Tensor], theirs: dict[str, Tensor], mine: nn.Module, other: nn.Module) -> None:
-    """Terms, and the gradient of each."""
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor], mine: nn.Module, other: nn.Module, rtol: float = 2e-3) -> None:
+    """Terms, and the gradient of each up to `rtol` of its length."""
     assert ours.keys() == theirs.keys()
     for key in ours:
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
@@ -88,7 +89,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor], mine: nn.Module, ot
         )
         pairs = [(g, h) for g, h in zip(a, b, strict=True) if g is not None or h is not None]
         norm = torch.stack([h.square().sum() for _, h in pairs]).sum().sqrt()
-        assert torch.stack([(g - h).square().sum() for g, h in pairs]).sum().sqrt() < 2e-3 * norm, key
+        assert torch.stack([(g - h).square().sum() for g, h in pairs]).sum().sqrt() < rtol * norm, key
 
 
 # Boxes.
@@ -377,3 +378,157 @@ def test_vat_leaves_no_trace_of_the_direction():
     assert all(torch.equal(x, y) for x, y in zip(before.values(), method.teacher.state_dict().values(), strict=True))
     assert all(p.grad is None for p in method.teacher.parameters()) and not method.teacher.module.training and method.training
     assert all(p.grad.isfinite().all() for p in method.net.parameters())
+
+
+# PS-MT.
+
+
+def joined(core: Tensor, assistant: Tensor, top: int) -> Tensor:
+    """Half the core, half the assistant where it ranks a class among its first `top`, else half the core again; pixel by pixel."""
+    out = torch.empty_like(core)
+    for i in range(len(core)):
+        for r in range(core.shape[2]):
+            for c in range(core.shape[3]):
+                ranked = sorted(range(core.shape[1]), key=lambda k: -assistant[i, k, r, c].item())
+                for k in range(core.shape[1]):
+                    other = assistant if k in ranked[:top] else core
+                    out[i, k, r, c] = (core[i, k, r, c] + other[i, k, r, c]) / 2
+    return out
+
+
+def weighted(strong: Tensor, target: Tensor, valid: Tensor, mask: Tensor, threshold: float) -> tuple[Tensor, float]:
+    """sum q CE / number, over the confident pixels inside; the target's logits are mixed, pixel by pixel."""
+    logs, total, count, inside = strong.log_softmax(1), strong.new_zeros(()), 0, 0
+    for i in range(len(valid)):
+        for r in range(valid.shape[1]):
+            for c in range(valid.shape[2]):
+                k = owner(mask, i, r, c)
+                q, label = target[k, :, r, c].softmax(0).max(0)
+                inside += int(valid[k, r, c])
+                if valid[k, r, c] and q >= threshold:
+                    total, count = total - q * logs[i, label, r, c], count + 1
+    return total / count, count / inside
+
+
+@pytest.mark.parametrize("core", [0, 1])
+def test_ps_mt_is_the_reference(core, monkeypatch):
+    (mask,) = fix(monkeypatch, "ps_mt.beta_box", blocks())
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.rand(x.shape, generator=torch.Generator().manual_seed(4), dtype=x.dtype))
+    method = sharp("ps_mt", threshold=SOFT, top=2, vat=1.3, weight=2.0, rampup=0.8, period=0.3)
+    s, b = copy.deepcopy(method.net), batch()
+    t = [copy.deepcopy(teacher.module) for teacher in method.teachers]
+    with torch.no_grad():
+        z = [net.classifier(net.features(b.weak)) for net in t]
+    target = F.interpolate(joined(z[core], z[1 - core], 2), (32, 32), mode="bilinear")
+    exact = [copy.deepcopy(net).double().eval() for net in t]
+
+    def attacked(images: Tensor) -> Tensor:
+        *maps, deep = s.encoder(images)
+        still, out = [m.detach().double() for m in maps], []
+        noise = torch.rand_like(deep) - 0.5
+        for i in range(len(images)):
+
+            def logits(f: Tensor, i: int = i) -> Tensor:
+                return sum(net.classifier(net.decoder([*(m[i : i + 1] for m in still), f])) for net in exact) / 2
+
+            f = deep[i : i + 1].detach().double()
+            d = (0.01 * noise[i].double() / noise[i].double().square().sum().sqrt()).requires_grad_()
+            p, q = logits(f).detach().softmax(1), logits(f + d).softmax(1)
+            (g,) = torch.autograd.grad((p * (p / q).log()).sum(), d)
+            out.append(deep[i] + (1.3 * g / g.square().sum().sqrt()).float())
+        return F.interpolate(s.classifier(s.decoder([*maps, torch.stack(out)])), (32, 32), mode="bilinear")
+
+    labeled, strong = attacked(b.x), attacked(blended(b.strong[0], mask))
+    progress = 0.2 + 0.3 * core
+    ramped = 2.0 * (1 - math.cos(math.pi * progress / 0.8)) / 2
+    loss, kept = weighted(strong, target, b.valid, mask, SOFT)
+    assert 0.05 < kept < 0.95
+    ours, stats = method(b, progress)
+    same(ours, {"sup": supervised(labeled, b.y), "consistency": ramped * loss}, method.net, s, rtol=0.03)  # its direction is float32's
+    assert stats["kept"].item() == pytest.approx(kept)
+
+
+def test_ps_mt_teachers_take_turns():
+    """Teacher 1 in the first period, teacher 2 in the second, and so on: one follows the student, the other one stays."""
+    method = make("ps_mt", period=0.25, vat=0.0)
+    for progress, core in ((0.0, 0), (0.24, 0), (0.25, 1), (0.49, 1), (0.5, 0), (0.99, 1)):
+        method(batch(), progress)
+        for p in method.net.parameters():
+            p.data.add_(0.1)
+        before = [[p.clone() for p in t.parameters()] for t in method.teachers]
+        method.update(5)
+        moved = [
+            any(not torch.equal(a, b) for a, b in zip(x, t.parameters(), strict=True)) for x, t in zip(before, method.teachers, strict=True)
+        ]
+        assert moved == [core == 0, core == 1], progress
+        a, b = before[core][0], next(method.teachers[core].parameters())
+        torch.testing.assert_close(b, 0.996 * a + 0.004 * next(method.net.parameters()))
+
+
+def test_ps_mt_ramp_and_empty_selection():
+    terms = {
+        p: make("ps_mt", threshold=0.0, rampup=0.4, vat=0.0, cutmix=False)(batch(), p)[0]["consistency"].item()
+        for p in (0.0, 0.2, 0.4, 0.9)
+    }
+    assert terms[0.0] == 0 and terms[0.2] == pytest.approx(terms[0.4] / 2, rel=1e-4) and terms[0.4] == pytest.approx(terms[0.9], rel=1e-4)
+    none = make("ps_mt", threshold=0.9999, rampup=0.0)
+    found, stats = none(batch(), 0.0)
+    sum(found.values()).backward()
+    assert found["consistency"] == 0 and stats["kept"] == 0 and all(p.grad.isfinite().all() for p in none.net.parameters())
+
+
+def test_ps_mt_attack_leaves_no_trace_in_the_teachers():
+    """No gradient, their mode, and BatchNorm statistics as without the attack."""
+    with_attack, without = make("ps_mt"), make("ps_mt", vat=0.0)
+    for method in (with_attack, without):
+        sum(method(batch(), 0.5)[0].values()).backward()
+        assert all(m.training for m in method.modules()) and all(p.grad is None for p in method.teachers.parameters())
+    for x, y in zip(with_attack.teachers.state_dict().values(), without.teachers.state_dict().values(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_ps_mt_reports_the_mean_of_its_teachers_logits():
+    method = sharp("ps_mt").eval()
+    images = batch().x
+    a, b = (t(images) for t in method.teachers)
+    torch.testing.assert_close(method.predictors["teachers"](images), (a + b) / 2)
+    assert torch.equal(method.predictors["teacher 1"](images), a) and not torch.equal(a, b)
+
+
+# All of them.
+
+
+@pytest.mark.parametrize("name", ["fixmatch", "unimatch", "speed", "vat", "ps_mt"])
+def test_bfloat16_is_close_to_float32(name, monkeypatch):
+    """A step under autocast: finite, near the terms of float32, gradients everywhere."""
+    options = {"threshold": 0.0} | ({"rampup": 0.0} if name == "ps_mt" else {})
+    results = []
+    for enabled in (False, True):
+        method = make(name, **options)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            terms, _ = method(batch(), 0.5)
+        sum(t.float() for t in terms.values()).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in method.net.parameters())
+        results.append(terms)
+    for key in results[0]:
+        assert results[1][key].item() == pytest.approx(results[0][key].item(), rel=0.25, abs=0.02), key
+
+
+@pytest.mark.parametrize("name", ["fixmatch", "unimatch", "speed", "vat", "ps_mt"])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(name, tmp_path, monkeypatch):
+    c = config(name, options={"period": 0.3, "threshold": 0.3} if name == "ps_mt" else {"threshold": 0.3}, evaluate_every=0)
+    engine.run(c, tmp_path / "whole", quiet=True)
+    update = METHODS[name].update
+
+    def stop(self: Method, step: int) -> None:
+        update(self, step)
+        if step == 5:  # the last checkpoint is from step 4
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(METHODS[name], "update", stop)
+        engine.run(c, tmp_path / "stopped", quiet=True)
+    engine.run(c, tmp_path / "stopped", quiet=True)
+    whole, stopped = (engine.read_checkpoint(tmp_path / k / c.id / "checkpoint.pt", "cpu")["method"] for k in ("whole", "stopped"))
+    assert whole.keys() == stopped.keys() and all(torch.equal(whole[k], stopped[k]) for k in whole)

@@ -6,6 +6,7 @@ from .cutmix_seg import CutMixSeg
 from .fixmatch import FixMatch
 from .mean_teacher import MeanTeacher
 from .mkd import MKD
+from .ps_mt import PSMT
 from .speed import SPEED
 from .supervised import Supervised
 from .unimatch import UniMatch
@@ -21,6 +22,7 @@ METHODS: dict[str, type[Method]] = {
     "unimatch": UniMatch,
     "speed": SPEED,
     "vat": VAT,
+    "ps_mt": PSMT,
 }
 
 __all__ = ["METHODS", "Batch", "Build", "Method", "Terms"]

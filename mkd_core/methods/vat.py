@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ema import EMA
-from ..losses import confidence, cross_entropy, kl_divergence, masked_mean
+from ..losses import confidence, cross_entropy, kl_divergence, masked_mean, unit
 from .base import Batch, Build, Method, Share, Terms, Weight, both
 
 PROBE = 0.01  # |d|, of a normalised image
@@ -58,14 +58,9 @@ class VAT(Method):
 
     def _perturbation(self, images: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         """r (U, 3, H, W): one step of the power iteration for the direction; the length is that of a neighbouring pixel's patch."""
-        d = (PROBE * _unit(torch.randn_like(images))).requires_grad_()
+        d = (PROBE * unit(torch.randn_like(images))).requires_grad_()
         divergence = (kl_divergence(self.teacher.module(images + d), target) * valid).sum()
         (g,) = torch.autograd.grad(divergence, d)
         down, across = images[:, :, 2:] - images[:, :, :-2], images[..., 2:] - images[..., :-2]
         length = (down.square().sum((1, 2, 3), True) + across.square().sum((1, 2, 3), True)).sqrt()
-        return self.radius / 2 * length * _unit(g)
-
-
-def _unit(images: Tensor) -> Tensor:
-    """Each image of length 1; zeros stay zeros."""
-    return images / images.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
+        return self.radius / 2 * length * unit(g)
