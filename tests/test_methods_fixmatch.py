@@ -79,10 +79,10 @@ def confident(strong: Tensor, weak: Tensor, valid: Tensor, mask: Tensor | None, 
 
 
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor], mine: nn.Module, other: nn.Module, rtol: float = 2e-3) -> None:
-    """Terms, and the gradient of each up to `rtol` of its length."""
+    """Terms, and the gradient of each up to `rtol` of its length, the terms up to a 20th of it."""
     assert ours.keys() == theirs.keys()
     for key in ours:
-        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(ours[key], theirs[key], rtol=rtol / 20, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
         a, b = (
             torch.autograd.grad(t[key], [*net.parameters()], retain_graph=True, allow_unused=True)
             for t, net in ((ours, mine), (theirs, other))
