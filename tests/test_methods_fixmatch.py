@@ -413,6 +413,7 @@ def weighted(strong: Tensor, target: Tensor, valid: Tensor, mask: Tensor, thresh
 @pytest.mark.parametrize("core", [0, 1])
 def test_ps_mt_is_the_reference(core, monkeypatch):
     (mask,) = fix(monkeypatch, "ps_mt.beta_box", blocks())
+    monkeypatch.setattr("mkd_core.methods.ps_mt.PROBE", 1.0)  # with the shorter one, float32 is 5 % off float64 on maps of 2 x 2
     monkeypatch.setattr(torch, "rand_like", lambda x: torch.rand(x.shape, generator=torch.Generator().manual_seed(4), dtype=x.dtype))
     method = sharp("ps_mt", threshold=SOFT, top=2, vat=1.3, weight=2.0, rampup=0.8, period=0.3)
     s, b = copy.deepcopy(method.net), batch()
@@ -432,7 +433,7 @@ def test_ps_mt_is_the_reference(core, monkeypatch):
                 return sum(net.classifier(net.decoder([*(m[i : i + 1] for m in still), f])) for net in exact) / 2
 
             f = deep[i : i + 1].detach().double()
-            d = (0.01 * noise[i].double() / noise[i].double().square().sum().sqrt()).requires_grad_()
+            d = (noise[i].double() / noise[i].double().square().sum().sqrt()).requires_grad_()
             p, q = logits(f).detach().softmax(1), logits(f + d).softmax(1)
             (g,) = torch.autograd.grad((p * (p / q).log()).sum(), d)
             out.append(deep[i] + (1.3 * g / g.square().sum().sqrt()).float())
@@ -444,7 +445,7 @@ def test_ps_mt_is_the_reference(core, monkeypatch):
     loss, kept = weighted(strong, target, b.valid, mask, SOFT)
     assert 0.05 < kept < 0.95
     ours, stats = method(b, progress)
-    same(ours, {"sup": supervised(labeled, b.y), "consistency": ramped * loss}, method.net, s, rtol=0.03)  # its direction is float32's
+    same(ours, {"sup": supervised(labeled, b.y), "consistency": ramped * loss}, method.net, s)
     assert stats["kept"].item() == pytest.approx(kept)
 
 
