@@ -499,6 +499,34 @@ def test_ps_mt_reports_the_mean_of_its_teachers_logits():
 # All of them.
 
 
+@pytest.mark.parametrize("name, released", [("vat", 48 * 48 / 1e9), ("ps_mt", 1e-6)])
+def test_float32_resolves_our_probe_and_not_the_released_one(name, released, monkeypatch):
+    """The direction of the attack on an image that both networks see alike, beside that of float64."""
+    method, images = sharp(name, cutmix=False) if name == "ps_mt" else sharp(name), batch(size=48, padded=False).weak
+    for net in [t.module for t in method.modules() if hasattr(t, "decay")]:
+        net.train()
+        for _ in range(5):
+            net(images)  # BatchNorm statistics
+        net.eval()
+    noise = torch.randn(10**6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for draw in ("randn_like", "rand_like"):
+        monkeypatch.setattr(torch, draw, lambda x: noise[: x.numel()].view(x.shape).to(x.dtype))
+
+    def direction(method: Method, images: Tensor) -> Tensor:
+        if name == "vat":
+            return method._perturbation(images, method.teacher(images), torch.ones_like(images[:, 0], dtype=torch.bool))
+        *maps, deep = method.net.eval().encoder(images)
+        return method._direction([m.detach() for m in maps], deep.detach())
+
+    cosines = []
+    for probe in (0.01, released):
+        monkeypatch.setattr(f"mkd_core.methods.{name}.PROBE", probe)
+        pair = [direction(m, i).double().flatten(1) for m, i in ((method, images), (copy.deepcopy(method).double(), images.double()))]
+        a, b = (d / d.norm(dim=1, keepdim=True) for d in pair)
+        cosines.append((a * b).sum(1))
+    assert cosines[0].min() > 0.99 and cosines[1].max() < 0.9, cosines
+
+
 @pytest.mark.parametrize("name", ["fixmatch", "unimatch", "speed", "vat", "ps_mt"])
 def test_bfloat16_is_close_to_float32(name, monkeypatch):
     """A step under autocast: finite, near the terms of float32, gradients everywhere."""

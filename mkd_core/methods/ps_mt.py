@@ -30,9 +30,10 @@ class PSMT(Method):
     vat         eps, length of the attack on the features of an image; 0: none
     top         classes in which the assistant counts
     Deviations: the teachers start as copies of the student (theirs: three networks, trained on the labels for 5 epochs); labeled images in the
-    weak view (theirs: strong); attacked is the deepest map of the encoder (theirs: the input of the decoder's last layers), divergence and roles
-    at the decoder's resolution; |d| = 0.01, our choice (theirs: 1e-6, of which float32 leaves only rounding: cosine with the direction of
-    float64 below 0.5 in size; ours 0.999); the partner is the next sample of the batch (theirs: a random one); pixels inside the image only.
+    weak view (theirs: strong); attacked is the deepest map of the encoder (theirs: the input of the decoder's last layers, hence `vat` is 2 for
+    304 x 128 x 128 numbers: a small network wants less); divergence and roles at the decoder's resolution; |d| = 0.01, our choice (theirs:
+    1e-6, whose gradient is rounding in float32, as a test shows); the partner is the next sample of the batch (theirs: a random one);
+    pixels inside the image only; Cityscapes' boxes and OHEM are not used.
     """
 
     views = 1
