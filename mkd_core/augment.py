@@ -219,7 +219,7 @@ def xor_boxes(
     Each box draws an area fraction p ~ U(area), a log-uniform aspect y = p ** U(0, 1), x = p / y, both sides times sqrt(1 / boxes), and
     a place inside the image. French et al. use one box of area 0.5: boxes=1, area=(0.5, 0.5). 0 boxes: all True, no mixing.
     Released MKD mixes M * own + (1 - M) * partner with this M: own pixels are the smaller part (mean 0.252).
-    Drawn from torch's global generator on the host; only the corners are sent over.
+    Drawn from torch's global generator on the host.
     """
     height, width = size
     if boxes == 0:
@@ -229,12 +229,50 @@ def xor_boxes(
     sides = torch.stack((y, p / y), -1) * math.sqrt(1 / boxes)
     extent = (sides * torch.tensor([height, width])).round()  # (batch, boxes, 2)
     start = ((torch.tensor([height, width]) - extent) * torch.rand(batch, boxes, 2)).round()
-    corners = _send(torch.stack((start, start + extent)), device)  # (2, batch, boxes, 2): first and last, top and left
-    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-    in_rows = (rows >= corners[0, ..., :1]) & (rows < corners[1, ..., :1])  # (batch, boxes, H)
-    in_columns = (columns >= corners[0, ..., 1:]) & (columns < corners[1, ..., 1:])
-    inside = in_rows[..., :, None] & in_columns[..., None, :]
-    return inside.sum(1) % 2 == 1
+    return _inside(start, start + extent, size, device).sum(1) % 2 == 1
+
+
+def ratio_box(
+    batch: int, size: Sequence[int], device: torch.device | str = "cpu", probability: float = 0.5, area: tuple[float, float] = (0.02, 0.4)
+) -> Tensor:
+    """CutMix mask (batch, H, W) bool of FixMatch and UniMatch ("BOX-UM"), ST++'s CutOut too: False inside one box, the partner's.
+
+    With `probability` (else all True) a sample draws an area fraction ~ U(area), height / width ~ U(0.3, 1 / 0.3) and a place inside.
+    Released: ratio and place are drawn again until the box lies inside. That favours ratios with much room; here the ratio comes at once
+    from 128 equal steps weighted by that room, which is the same law. Drawn from torch's global generator on the host.
+    """
+    height, width = size
+    pixels = torch.empty(batch, 1).uniform_(*area) * height * width
+    ratio = 0.3 + (1 / 0.3 - 0.3) * (torch.arange(128) + torch.rand(batch, 128)) / 128
+    extents = torch.stack(((pixels * ratio).sqrt(), (pixels / ratio).sqrt()), -1).floor()  # (batch, 128, 2): height, width
+    room = (torch.tensor([height, width]) - extents + 1).clamp_min(0)
+    chosen = torch.multinomial(room.prod(-1), 1)[..., None].expand(-1, -1, 2)
+    start = (torch.rand(batch, 1, 2) * room.gather(1, chosen)).floor()
+    extent = extents.gather(1, chosen) * (torch.rand(batch, 1, 1) < probability)
+    return ~_inside(start, start + extent, size, device)[:, 0]
+
+
+def beta_box(batch: int, size: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """CutMix mask (batch, H, W) bool of PS-MT on VOC ("BOX-B"): False inside one box, the partner's.
+
+    The batch draws one p ~ Beta(4, 4); both sides are sqrt(1 - p) of the image's, the centre of each sample lies anywhere but in the first
+    eighth, and what reaches over the border is cut off (mean area 0.36). Drawn from torch's global generator on the host.
+    """
+    sides = torch.tensor(size)
+    half = ((1 - torch.distributions.Beta(4.0, 4.0).sample()).sqrt() * sides).floor() // 2
+    first = sides // 8
+    centre = (first + torch.rand(batch, 1, 2) * (sides - first)).floor()
+    return ~_inside(centre - half, centre + half, size, device)[:, 0]
+
+
+def _inside(start: Tensor, end: Tensor, size: Sequence[int], device: torch.device | str) -> Tensor:
+    """Corners (batch, boxes, 2), top and left, on the host -> (batch, boxes, H, W) bool on the device; only the corners are sent over."""
+    corners = _send(torch.stack((start, end)), device)
+    inside = []
+    for axis, side in enumerate(size):
+        place = torch.arange(side, device=device)
+        inside.append((place >= corners[0, ..., axis, None]) & (place < corners[1, ..., axis, None]))
+    return inside[0][..., :, None] & inside[1][..., None, :]
 
 
 def _send(tensor: Tensor, device: torch.device | str) -> Tensor:
