@@ -42,6 +42,7 @@ CASES: dict[str, tuple[str, dict]] = {
     "mkd labeled": ("mkd", {"threshold": SOFT, "on_labeled": True, "stride": 4}),
     "mkd teacher eval": ("mkd", {"threshold": 0.0, "teacher_mode": "eval", "ema_buffers": "all"}),
     "mkd pspnet": ("mkd", {"threshold": SOFT, "arch2": "pspnet", "fda": 1.0}),
+    "advsemseg": ("advsemseg", {"threshold": SOFT, "start": 0.5}),
     "mkd released": (
         "mkd",
         {
@@ -50,6 +51,14 @@ CASES: dict[str, tuple[str, dict]] = {
         },
     ),
 }  # fmt: skip
+
+
+TERMS: dict[str, set[str]] = {  # where they are not sup and consistency
+    "supervised": {"sup"},
+    "cps": {"sup", "cross"},
+    "mkd": {"sup", "st", "ss"},
+    "advsemseg": {"sup", "adversarial", "adversarial_unlabeled", "self_training", "critic"},
+}
 
 
 def students(method: Method) -> list[nn.Module]:
@@ -74,19 +83,22 @@ def test_every_term_reaches_every_student_and_no_teacher(name):
     terms, stats = method(batch(), 0.7)
     assert all(t.ndim == 0 and t.isfinite() for t in terms.values())
     assert not any(s.requires_grad for s in stats.values()) and all(s.isfinite() for s in stats.values())
-    expected = {"supervised": {"sup"}, "cps": {"sup", "cross"}, "mkd": {"sup", "st", "ss"}}.get(CASES[name][0], {"sup", "consistency"})
-    expected -= {"st"} if CASES[name][1].get("alpha") == 0 else set()
-    expected -= {"ss"} if CASES[name][1].get("beta") == 0 else set()
+    expected = TERMS.get(CASES[name][0], {"sup", "consistency"})
+    expected = expected - {term for term, weight in (("st", "alpha"), ("ss", "beta")) if CASES[name][1].get(weight) == 0}
     assert set(terms) == expected
+    judge = [method.critic[0]] if method.critic else []
     for key, term in terms.items():
         assert term > 0, key
         for number, student in enumerate(students(method), 1):
             for part in ("encoder", "decoder", "classifier"):
-                assert gradients(term, getattr(student, part)) > 0, f"{key} does not reach the {part} of student {number}"
+                reached = gradients(term, getattr(student, part)) > 0
+                assert reached == (key != "critic"), f"{key} {'reaches' if reached else 'does not reach'} the {part} of student {number}"
+        for module in judge:
+            assert (gradients(term, module) > 0) == (key == "critic"), f"{key} and the critic"
         for teacher in teachers(method):
             assert gradients(term, teacher) == 0, f"{key} reaches a teacher"
-    reached = set(students(method)) | set(teachers(method))
-    assert sum(p.numel() for m in reached for p in m.parameters()) == sum(p.numel() for p in method.parameters())
+    known = {*students(method), *teachers(method), *judge}
+    assert sum(p.numel() for m in known for p in m.parameters()) == sum(p.numel() for p in method.parameters())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -121,7 +133,8 @@ def test_two_students_start_differently():
 @pytest.mark.parametrize("name", CASES)
 def test_predictors_map_images_to_logits_and_the_first_is_the_reported_one(name):
     method = make(CASES[name][0], **CASES[name][1]).eval()
-    first = {"supervised": "net", "mean_teacher": "student", "cutmix_seg": "teacher", "cps": "student 1", "mkd": "student 1"}
+    first = {"supervised": "net", "mean_teacher": "student", "cutmix_seg": "teacher", "cps": "student 1", "mkd": "student 1",
+             "advsemseg": "net"}  # fmt: skip
     assert next(iter(method.predictors)) == first[CASES[name][0]]
     assert len(method.predictors) == len(students(method)) + len(teachers(method))
     with torch.no_grad():

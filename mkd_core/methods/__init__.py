@@ -1,5 +1,6 @@
 """METHODS: every method by name, a plain dict. A new method is one file and one line here."""
 
+from .advsemseg import AdvSemSeg
 from .base import Batch, Build, Method, Terms
 from .cps import CPS
 from .cutmix_seg import CutMixSeg
@@ -13,6 +14,7 @@ METHODS: dict[str, type[Method]] = {
     "cutmix_seg": CutMixSeg,
     "cps": CPS,
     "mkd": MKD,
+    "advsemseg": AdvSemSeg,
 }
 
 __all__ = ["METHODS", "Batch", "Build", "Method", "Terms"]
