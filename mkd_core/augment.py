@@ -219,7 +219,7 @@ def xor_boxes(
     Each box draws an area fraction p ~ U(area), a log-uniform aspect y = p ** U(0, 1), x = p / y, both sides times sqrt(1 / boxes), and
     a place inside the image. French et al. use one box of area 0.5: boxes=1, area=(0.5, 0.5). 0 boxes: all True, no mixing.
     Released MKD mixes M * own + (1 - M) * partner with this M: own pixels are the smaller part (mean 0.252).
-    Drawn from torch's global generator on the host; only the corners are sent over.
+    Drawn from torch's global generator on the host.
     """
     height, width = size
     if boxes == 0:
@@ -229,12 +229,31 @@ def xor_boxes(
     sides = torch.stack((y, p / y), -1) * math.sqrt(1 / boxes)
     extent = (sides * torch.tensor([height, width])).round()  # (batch, boxes, 2)
     start = ((torch.tensor([height, width]) - extent) * torch.rand(batch, boxes, 2)).round()
-    corners = _send(torch.stack((start, start + extent)), device)  # (2, batch, boxes, 2): first and last, top and left
-    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-    in_rows = (rows >= corners[0, ..., :1]) & (rows < corners[1, ..., :1])  # (batch, boxes, H)
-    in_columns = (columns >= corners[0, ..., 1:]) & (columns < corners[1, ..., 1:])
-    inside = in_rows[..., :, None] & in_columns[..., None, :]
-    return inside.sum(1) % 2 == 1
+    return _inside(start, start + extent, size, device).sum(1) % 2 == 1
+
+
+def half_box(batch: int, size: Sequence[int], device: torch.device | str = "cpu", probability: float = 0.5) -> Tensor:
+    """CutMix mask (batch, H, W) bool of U2PL ("BOX-U2"): False, the partner's, inside one box of half the area.
+
+    Width ~ U{floor(W / 2) + 1, ..., W - 1}, height = round(H W / 2 / width), any place inside. One coin for the whole batch: with
+    `probability` it is mixed, else all True. Drawn from torch's global generator on the host.
+    """
+    height, width = size
+    mixed = torch.rand(()) < probability
+    wide = torch.randint(width // 2 + 1, width, (batch, 1))
+    extent = torch.stack(((height * width / 2 / wide).round(), wide), -1)
+    start = ((torch.tensor([height, width]) - extent + 1) * torch.rand(batch, 1, 2)).floor()
+    return ~_inside(start, start + extent * mixed, size, device)[:, 0]
+
+
+def _inside(start: Tensor, end: Tensor, size: Sequence[int], device: torch.device | str) -> Tensor:
+    """Corners (batch, boxes, 2), top and left, on the host -> (batch, boxes, H, W) bool on the device; only the corners are sent over."""
+    corners = _send(torch.stack((start, end)), device)
+    inside = []
+    for axis, side in enumerate(size):
+        place = torch.arange(side, device=device)
+        inside.append((place >= corners[0, ..., axis, None]) & (place < corners[1, ..., axis, None]))
+    return inside[0][..., :, None] & inside[1][..., None, :]
 
 
 def _send(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -40,6 +40,12 @@ def confidence(logits: Tensor) -> Tensor:
     return (logits.amax(1) - logits.logsumexp(1)).exp()
 
 
+def entropy(logits: Tensor) -> Tensor:
+    """Of the class probabilities, in nats: (B, C, H, W) -> (B, H, W) in [0, log C]."""
+    logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+    return -(logs.exp() * logs).sum(1)
+
+
 def squared_distance(prob: Tensor, target: Tensor) -> Tensor:
     """Per-pixel mean over classes of (prob - target)^2: (B, C, H, W) twice -> (B, H, W). Its mean is "MSE" of the CPS authors' MT."""
     return (prob - target).square().mean(1)
@@ -50,9 +56,23 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum() / mask.sum().clamp_min(1)
 
 
+def draw(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Up to `count` True places of each row of mask (R, N), at random and without replacement, without asking the host how many there are.
+
+    -> (R, k) int64 places and (R, k) bool, with k = min(count, N): which of them are True places; these come first.
+    """
+    score, place = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1.0).topk(min(count, mask.shape[1]), 1)
+    return place, score >= 0
+
+
 def ramp(progress: float, length: float) -> float:
     """Quadratic ramp 0 -> 1 over the first `length` of training, progress in [0, 1); length 0: always 1. Our choice, for nets from scratch."""
     return 1.0 if length <= 0 else min(1.0, progress / length) ** 2
+
+
+def sigmoid(progress: float, length: float) -> float:
+    """The "sigmoid" ramp exp(-5 (1 - t)^2) with t = progress / length: e^-5 -> 1, then 1 (Laine & Aila, arXiv:1610.02242; Mean Teacher)."""
+    return 1.0 if progress >= length else math.exp(-5 * (1 - progress / length) ** 2)
 
 
 def cosine(progress: float) -> float:

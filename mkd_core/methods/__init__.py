@@ -4,9 +4,12 @@ from .advsemseg import AdvSemSeg
 from .base import Batch, Build, Method, Terms
 from .cps import CPS
 from .cutmix_seg import CutMixSeg
+from .gct import GCT
 from .mean_teacher import MeanTeacher
 from .mkd import MKD
+from .pc2seg import PC2Seg
 from .supervised import Supervised
+from .u2pl import U2PL
 
 METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
@@ -15,6 +18,9 @@ METHODS: dict[str, type[Method]] = {
     "cps": CPS,
     "mkd": MKD,
     "advsemseg": AdvSemSeg,
+    "gct": GCT,
+    "u2pl": U2PL,
+    "pc2seg": PC2Seg,
 }
 
 __all__ = ["METHODS", "Batch", "Build", "Method", "Terms"]

@@ -7,6 +7,8 @@ L_D = 1/2 BCE(D([p_x; p_u]), 0) + 1/2 BCE(D(one-hot y), 1)
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from ..data.base import IGNORE
 from ..losses import cross_entropy, masked_mean, pseudo_label
 from ..models import resize
-from .base import Batch, Build, Method, Share, Terms, Weight, both, frozen
+from .base import Batch, Build, Method, Share, Terms, Weight, Width, both, frozen
 
 
 class AdvSemSeg(Method):
@@ -24,7 +26,7 @@ class AdvSemSeg(Method):
     adversarial_unlabeled  a_u: 0.001, from the first step
     weight, threshold      w 0.1 and T 0.2 of the self-training term
     start                  its beginning: step 5,000 of 20,000
-    critic_lr              of D (Adam)
+    critic_lr, width       of D: Adam with 1e-4; 64, 128, 256, 512 channels (from scratch on small images fewer do)
     Deviations: all three terms leave out the padding of unlabeled images (theirs: it counts); the label maps that D sees are those of the
     batch (theirs: drawn by a loader of their own); strides, weights and augmentation are the run's (theirs: DeepLabV2 trained on COCO, lr
     2.5e-4).
@@ -32,11 +34,12 @@ class AdvSemSeg(Method):
 
     def __init__(
         self, build: Build, *, adversarial: Weight = 0.01, adversarial_unlabeled: Weight = 0.001, weight: Weight = 0.1,
-        threshold: Share = 0.2, start: Share = 0.25, critic_lr: Weight = 1e-4, joint: bool = False,
+        threshold: Share = 0.2, start: Share = 0.25, critic_lr: Weight = 1e-4, width: Width = 64,
+        joint: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.net = build()
-        self.discriminator = Discriminator(self.net.classifier.out_channels)
+        self.discriminator = Discriminator(self.net.classifier.out_channels, width)
         self.adversarial, self.adversarial_unlabeled, self.weight = adversarial, adversarial_unlabeled, weight
         self.threshold, self.start, self.critic_lr, self.joint = threshold, start, critic_lr, joint
 
@@ -69,10 +72,10 @@ class AdvSemSeg(Method):
 class Discriminator(nn.Sequential):
     """Class probabilities (B, C, H, W), sides of at least 32 -> logits (B, H, W) of "this is a label map"; five 4x4 convolutions of stride 2."""
 
-    def __init__(self, num_classes: int):
-        widths = [num_classes, 64, 128, 256, 512]
+    def __init__(self, num_classes: int, width: int):
+        widths = [num_classes, width, 2 * width, 4 * width, 8 * width]
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
         super().__init__(*layers, nn.Conv2d(widths[-1], 1, 4, stride=2, padding=1))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Interval
+from annotated_types import Ge, Gt, Interval
 from torch import Tensor, nn
 
 from ..models import SegNet
@@ -17,6 +17,8 @@ from ..models import SegNet
 Weight = Annotated[float, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 Count = Annotated[int, Ge(0)]
+Width = Annotated[int, Ge(1)]
+Temperature = Annotated[float, Gt(0)]
 TeacherMode = Literal["train", "eval"]
 EMABuffers = Literal["none", "all"]
 
