@@ -35,7 +35,7 @@ class GCT(Method):
     ):  # fmt: skip
         super().__init__()
         self.students = nn.ModuleList([build(), build()])
-        self.detector = FlawDetector(3 + self.students[0].classifier.out_channels, width)
+        self.detector = FlawDetector(3 + len(self.students[0].classifier.weight), width)
         self.weight, self.correction, self.detection, self.threshold = weight, correction, detection, threshold
         self.rampup, self.critic_lr, self.joint = rampup, critic_lr, joint
 
