@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mkd_core.augment import half_box
+from mkd_core.cost import Step
 from mkd_core.engine import build_method, make_optimizers, run
 from mkd_core.losses import draw, sigmoid
 from mkd_core.methods import METHODS, Method
@@ -692,3 +693,11 @@ def test_bfloat16_gives_nearly_the_same_terms(name):
         assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
     for key, term in found[0].items():
         assert abs(found[1][key] - term) < 0.15 * term + 0.01, key
+
+
+@pytest.mark.parametrize("name, passes", [("advsemseg", (2, 0)), ("gct", (4, 0)), ("u2pl", (2, 3)), ("pc2seg", (2, 1))])
+def test_a_step_makes_the_passes_that_the_equation_needs(name, passes):
+    """Batches through an encoder with gradient and without; U2PL's teacher looks at plain images, and at what the student sees."""
+    step = Step(config(name, options=CASES[name][1]))
+    step.passes()
+    assert step.encoded == passes

@@ -34,8 +34,9 @@ class GCT(Method):
         rampup: Share = 0.09, critic_lr: Weight = 1e-4, width: Width = 64, joint: bool = False,
     ):  # fmt: skip
         super().__init__()
-        self.students = nn.ModuleList([build(), build()])
-        self.detector = FlawDetector(3 + len(self.students[0].classifier.weight), width)
+        first = build()
+        self.students = nn.ModuleList([first, build()])
+        self.detector = FlawDetector(3 + first.classifier.out_channels, width)
         self.weight, self.correction, self.detection, self.threshold = weight, correction, detection, threshold
         self.rampup, self.critic_lr, self.joint = rampup, critic_lr, joint
 
