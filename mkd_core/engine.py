@@ -67,7 +67,7 @@ def build_method(config: RunConfig, num_classes: int) -> Method:
     method = METHODS[config.method](partial(build_net, config, num_classes), **config.options)
     if config.batch < method.min_batch:
         raise ValueError(
-            f"{config.method} with these options needs a batch of at least {method.min_batch} (CutMix needs a partner); got {config.batch}"
+            f"{config.method} with these options needs a batch of at least {method.min_batch} (its images need a partner); got {config.batch}"
         )
     return method
 
@@ -427,7 +427,7 @@ class _Run:
             raise DataError(f"data set {config.dataset!r} names no images to evaluate. {self.dataset.where}")
         if self.method.min_batch > 1 and (found := len(self.split.unlabeled)) < config.batch:
             raise DataError(
-                f"{config.method} mixes the images of a batch: split {config.split} has {found} unlabeled ones, batch is {config.batch}"
+                f"{config.method} pairs the images of a batch: split {config.split} has {found} unlabeled ones, batch is {config.batch}"
             )
         # Every file is opened before the first step; a run that goes on has been through that.
         deep = not (folder / "checkpoint.pt").exists()
