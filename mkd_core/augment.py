@@ -265,6 +265,20 @@ def beta_box(batch: int, size: Sequence[int], device: torch.device | str = "cpu"
     return ~_inside(centre - half, centre + half, size, device)[:, 0]
 
 
+def half_box(batch: int, size: Sequence[int], device: torch.device | str = "cpu", probability: float = 0.5) -> Tensor:
+    """CutMix mask (batch, H, W) bool of U2PL ("BOX-U2"): False, the partner's, inside one box of half the area.
+
+    Width ~ U{floor(W / 2) + 1, ..., W - 1}, height = round(H W / 2 / width), any place inside. One coin for the whole batch: with
+    `probability` it is mixed, else all True. Drawn from torch's global generator on the host.
+    """
+    height, width = size
+    mixed = torch.rand(()) < probability
+    wide = torch.randint(width // 2 + 1, width, (batch, 1))
+    extent = torch.stack(((height * width / 2 / wide).round(), wide), -1)
+    start = ((torch.tensor([height, width]) - extent + 1) * torch.rand(batch, 1, 2)).floor()
+    return ~_inside(start, start + extent * mixed, size, device)[:, 0]
+
+
 def _inside(start: Tensor, end: Tensor, size: Sequence[int], device: torch.device | str) -> Tensor:
     """Corners (batch, boxes, 2), top and left, on the host -> (batch, boxes, H, W) bool on the device; only the corners are sent over."""
     corners = _send(torch.stack((start, end)), device)

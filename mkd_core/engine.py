@@ -72,7 +72,7 @@ def build_method(config: RunConfig, num_classes: int) -> Method:
     method = METHODS[config.method](partial(build_net, config, num_classes), **config.options)
     if config.batch < method.min_batch:
         raise ValueError(
-            f"{config.method} with these options needs a batch of at least {method.min_batch} (CutMix needs a partner); got {config.batch}"
+            f"{config.method} with these options needs a batch of at least {method.min_batch} (its images need a partner); got {config.batch}"
         )
     return method
 
@@ -86,7 +86,7 @@ def prepare(config: RunConfig, deep: bool = False, progress: Callable[[int, int]
         raise DataError(f"data set {config.dataset!r} names no images to evaluate. {dataset.where}")
     if method.min_batch > 1 and (found := len(split.unlabeled)) < config.batch:
         raise DataError(
-            f"{config.method} mixes the images of a batch: split {config.split} has {found} unlabeled ones, batch is {config.batch}"
+            f"{config.method} pairs the images of a batch: split {config.split} has {found} unlabeled ones, batch is {config.batch}"
         )
     check(dataset, split, deep, progress).raise_if_bad()
     return dataset, split, method

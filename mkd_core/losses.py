@@ -67,9 +67,23 @@ def unit(tensor: Tensor) -> Tensor:
     return tensor / tensor.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (tensor.ndim - 1))
 
 
+def draw(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Up to `count` True places of each row of mask (R, N), at random and without replacement, without asking the host how many there are.
+
+    -> (R, k) int64 places and (R, k) bool, with k = min(count, N): which of them are True places; these come first.
+    """
+    score, place = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1.0).topk(min(count, mask.shape[1]), 1)
+    return place, score >= 0
+
+
 def ramp(progress: float, length: float) -> float:
     """Quadratic ramp 0 -> 1 over the first `length` of training, progress in [0, 1); length 0: always 1. Our choice, for nets from scratch."""
     return 1.0 if length <= 0 else min(1.0, progress / length) ** 2
+
+
+def sigmoid(progress: float, length: float) -> float:
+    """The "sigmoid" ramp exp(-5 (1 - t)^2) with t = progress / length: e^-5 -> 1, then 1 (Laine & Aila, arXiv:1610.02242; Mean Teacher)."""
+    return 1.0 if progress >= length else math.exp(-5 * (1 - progress / length) ** 2)
 
 
 def cosine(progress: float) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mkd_core.ema import EMA
 from mkd_core.methods import METHODS, Batch, Method
+from mkd_core.models import SegNet
 
 IGNORE = 255
 SOFT = 0.3  # a threshold that networks at their random start reach on some pixels
@@ -42,6 +43,11 @@ CASES: dict[str, tuple[str, dict]] = {
     "mkd labeled": ("mkd", {"threshold": SOFT, "on_labeled": True, "stride": 4}),
     "mkd teacher eval": ("mkd", {"threshold": 0.0, "teacher_mode": "eval", "ema_buffers": "all"}),
     "mkd pspnet": ("mkd", {"threshold": SOFT, "arch2": "pspnet", "fda": 1.0}),
+    "advsemseg": ("advsemseg", {"threshold": SOFT, "start": 0.5, "width": 16}),
+    "gct": ("gct", {"width": 16}),
+    "u2pl": ("u2pl", {"dim": 16, "bank": 200}),
+    "u2pl separate": ("u2pl", {"dim": 16, "bank": 200, "joint": False, "cutmix": 1.0, "contrast": 0.1}),
+    "pc2seg": ("pc2seg", {"dim": 16}),
     "mkd released": (
         "mkd",
         {
@@ -61,12 +67,26 @@ CASES: dict[str, tuple[str, dict]] = {
 }  # fmt: skip
 
 
+TERMS: dict[str, set[str]] = {  # where they are not sup and consistency
+    "supervised": {"sup"},
+    "cps": {"sup", "cross"},
+    "mkd": {"sup", "st", "ss"},
+    "advsemseg": {"sup", "adversarial", "adversarial_unlabeled", "self_training", "critic"},
+    "gct": {"sup", "consistency", "correction", "critic"},
+    "u2pl": {"sup", "unsup", "contrast"},
+    "pc2seg": {"sup", "consistency", "contrast"},
+    "fixmatch": {"sup", "strong"},
+    "unimatch": {"sup", "strong", "feature"},
+    "speed": {"sup", "strong", "entropymix", "relation"},
+}
+
+
 def students(method: Method) -> list[nn.Module]:
     return list(method.students) if hasattr(method, "students") else [method.net]
 
 
 def teachers(method: Method) -> list[EMA]:
-    return [m for m in method.modules() if isinstance(m, EMA)]
+    return [m for m in method.modules() if isinstance(m, EMA) and isinstance(m.module, SegNet)]
 
 
 def test_every_method_has_a_case():
@@ -80,26 +100,31 @@ def test_every_term_reaches_every_student_and_no_teacher(name):
         teacher.requires_grad_(True)  # even a teacher that could learn must not
         for p in teacher.parameters():
             p.data.mul_(1.2)  # an exact copy that sees the same image agrees, and nothing is to be learnt from it
-    terms, stats = method(batch(), 0.7)
+    judge = [method.critic[0]] if method.critic else []
+    for module in judge:
+        list(module.modules())[-1].weight.data.mul_(20)  # one that has an opinion
+    terms, stats = method(batch(size=64 if judge else 32), 0.7)
     assert all(t.ndim == 0 and t.isfinite() for t in terms.values())
     assert not any(s.requires_grad for s in stats.values()) and all(s.isfinite() for s in stats.values())
-    expected = {
-        "supervised": {"sup"}, "cps": {"sup", "cross"}, "mkd": {"sup", "st", "ss"}, "fixmatch": {"sup", "strong"},
-        "unimatch": {"sup", "strong", "feature"}, "speed": {"sup", "strong", "entropymix", "relation"},
-    }.get(CASES[name][0], {"sup", "consistency"})  # fmt: skip
-    expected -= {"st"} if CASES[name][1].get("alpha") == 0 else set()
-    expected -= {"ss"} if CASES[name][1].get("beta") == 0 else set()
-    expected -= {"feature"} if CASES[name][1].get("feature") == 0 else set()
+    expected = TERMS.get(CASES[name][0], {"sup", "consistency"})
+    expected = expected - {
+        term for term, weight in (("st", "alpha"), ("ss", "beta"), ("feature", "feature")) if CASES[name][1].get(weight) == 0
+    }
     assert set(terms) == expected
     for key, term in terms.items():
         assert term > 0, key
         for number, student in enumerate(students(method), 1):
             for part in ("encoder", "decoder", "classifier"):
-                assert gradients(term, getattr(student, part)) > 0, f"{key} does not reach the {part} of student {number}"
+                reached, wanted = gradients(term, getattr(student, part)) > 0, key != "critic" and (key, part) != ("contrast", "classifier")
+                assert reached == wanted, f"{key} {'reaches' if reached else 'does not reach'} the {part} of student {number}"
+        for module in judge:
+            assert (gradients(term, module) > 0) == (key == "critic"), f"{key} and the critic"
         for teacher in teachers(method):
             assert gradients(term, teacher) == 0, f"{key} reaches a teacher"
-    reached = set(students(method)) | set(teachers(method))
-    assert sum(p.numel() for m in reached for p in m.parameters()) == sum(p.numel() for p in method.parameters())
+    fixed = {id(p) for teacher in teachers(method) for p in teacher.parameters()}
+    free = {name: p for name, p in method.named_parameters() if p.requires_grad and id(p) not in fixed}
+    found = torch.autograd.grad(sum(terms.values()), [*free.values()], allow_unused=True)
+    assert not [name for name, g in zip(free, found, strict=True) if g is None], "parameters that nothing trains"
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -134,8 +159,8 @@ def test_two_students_start_differently():
 @pytest.mark.parametrize("name", CASES)
 def test_predictors_map_images_to_logits_and_the_first_is_the_reported_one(name):
     method = make(CASES[name][0], **CASES[name][1]).eval()
-    first = {"mean_teacher": "student", "cutmix_seg": "teacher", "cps": "student 1", "mkd": "student 1", "vat": "teacher",
-             "ps_mt": "teachers"}  # fmt: skip
+    first = {"mean_teacher": "student", "cutmix_seg": "teacher", "vat": "teacher", "u2pl": "teacher", "ps_mt": "teachers",
+             "cps": "student 1", "mkd": "student 1", "gct": "student 1"}  # fmt: skip
     assert next(iter(method.predictors)) == first.get(CASES[name][0], "net")
     assert len(method.predictors) == len(students(method)) + len(teachers(method))
     with torch.no_grad():

@@ -1,14 +1,18 @@
 """METHODS: every method by name, a plain dict. A new method is one file and one line here."""
 
+from .advsemseg import AdvSemSeg
 from .base import Batch, Build, Method, Terms
 from .cps import CPS
 from .cutmix_seg import CutMixSeg
 from .fixmatch import FixMatch
+from .gct import GCT
 from .mean_teacher import MeanTeacher
 from .mkd import MKD
+from .pc2seg import PC2Seg
 from .ps_mt import PSMT
 from .speed import SPEED
 from .supervised import Supervised
+from .u2pl import U2PL
 from .unimatch import UniMatch
 from .vat import VAT
 
@@ -23,6 +27,10 @@ METHODS: dict[str, type[Method]] = {
     "speed": SPEED,
     "vat": VAT,
     "ps_mt": PSMT,
+    "advsemseg": AdvSemSeg,
+    "gct": GCT,
+    "u2pl": U2PL,
+    "pc2seg": PC2Seg,
 }
 
 __all__ = ["METHODS", "Batch", "Build", "Method", "Terms"]

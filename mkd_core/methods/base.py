@@ -44,7 +44,7 @@ class Method(nn.Module):
 
     unlabeled    False: no unlabeled image is loaded (U = 0)
     views        how many strong colour views of each unlabeled image it wants
-    min_batch    the smallest unlabeled batch it accepts (2 where CutMix needs a partner)
+    min_batch    the smallest unlabeled batch it accepts (2 where images need a partner)
     stages       where in progress a further stage begins (self-training): before it `relabel` is called, learning rate and optimiser start anew
     forward      (terms, stats): weighted loss terms, which the loop only sums, and scalars that are only logged
     update       called after optimiser step number `step` (the first is 1): teachers
