@@ -1,13 +1,17 @@
 """METHODS: every method by name, a plain dict. A new method is one file and one line here."""
 
 from .base import Batch, Build, Method, Terms
+from .cct import CCT
 from .cps import CPS
 from .cutmix_seg import CutMixSeg
 from .fixmatch import FixMatch
 from .mean_teacher import MeanTeacher
 from .mkd import MKD
 from .ps_mt import PSMT
+from .pseudoseg import PseudoSeg
+from .simple_baseline import SimpleBaseline
 from .speed import SPEED
+from .st_plus_plus import STPlusPlus
 from .supervised import Supervised
 from .unimatch import UniMatch
 from .vat import VAT
@@ -23,6 +27,10 @@ METHODS: dict[str, type[Method]] = {
     "speed": SPEED,
     "vat": VAT,
     "ps_mt": PSMT,
+    "st_plus_plus": STPlusPlus,
+    "cct": CCT,
+    "pseudoseg": PseudoSeg,
+    "simple_baseline": SimpleBaseline,
 }
 
 __all__ = ["METHODS", "Batch", "Build", "Method", "Terms"]
