@@ -132,9 +132,9 @@ def colour_jitter(images: Tensor) -> Tensor:
     return hue(saturation(contrast(brightness(images))))
 
 
-def blur(images: Tensor) -> Tensor:
-    """Gaussian blur, sigma U(0.1, 2) per sample, kernel 7."""
-    sigma = _uniform(images, 0.1, 2.0).flatten(1)
+def blur(images: Tensor, low: float = 0.1, high: float = 2.0) -> Tensor:
+    """Gaussian blur, sigma U(low, high) per sample, kernel 7."""
+    sigma = _uniform(images, low, high).flatten(1)
     tap = torch.arange(-3, 4, device=images.device)
     kernel = torch.softmax(-(tap**2) / (2 * sigma**2), 1)  # (B, 7)
     stack = torch.nn.functional.pad(images, (3, 3, 3, 3), mode="reflect").flatten(0, 1)[None]  # (1, 3B, H+6, W+6)
@@ -180,11 +180,16 @@ def one_of(images: Tensor) -> Tensor:
     """MKD: exactly one operator per image. Weights of the released code: jitter 0.3, blur 0.5, equalize 0.1, solarize 0.1, grey 0.5."""
     operations = (colour_jitter, blur, equalize, solarize, greyscale)
     choice = torch.multinomial(torch.tensor([0.3, 0.5, 0.1, 0.1, 0.5]), len(images), replacement=True)  # on the host: no sync
+    return _apply(operations, choice[:, None], images)
+
+
+def _apply(operations: Sequence[Callable[[Tensor], Tensor]], choice: Tensor, images: Tensor) -> Tensor:
+    """To each image the operations whose numbers are in its row of `choice` (B, n), on the host, in the order of `operations`."""
     out = images.clone()
     for k, operation in enumerate(operations):
-        chosen = _send((choice == k).nonzero().flatten(), images.device)
+        chosen = _send((choice == k).any(1).nonzero().flatten(), images.device)
         if len(chosen):
-            out[chosen] = operation(images[chosen])
+            out[chosen] = operation(out[chosen])
     return out
 
 
@@ -195,7 +200,61 @@ def chain(images: Tensor) -> Tensor:
     return images
 
 
-STRONG: dict[str, Callable[[Tensor], Tensor]] = {"one_of": one_of, "chain": chain, "none": lambda images: images}
+# What SimpleBaseline adds; "per channel" draws for each channel of each image.
+
+
+def gaussian_noise(images: Tensor, deviation: float = 14 / 255) -> Tensor:
+    return (images + deviation * torch.randn_like(images)).clamp(0, 1)
+
+
+def poisson_noise(images: Tensor, mean: float = 12.6) -> Tensor:
+    """Plus or minus a Poisson count of grey levels, one for the three channels."""
+    count = torch.poisson(torch.full_like(images[:, :1], mean))
+    return (images + torch.where(torch.rand_like(count) < 0.5, count, -count) / 255).clamp(0, 1)
+
+
+def channel_shuffle(images: Tensor) -> Tensor:
+    order = torch.rand(len(images), 3, device=images.device).argsort(1)
+    return images.gather(1, order[..., None, None].expand_as(images))
+
+
+def dropout(images: Tensor) -> Tensor:
+    """Each pixel of a channel is black with probability p ~ U(0.2, 0.5)."""
+    return images * (torch.rand_like(images) >= _uniform(images, 0.2, 0.5))
+
+
+def coarse_dropout(images: Tensor) -> Tensor:
+    """Each of 4 x 4 rectangles of a channel is black with probability 0.2 (released: 2 to 5 rectangles a side)."""
+    kept = (torch.rand(len(images), 3, 4, 4, device=images.device) >= 0.2).to(images.dtype)
+    return images * torch.nn.functional.interpolate(kept, images.shape[-2:])
+
+
+def multiply(images: Tensor) -> Tensor:
+    """Per channel, by U(0.25, 2.5)."""
+    return (images * torch.empty(len(images), 3, 1, 1, device=images.device).uniform_(0.25, 2.5)).clamp(0, 1)
+
+
+def salt_and_pepper(images: Tensor) -> Tensor:
+    """Each pixel of a channel is black or white with probability p ~ U(0, 0.1)."""
+    return torch.where(torch.rand_like(images) < _uniform(images, 0, 0.1), torch.rand_like(images).round(), images)
+
+
+def three_of(images: Tensor) -> Tensor:
+    """SimpleBaseline: three of its 17 operators per image, in the order of the list, at the released magnitude (20 of 40).
+
+    At that magnitude gamma (1.01) and the hue shift (0) change nothing visible and both kinds of brightness are one. They keep their
+    places in the draw, as does JPEG compression (quality 85 to 95), which has no device version here.
+    """
+    same, brighter = (lambda x: x), (lambda x: (x + 16 / 255).clamp(0, 1))
+    operations = (
+        same, lambda x: (0.5 + 1.27 * (x - 0.5)).clamp(0, 1), brighter, brighter, equalize, same, lambda x: x.flip(1),
+        partial(blur, low=1.76, high=1.76), gaussian_noise, poisson_noise, channel_shuffle, dropout, coarse_dropout, multiply,
+        salt_and_pepper, solarize, same,
+    )  # fmt: skip
+    return _apply(operations, torch.rand(len(images), len(operations)).argsort(1)[:, :3], images)
+
+
+STRONG: dict[str, Callable[[Tensor], Tensor]] = {"one_of": one_of, "chain": chain, "three_of": three_of, "none": lambda images: images}
 
 
 # CutMix. A mask is True where an image keeps its own pixel and False where its partner's is pasted.
@@ -277,6 +336,16 @@ def half_box(batch: int, size: Sequence[int], device: torch.device | str = "cpu"
     extent = torch.stack(((height * width / 2 / wide).round(), wide), -1)
     start = ((torch.tensor([height, width]) - extent + 1) * torch.rand(batch, 1, 2)).floor()
     return ~_inside(start, start + extent * mixed, size, device)[:, 0]
+
+
+def square(batch: int, size: Sequence[int], device: torch.device | str = "cpu", share: float = 100 / 513) -> Tensor:
+    """CutOut mask (batch, H, W) bool of PseudoSeg: False inside one square, `share` of the shorter side wide, anywhere in the image.
+
+    The released square is 100 pixels of a crop of 513. Drawn from torch's global generator on the host.
+    """
+    side = round(share * min(size))
+    start = (torch.rand(batch, 1, 2) * (torch.tensor(size) - side + 1)).floor()
+    return ~_inside(start, start + side, size, device)[:, 0]
 
 
 def _inside(start: Tensor, end: Tensor, size: Sequence[int], device: torch.device | str) -> Tensor:

@@ -45,7 +45,7 @@ def costs(configs: dict[str, RunConfig], pairs: int = 5) -> pd.DataFrame:
 
 
 class Step:
-    """A training step without loader and optimiser: forward, backward, teachers."""
+    """A training step without loader and optimiser: forward, backward, teachers; of a later stage where a method trains in stages."""
 
     def __init__(self, config: RunConfig):
         self.device = pick_device(config.device)
@@ -53,7 +53,7 @@ class Step:
         shape = (config.batch, *config.crop)
         seed_step(config.seed, 0)
         image, label = torch.randint(256, (2, shape[0], 3, *shape[1:]), dtype=torch.uint8), torch.randint(CLASSES, shape, dtype=torch.uint8)
-        unlabeled = [image[1], torch.ones(shape, dtype=torch.bool), label] if self.method.unlabeled else []
+        unlabeled = [image[1], torch.ones(shape, dtype=torch.bool), label] if self.method.unlabeled or self.method.stages else []
         self.batch: Batch = make_batch([image[0], label, *unlabeled], config, self.method.views, self.device)
         self.encoded = (0.0, 0.0)
 

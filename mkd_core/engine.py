@@ -132,7 +132,8 @@ def make_batch(tensors: Sequence[Tensor], config: RunConfig, views: int, device:
     x, y, *unlabeled = (t.to(device, non_blocking=True) for t in tensors)
     u, valid, label = unlabeled or (x[:0], y[:0].bool(), y[:0])
     x, u = x.float() / 255, u.float() / 255
-    strong = tuple(normalise(STRONG[config.strong](u)) for _ in range(views))  # from the geometric view alone, as released
+    # From the geometric view alone, as released.
+    strong = tuple(normalise(STRONG[config.strong](u)) for _ in range(views if len(u) else 0))
     if config.weak_photometric:
         x, u = distort(x), distort(u)
     return Batch(normalise(x), y.long(), normalise(u), strong, valid, label.long())
@@ -460,7 +461,9 @@ class _Run:
         self.labeled = self.stream(self.dataset, self.split.labeled, name="labeled", labeled=True)
         unlabeled = self.stream(self.dataset, self.split.unlabeled, name="unlabeled", labeled=False, block=config.batch)
         self.steps = Steps(self.labeled, unlabeled if self.method.unlabeled else None, config.batch)
-        self.images_a_step = config.batch * (2 if self.method.unlabeled else 1)
+        self.marks = [0, *(round(share * config.steps) for share in self.method.stages), config.steps]
+        if any(start >= end for start, end in pairwise(self.marks)):
+            raise ValueError(f"{config.method} trains in {len(self.marks) - 1} stages; {config.steps} steps are too few for them")
         withheld = [i for i in self.split.unlabeled if self.dataset.has_label(i)]
         rng = np.random.default_rng(config.seed)
         self.withheld = [withheld[i] for i in sorted(rng.permutation(len(withheld))[: config.quality_images])]
@@ -481,8 +484,7 @@ class _Run:
     # The loop.
 
     def _fit(self) -> None:
-        marks = [0, *(round(share * self.config.steps) for share in self.method.stages), self.config.steps]
-        for stage, (start, end) in enumerate(pairwise(marks)):
+        for stage, (start, end) in enumerate(pairwise(self.marks)):
             if self.step < end:
                 if stage:
                     self._enter(stage, anew=self.step == start)
@@ -490,23 +492,28 @@ class _Run:
 
     def _enter(self, stage: int, anew: bool) -> None:
         """Pseudo-labels of a stage, written before its first step and read back through the loader: they share the image's geometry."""
-        config, folder = self.config, self.folder / f"labels-{stage}"
+        config, before, folder = self.config, self.folder / f"labels-{stage - 1}", self.folder / f"labels-{stage}"
+        if (stage > 1 or not anew) and not (needed := before if anew else folder).is_dir():
+            raise ValueError(f"{needed}, the pseudo-labels of stage {stage - anew}, is gone; delete {self.folder} and the run starts anew")
         if anew:
             self.progress(f"labels {len(self.split.unlabeled):,} images for stage {stage}", now=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary = self.folder / f".labels-{stage}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
+            began, temporary = time.perf_counter(), self.folder / f".labels-{stage}.tmp"
+            for old in (folder, temporary):
+                shutil.rmtree(old, ignore_errors=True)
+            if stage > 1:
+                shutil.copytree(before, temporary)
+            else:
+                temporary.mkdir()
+            kept = {int(path.stem) for path in temporary.iterdir()}
             seed_step(config.seed, -1, stage)
             self.method.eval()
             prob = partial(probabilities, protocol=config.protocol, window=config.crop)
             with torch.no_grad():
-                for i, label in self.method.relabel(stage, _Images(self.dataset, self.split.unlabeled, self.device), prob):
+                for i, label in self.method.relabel(stage, _Images(self.dataset, self.split.unlabeled, self.device), prob, kept):
                     Image.fromarray(label.to("cpu", torch.uint8).numpy()).save(temporary / f"{i}.png")
             os.replace(temporary, folder)
             self.optimizers = make_optimizers(config, self.method)
-        elif not folder.is_dir():
-            raise ValueError(f"{folder}, the pseudo-labels of this stage, is gone; delete {self.folder} and the run starts anew")
+            self.seconds += time.perf_counter() - began
         labeled = _Relabeled(self.dataset, self.split.unlabeled, folder)
         self.steps = Steps(
             self.labeled, self.stream(labeled, labeled.ids, name="unlabeled", labeled=True, block=config.batch), config.batch
@@ -543,18 +550,22 @@ class _Run:
                 row = {"step": self.step, "lr": config.lr * rate, "loss": loss.item()}
                 row |= {f"term/{k}": v.item() for k, v in terms.items()} | {f"stat/{k}": v.item() for k, v in stats.items()}
                 self.seconds_training += clock.lap()
-                speed = self.images_a_step * self.step / self.seconds_training
+                speed = self._images(self.step) / self.seconds_training
                 if evaluating:
                     self.progress(f"step {self.step:,} of {config.steps:,}, evaluating", now=last)
                     row |= self._evaluate()
                 self.seconds += clock.since()
                 self._log(row)
-                left = (config.steps - self.step) * self.images_a_step / speed
+                left = (self._images(config.steps) - self._images(self.step)) / speed
                 self.progress(
                     f"step {self.step:,} of {config.steps:,}, loss {row['loss']:.3f}, {speed:.0f} images/s, {left / 60:.1f} min left"
                 )
                 if self.step % config.checkpoint_every == 0 or last:
                     self._save()
+
+    def _images(self, steps: int) -> int:
+        """Images that so many steps train on; a method that wants no unlabeled ones meets them from its second stage on."""
+        return self.config.batch * (steps + max(0, steps - (0 if self.method.unlabeled else self.marks[1])))
 
     def _stop_if_bad(self, bad: Tensor) -> None:
         """At logging, evaluation and checkpoints only, since it waits for the device: was every loss finite, and is every weight?"""
@@ -642,7 +653,7 @@ class _Run:
             predictors_best={name: max(row["miou"][name] for row in evaluations) for name in last["miou"]},
             pseudo_labels=last.get("pseudo_labels"),
             seconds=round(self.seconds, 2),
-            images_per_second=round(self.images_a_step * config.steps / self.seconds_training, 2),
+            images_per_second=round(self._images(config.steps) / self.seconds_training, 2),
             peak_memory_mb=round(memory, 1),
             device=torch.cuda.get_device_name(self.device) if cuda else "cpu",
             threads=torch.get_num_threads(),

@@ -10,6 +10,7 @@ from mkd_core.cost import Step, costs, peak_bytes, replay
 # Batches through an encoder with gradient (students on labeled and unlabeled images) and without (teachers, targets), from the equations.
 PASSES = {
     "supervised": (1, 0), "mean_teacher": (2, 1), "cutmix_seg": (2, 1), "cps": (4, 0), "mkd": (4, 2),
+    "st_plus_plus": (2, 0), "cct": (2, 0), "pseudoseg": (2, 1), "simple_baseline": (2, 0),
 }  # fmt: skip
 
 

@@ -30,7 +30,8 @@ server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["mkd_core.engine", "mkd_core.batch"])
 
 LONG = dict(steps=12, checkpoint_every=4, log_every=2, evaluate_every=6, batch=2, channels=8)
-OPTIONS = {"cps": {"boxes": 3, "weight": 1.0}, "mkd": {"threshold": 0.3, "fda": 1.0, "rampup": 0.5}, "cutmix_seg": {"threshold": 0.3}}
+OPTIONS = {"cps": {"boxes": 3, "weight": 1.0}, "mkd": {"threshold": 0.3, "fda": 1.0, "rampup": 0.5}, "cutmix_seg": {"threshold": 0.3},
+           "st_plus_plus": {"scales": [1.0]}, "simple_baseline": {"scales": [1.0]}}  # fmt: skip
 MOVING = {"seconds", "images_per_second", "peak_memory_mb", "commit"}  # commit: others may be working in this checkout
 
 

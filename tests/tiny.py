@@ -29,7 +29,7 @@ def make(name: str, seed: int = 0, **options: Any) -> Method:
 
 
 def batch(seed: int = 0, n: int = 3, size: int = 32, padded: bool = True) -> Batch:
-    """Random images; some labels are IGNORE and, where padded, a border of different width per image is padding."""
+    """Random images; some labels are IGNORE and, where padded, a border of different width per image is padding; pseudo-labels too."""
     g = torch.Generator().manual_seed(seed)
 
     def noise() -> Tensor:
@@ -42,7 +42,8 @@ def batch(seed: int = 0, n: int = 3, size: int = 32, padded: bool = True) -> Bat
         valid[i, size - 3 - 4 * i :] = False
         y[i, :, : 2 + i] = 255
     weak = noise()
-    return Batch(noise(), y, weak, (weak + 0.5 * noise(), weak + 0.5 * noise()), valid, torch.full_like(y, 255))
+    images = noise(), y, weak, (weak + 0.5 * noise(), weak + 0.5 * noise()), valid
+    return Batch(*images, torch.randint(0, CLASSES, y.shape, generator=g).masked_fill(~valid, 255))
 
 
 def gradients(term: Tensor, module: nn.Module) -> float:
@@ -84,7 +85,8 @@ def child(keys: dict[str, Any], runs: str, delay: float = 0.0, wait: bool = Fals
 
     wait   stop before the last step until killed
     die    "half checkpoint 2": while the second checkpoint is half written; "full record.json 2" and "renamed record.json 2": just before
-           and just after that file, written completely, gets its name, two checkpoints having been saved
+           and just after that file or folder, written completely, gets its name, two checkpoints having been saved; "half label 2":
+           while the second pseudo-label is half written
     limit  largest file in bytes, 0 for none: what a write meets on a full disk
     """
     import os
@@ -92,6 +94,8 @@ def child(keys: dict[str, Any], runs: str, delay: float = 0.0, wait: bool = Fals
     import signal
     import time
     from pathlib import Path
+
+    from PIL import Image
 
     from mkd_core import engine, records
 
@@ -110,8 +114,8 @@ def child(keys: dict[str, Any], runs: str, delay: float = 0.0, wait: bool = Fals
         return method
 
     engine.build_method = slowed
-    counts = {"save": 0}
-    save, replace = torch.save, os.replace
+    counts = {"save": 0, "label": 0}
+    save, replace, draw = torch.save, os.replace, Image.Image.save
 
     def dying_save(state: Any, file: Any) -> None:
         counts["save"] += 1
@@ -129,7 +133,14 @@ def child(keys: dict[str, Any], runs: str, delay: float = 0.0, wait: bool = Fals
         if die == f"renamed {name} {counts['save']}":
             kill()
 
-    torch.save, os.replace = dying_save, dying_replace
+    def dying_draw(image: Image.Image, path: Path) -> None:
+        counts["label"] += 1
+        draw(image, path)
+        if die == f"half label {counts['label']}":
+            os.truncate(path, path.stat().st_size // 2)
+            kill()
+
+    torch.save, os.replace, Image.Image.save = dying_save, dying_replace, dying_draw
     if limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

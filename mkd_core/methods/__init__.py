@@ -2,6 +2,7 @@
 
 from .advsemseg import AdvSemSeg
 from .base import Batch, Build, Method, Terms
+from .cct import CCT
 from .cps import CPS
 from .cutmix_seg import CutMixSeg
 from .fixmatch import FixMatch
@@ -10,7 +11,10 @@ from .mean_teacher import MeanTeacher
 from .mkd import MKD
 from .pc2seg import PC2Seg
 from .ps_mt import PSMT
+from .pseudoseg import PseudoSeg
+from .simple_baseline import SimpleBaseline
 from .speed import SPEED
+from .st_plus_plus import STPlusPlus
 from .supervised import Supervised
 from .u2pl import U2PL
 from .unimatch import UniMatch
@@ -31,6 +35,10 @@ METHODS: dict[str, type[Method]] = {
     "gct": GCT,
     "u2pl": U2PL,
     "pc2seg": PC2Seg,
+    "st_plus_plus": STPlusPlus,
+    "cct": CCT,
+    "pseudoseg": PseudoSeg,
+    "simple_baseline": SimpleBaseline,
 }
 
 __all__ = ["METHODS", "Batch", "Build", "Method", "Terms"]

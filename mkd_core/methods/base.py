@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Ge, Gt, Interval, MinLen
 from torch import Tensor, nn
 
-from ..models import SegNet
+from ..models import SegNet, resize
 
 # Types of options: a value of another type or outside its range is refused when a run is configured.
 Weight = Annotated[float, Ge(0)]
@@ -19,6 +19,7 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 Count = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 PositiveCount = Annotated[int, Gt(0)]
+Scales = Annotated[tuple[Positive, ...], MinLen(1)]
 TeacherMode = Literal["train", "eval"]
 EMABuffers = Literal["none", "all"]
 
@@ -34,7 +35,7 @@ class Batch:
     x: Tensor  # (B, 3, H, W) labeled images, weak view, normalised
     y: Tensor  # (B, H, W) labels, int64, IGNORE = 255
     weak: Tensor  # (U, 3, H, W) unlabeled images, weak view
-    strong: tuple[Tensor, ...]  # `views` times (U, 3, H, W): the same crops under strong colour
+    strong: tuple[Tensor, ...]  # `views` times (U, 3, H, W): the same crops under strong colour; none where U = 0
     valid: Tensor  # (U, H, W) bool, False on padding
     label: Tensor  # (U, H, W) pseudo-labels of the stage (see Method.relabel), int64; all IGNORE where there are none
 
@@ -42,7 +43,7 @@ class Batch:
 class Method(nn.Module):
     """Networks, teachers and the equation of one paper. State is submodules and buffers, so checkpoints and devices need no code here.
 
-    unlabeled    False: no unlabeled image is loaded (U = 0)
+    unlabeled    False: no unlabeled image is loaded (U = 0) before a stage has pseudo-labels for them
     views        how many strong colour views of each unlabeled image it wants
     min_batch    the smallest unlabeled batch it accepts (2 where images need a partner)
     stages       where in progress a further stage begins (self-training): before it `relabel` is called, learning rate and optimiser start anew
@@ -74,11 +75,13 @@ class Method(nn.Module):
         """
         return None
 
-    def relabel(self, stage: int, images: Sequence[Tensor], prob: Prob) -> Iterator[tuple[int, Tensor]]:
-        """Before stage 1, 2, ...: (position, label (H, W) integers, IGNORE = 255) of the unlabeled images that the stage trains on.
+    def relabel(self, stage: int, images: Sequence[Tensor], prob: Prob, labeled: Collection[int]) -> Iterator[tuple[int, Tensor]]:
+        """Before stage 1, 2, ...: (position, label (H, W) integers, IGNORE = 255) of unlabeled images that the stage trains on.
 
-        images: all of the split, (1, 3, H, W) normalised, loaded when asked for; prob(net, image): class probabilities (1, C, H, W) for any size.
-        Called in eval mode without gradient; networks that shall start anew are drawn anew here.
+        images   all of the split, (1, 3, H, W) normalised, loaded when asked for
+        prob     prob(net, images): class probabilities (B, C, H, W) of images of any size, by the run's protocol
+        labeled  positions with a pseudo-label from the stage before: it stays and is trained on unless a new one is yielded
+        Called in eval mode without gradient; networks that shall start anew are drawn anew here, after the last label.
         """
         raise NotImplementedError
 
@@ -102,3 +105,13 @@ def both(net: nn.Module, x: Tensor, u: Tensor, joint: bool) -> tuple[Tensor, Ten
         return net(x), net(u)
     out = net(torch.cat((x, u)))
     return out[: len(x)], out[len(x) :]
+
+
+def tta(prob: Prob, net: nn.Module, image: Tensor, scales: Scales) -> Tensor:
+    """Class probabilities (B, C, H, W), averaged over scaled images and their mirror images: test-time augmentation of ST++'s labels."""
+    total = torch.zeros((), device=image.device)
+    for scale in scales:
+        scaled = resize(image, torch.Size(max(1, int(side * scale)) for side in image.shape[-2:]))
+        straight, mirrored = prob(net, torch.cat((scaled, scaled.flip(-1)))).chunk(2)
+        total = total + resize(straight + mirrored.flip(-1), image.shape[-2:])
+    return total / (2 * len(scales))
