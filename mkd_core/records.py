@@ -128,9 +128,13 @@ def as_cells(cells: Rows | Cells) -> Cells:
 
 
 def dump(cells: Rows | Cells, path: Path) -> None:
-    """records.jsonl: one record a line, led by its row and column; data set and weights by their last name only."""
-    labeled = [({"row": row, "column": title}, r) for row, of in as_cells(cells).items() for title, found in of.items() for r in found]
-    lines = [json.dumps(label | _portable(r).model_dump(mode="json"), ensure_ascii=False) + "\n" for label, r in labeled]
+    """records.jsonl: one record a line, led by its row and column (these alone where a cell is empty); folders by their last name only."""
+    lines = [
+        json.dumps({"row": row, "column": title} | record, ensure_ascii=False) + "\n"
+        for row, of in as_cells(cells).items()
+        for title, found in of.items()
+        for record in ([_portable(r).model_dump(mode="json") for r in found] or [{}])
+    ]
     write_atomically(path, "".join(lines))
 
 
@@ -141,7 +145,7 @@ def read_cells(path: str | Path) -> dict[str, dict[str, list[Record]]]:
         if not line.keys() >= {"row", "column"}:
             raise ValueError(f"{path}: a record without its row and column; `dump` writes both")
         row, title = line.pop("row"), line.pop("column")
-        cells.setdefault(row, {}).setdefault(title, []).append(Record(**line))
+        cells.setdefault(row, {}).setdefault(title, []).extend([Record(**line)] if line else [])
     return cells
 
 

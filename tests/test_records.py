@@ -90,11 +90,11 @@ def test_collect_takes_the_finished_runs_of_a_folder_and_a_file_alike(tmp_path):
     (tmp_path / "note.txt").write_text("not a run")
     found = collect(tmp_path)
     assert [r.id for r in found] == ["a", "b", "c"]
-    cells = {"second": {"1/4": found[2:], "1/16": found[:1]}, "first": {"1/16": found[1:2]}}
+    cells = {"second": {"1/8": [], "1/4": found[2:], "1/16": found[:1]}, "first": {"1/16": found[1:2]}}  # a missing cell stays one
     dump(cells, tmp_path / "records.jsonl")
     assert [r.id for r in collect(tmp_path / "records.jsonl")] == ["c", "a", "b"]
     kept = read_cells(tmp_path / "records.jsonl")
-    assert kept == cells and [*kept] == ["second", "first"] and [*kept["second"]] == ["1/4", "1/16"]
+    assert kept == cells and [*kept] == ["second", "first"] and [*kept["second"]] == ["1/8", "1/4", "1/16"]
     dump({"alone": found}, tmp_path / "records.jsonl")
     assert read_cells(tmp_path / "records.jsonl") == {"alone": {"": found}}
     (tmp_path / "records.jsonl").write_text(found[0].model_dump_json() + "\n")
