@@ -30,7 +30,7 @@ function curve(box, panes) {
   box.hidden = !found.length;
   if (box.hidden) return;
   const svg = document.createElementNS(SVG, "svg");
-  svg.setAttribute("viewBox", "0 0 300 190");
+  svg.setAttribute("viewBox", "0 -6 300 196");
   box.append(svg);
   const lowest = Math.min(...found.flatMap((pane) => pane.curve.map((point) => point[1])));
   const low = Math.max(0, Math.min(90, Math.floor(lowest / 10) * 10));
@@ -42,7 +42,7 @@ function curve(box, panes) {
     draw(svg, "text", { x: 30, y: y(accuracy) + 4, "text-anchor": "end" }, accuracy);
   }
   draw(svg, "text", { x: 162, y: 184, "text-anchor": "middle" }, "pixels kept (%)");
-  draw(svg, "text", { x: 38, y: 8 }, "accuracy of the kept (%)");
+  draw(svg, "text", { x: 36, y: 3 }, "accuracy of the kept (%)");
   for (const { k, curve: points, now } of found) {
     const path = points.map(([share, accuracy], i) => `${i ? "L" : "M"}${x(share).toFixed(1)} ${y(accuracy).toFixed(1)}`).join("");
     draw(svg, "path", { d: path, class: `pane${k}` });
@@ -96,6 +96,7 @@ export default {
     const readout = make(left, "div", "mkd-readout");
     const side = make(middle, "div", "mkd-side");
     const graph = make(side, "div", "mkd-curve");
+    const agree = make(side, "div", "mkd-agree");
     const table = make(make(side, "div", "mkd-scroll"), "table", "mkd-legend");
     const strip = make(root, "div", "mkd-strip");
     const command = (name, id = "") => model.send({ command: name, id });
@@ -164,6 +165,7 @@ export default {
           }
         });
         curve(graph, state.panes);
+        agree.textContent = state.agree;
         legend(table, model, state);
         update.current();
       },

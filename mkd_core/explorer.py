@@ -41,6 +41,7 @@ from .study import (
     layer,
     mask_png,
     newest_runs,
+    palette_picture,
     percent,
     write_new,
 )
@@ -115,8 +116,8 @@ class Explorer(widgets.VBox):
     def __init__(self, study: Study, out: str = "runs/explorer"):
         self.study, self.draws, self.search, self.changing = study, 0, 0, False
         self.thumbs = Recent(2_000)
-        slider = {"layout": widgets.Layout(width="310px"), "style": {"description_width": "70px"}}
-        choice = {"layout": widgets.Layout(width="230px"), "style": {"description_width": "60px"}}
+        slider = {"layout": widgets.Layout(width="280px"), "style": {"description_width": "60px"}}
+        choice = {"layout": widgets.Layout(width="210px"), "style": {"description_width": "55px"}}
         button = {"layout": widgets.Layout(width="auto")}
         self.set = widgets.Dropdown(options=list(study.sets), description="images", **choice)
         self.order = list(study.sets[self.set.value])
@@ -125,7 +126,7 @@ class Explorer(widgets.VBox):
         self.present = widgets.Dropdown(
             options=[("any class", -1), *zip(study.data.classes, itertools.count())], description="shows", **choice
         )
-        self.progress = widgets.IntProgress(0, 0, 1, description="looking", layout=widgets.Layout(width="230px", visibility="hidden"))
+        self.progress = widgets.IntProgress(0, 0, 1, description="looking", layout=widgets.Layout(width="210px", display="none"))
         self.threshold = widgets.FloatSlider(self._default_threshold(), min=0, max=1, step=0.01, description="T", **slider)
         self.opacity = widgets.FloatSlider(0.55, min=0, max=1, step=0.01, description="opacity", **slider)
         self.mode = widgets.ToggleButtons(options=MODES, style={"button_width": "auto"})
@@ -164,21 +165,21 @@ class Explorer(widgets.VBox):
 
     def _make_pane(self, k: int) -> Pane:
         """A: the labeler of the first run. B: that of the second run, or the other branch of the same one."""
-        study, wide = self.study, {"layout": widgets.Layout(width="230px"), "style": {"description_width": "60px"}}
+        study, wide = self.study, {"layout": widgets.Layout(width="210px"), "style": {"description_width": "55px"}}
         run = min(k, len(study.names) - 1)
         checkpoints = study.checkpoints(run)
         names = study.predictors(run, [*checkpoints.values()][-1])
         label = labeler(names)
         twin = label.replace("1", "2")
-        source = twin if k == 1 and run == 0 and twin in names else "truth" if k == 1 and run == 0 else label
+        source = label if k == run else twin if twin in names and twin != label else "truth"
         return Pane(
-            widgets.Dropdown(options=list(zip(study.names, itertools.count())), value=run, description=f"{'AB'[k]}: run", **wide),
+            widgets.Dropdown(options=list(zip(study.names, itertools.count())), value=run, description=f"{'AB'[k]} run", **wide),
             widgets.SelectionSlider(
-                options=list(checkpoints.items()), value=[*checkpoints.values()][-1], description="weights",
-                layout=widgets.Layout(width="310px"), style={"description_width": "70px"},
+                options=list(checkpoints.items()), value=[*checkpoints.values()][-1], description=f"{'AB'[k]} weights",
+                layout=widgets.Layout(width="280px"), style={"description_width": "60px"},
             ),
             widgets.Dropdown(options=["image", "truth", *names, *VIEWS], value=source, description=f"{'AB'[k]} shows", **wide),
-            widgets.Dropdown(options=LAYERS, description="as", **wide),
+            widgets.Dropdown(options=LAYERS, description=f"{'AB'[k]} as", **wide),
         )  # fmt: skip
 
     # What is shown.
@@ -205,12 +206,13 @@ class Explorer(widgets.VBox):
             self._fill(pane, other, id, image, truth, threshold)
         tables = [by_class(p.found, truth, threshold, len(study.data.classes)) if p.found else None for p in self.panes]
         panes = [self._numbers(pane, table, truth, threshold) for pane, table in zip(self.panes, tables, strict=True)]
-        if maps[0] is not None and maps[1] is not None:
-            panes[1]["numbers"] += f" · A = B on {_text(percent((maps[0] == maps[1]).sum(), maps[0].size))} %"
+        agree = "" if maps[0] is None or maps[1] is None else f"A = B on {_text(100 * (maps[0] == maps[1]).mean())} % of the pixels"
         with self.canvas.hold_sync():
             self.canvas.image_a, self.canvas.image_b = (image_bytes(pane.image) for pane in self.panes)
             self.canvas.mask_a, self.canvas.mask_b = (b"" if p.mask is None else mask_png(p.mask, p.colours) for p in self.panes)
-            self.canvas.state = {"message": "", "mode": self.mode.value, "panes": panes, "current": id, **self._legend(tables, maps)}
+            self.canvas.state = {"message": "", "mode": self.mode.value, "panes": panes, "current": id, "agree": agree} | self._legend(
+                tables, maps
+            )
             self._answer()
         background(self._fill_strip())
 
@@ -329,7 +331,7 @@ class Explorer(widgets.VBox):
         """Order and filter the images; what needs predictions of them all goes on in the background, image by image, until the next call."""
         self.search += 1
         ids = list(self.study.sets[self.set.value])
-        self.progress.layout.visibility = "hidden"
+        self.progress.layout.display = "none"
         if self.sort.value == "file order" and self.present.value < 0:
             self._take(ids)
         else:
@@ -338,7 +340,7 @@ class Explorer(widgets.VBox):
     async def _find(self, ids: list[str], search: int) -> None:
         (attribute, sign), wanted, found = SORTS[self.sort.value], self.present.value, {}
         chosen = []
-        self.progress.max, self.progress.layout.visibility = len(ids), "visible"
+        self.progress.max, self.progress.layout.display = len(ids), "flex"
         try:
             for pane in self.panes:
                 names = self.study.predictors(*pane.place)
@@ -354,7 +356,7 @@ class Explorer(widgets.VBox):
             return
         finally:
             if search == self.search:
-                self.progress.layout.visibility = "hidden"
+                self.progress.layout.display = "none"
         hits = [id for id in ids if wanted < 0 or wanted in found[id]["classes"]]
         if attribute:
             hits.sort(key=lambda id: (found[id][attribute] is None, sign * (found[id][attribute] or 0)))
@@ -390,8 +392,7 @@ class Explorer(widgets.VBox):
             pane = self.panes[0]
             if pane.found is None:
                 raise ValueError("pane A shows no prediction: choose a network there, its pseudo-label is saved")
-            picture = Image.fromarray(pane.found.pseudo_label(round(self.threshold.value, 4)))
-            picture.putpalette(self.study.palette.tobytes())
+            picture = palette_picture(pane.found.pseudo_label(round(self.threshold.value, 4)), self.study.palette)
             self._save(
                 f"{self.study.folders[pane.run.value].name}-{pane.checkpoint.label}-{pane.source.value}-T{self.threshold.value:.2f}",
                 picture,

@@ -114,11 +114,17 @@ def layer(name: str, found: Prediction, other: Array | None, truth: Array | None
     return (found.label if name == "labels" else found.pseudo_label(threshold)), palette
 
 
+def palette_picture(mask: Array, colours: Array) -> Image.Image:
+    """(H, W) uint8 indices as a palette picture; the colours (n, 3) uint8 are filled up, so that IGNORE has one too: light grey."""
+    picture = Image.fromarray(mask)
+    picture.putpalette(colours.tobytes().ljust(3 * IGNORE, b"\0") + bytes([224] * 3))
+    return picture
+
+
 def mask_png(mask: Array, colours: Array) -> bytes:
     """(H, W) uint8 indices -> a palette PNG in which IGNORE is clear."""
-    picture, buffer = Image.fromarray(mask), io.BytesIO()
-    picture.putpalette(colours.tobytes())
-    picture.save(buffer, "PNG", compress_level=1, transparency=bytes([255] * IGNORE + [0]))
+    buffer = io.BytesIO()
+    palette_picture(mask, colours).save(buffer, "PNG", compress_level=1, transparency=bytes([255] * IGNORE + [0]))
     return buffer.getvalue()
 
 
