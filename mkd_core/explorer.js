@@ -57,7 +57,7 @@ function legend(table, model, state) {
   for (const what of ["pixels %", "kept %", "right %"]) make(head, "th", "", what).colSpan = 2;
   const body = make(table, "tbody");
   for (const { index, name, colour, cells } of state.legend) {
-    const row = make(body, "tr", index === model.get("isolated") ? "mkd-on" : "");
+    const row = make(body, "tr");
     row.dataset.index = index;
     row.title = "click: show this class alone";
     const first = make(row, "td");
@@ -165,10 +165,12 @@ export default {
           }
         });
         curve(graph, state.panes);
-        agree.textContent = state.agree;
+        agree.textContent = [state.current, state.agree].filter(Boolean).join(" · ");
         legend(table, model, state);
         update.current();
+        update.isolated();
       },
+      isolated: () => [...table.querySelectorAll("[data-index]")].forEach((row) => row.classList.toggle("mkd-on", row.dataset.index == model.get("isolated"))),
       current: () => [...strip.children].forEach((node) => node.classList.toggle("mkd-on", node.title === model.get("state").current)),
       strip() {
         strip.replaceChildren();

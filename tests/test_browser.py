@@ -365,8 +365,9 @@ def test_an_image_without_truth_and_a_damaged_one(seen, study):
 def test_pixel_class_and_modes(seen, study):
     seen.after(lambda: seen.control("image").locator(".noUi-handle").press("Home"))
     id = study.sets["unlabeled"][0]
-    found, box = study.predict(0, "checkpoint.pt", id)["teacher 1"], seen.page.locator(".mkd-pane0 .mkd-picture").bounding_box()
-    seen.after(lambda: seen.page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.6 * box["height"]))
+    found, picture = study.predict(0, "checkpoint.pt", id)["teacher 1"], seen.page.locator(".mkd-pane0 .mkd-picture")
+    box = picture.bounding_box()
+    seen.after(lambda: picture.hover(position={"x": 0.3 * box["width"], "y": 0.6 * box["height"]}))
     x, y = map(int, re.match(r"x (\d+), y (\d+)", seen.text(".mkd-readout")).groups())
     assert abs(x - 0.3 * 512) < 3 and abs(y - 0.6 * 512) < 3
     parts = [f"{study.data.classes[c]} {100 * p:.1f}" for c, p in zip(found.classes[:, y, x], found.probs[:, y, x], strict=True)]
@@ -386,10 +387,10 @@ def test_pixel_class_and_modes(seen, study):
         assert seen.page.locator(".mkd-stage").get_attribute("data-mode") == name
         assert seen.page.locator(".mkd-pane.mkd-pane1").is_visible() == (name != "A alone")
         if name == "swipe":
-            divider, picture = seen.page.locator(".mkd-divider").bounding_box(), seen.page.locator(".mkd-pane0 .mkd-picture").bounding_box()
-            seen.page.mouse.move(divider["x"] + 9, divider["y"] + 50)
+            seen.page.locator(".mkd-divider").hover(position={"x": 9, "y": 50})
+            box, y = picture.bounding_box(), seen.page.locator(".mkd-divider").bounding_box()["y"] + 50
             seen.page.mouse.down()
-            seen.page.mouse.move(picture["x"] + picture["width"] / 4, divider["y"] + 50, steps=3)
+            seen.page.mouse.move(box["x"] + box["width"] / 4, y, steps=3)
             seen.page.mouse.up()
             clip = seen.page.locator(".mkd-pane1 .mkd-mask").evaluate("e => getComputedStyle(e).clipPath")
             assert abs(float(re.search(r"([\d.]+)%\)", clip)[1]) - 25) < 1
@@ -468,7 +469,7 @@ def test_voila_serves_the_explorer_alone(browser, place):
         page.goto(server.url)
         assert not page.locator(".mkd-explorer").count() and "token" in page.content().lower(), "it asks for the token first"
         seen = Seen(page)
-        page.goto(f"{server.url}/?token={TOKEN}", wait_until="domcontentloaded", timeout=90_000)
+        page.goto(f"{server.url}/?token={TOKEN}", wait_until="domcontentloaded", timeout=240_000)
         page.locator(".mkd-pane0 .mkd-mask").wait_for(timeout=90_000)
         page.wait_for_function("document.querySelectorAll('.mkd-strip img').length === 12", timeout=60_000)
         study = Study(next((place / "empty").glob("*/")))
