@@ -116,7 +116,7 @@ class Explorer(widgets.VBox):
     def __init__(self, study: Study, out: str = "runs/explorer"):
         self.study, self.draws, self.search, self.changing = study, 0, 0, False
         self.thumbs = Recent(2_000)
-        slider = {"layout": widgets.Layout(width="280px"), "style": {"description_width": "60px"}}
+        slider = {"layout": widgets.Layout(width="260px"), "style": {"description_width": "55px"}}
         choice = {"layout": widgets.Layout(width="210px"), "style": {"description_width": "55px"}}
         button = {"layout": widgets.Layout(width="auto")}
         self.set = widgets.Dropdown(options=list(study.sets), description="images", **choice)
@@ -176,7 +176,7 @@ class Explorer(widgets.VBox):
             widgets.Dropdown(options=list(zip(study.names, itertools.count())), value=run, description=f"{'AB'[k]} run", **wide),
             widgets.SelectionSlider(
                 options=list(checkpoints.items()), value=[*checkpoints.values()][-1], description=f"{'AB'[k]} weights",
-                layout=widgets.Layout(width="280px"), style={"description_width": "60px"},
+                layout=widgets.Layout(width="290px"), style={"description_width": "72px"},
             ),
             widgets.Dropdown(options=["image", "truth", *names, *VIEWS], value=source, description=f"{'AB'[k]} shows", **wide),
             widgets.Dropdown(options=LAYERS, description=f"{'AB'[k]} as", **wide),
