@@ -339,14 +339,17 @@ class Explorer(widgets.VBox):
 
     async def _find(self, ids: list[str], search: int) -> None:
         (attribute, sign), wanted, found = SORTS[self.sort.value], self.present.value, {}
-        chosen = []
+        chosen, faults = [], []
         self.progress.max, self.progress.layout.display = len(ids), "flex"
         try:
             for pane in self.panes:
                 names = self.study.predictors(*pane.place)
                 chosen.append((*pane.place, pane.source.value if pane.source.value in names else labeler(names)))
             for k, id in enumerate(ids):
-                found[id] = self.study.score(chosen[0], chosen[1], id)
+                try:
+                    found[id] = self.study.score(chosen[0], chosen[1], id)
+                except (ValueError, OSError) as error:  # an image that cannot be read
+                    faults.append(str(error))
                 self.progress.value = k + 1
                 await asyncio.sleep(0)
                 if search != self.search:
@@ -357,12 +360,14 @@ class Explorer(widgets.VBox):
         finally:
             if search == self.search:
                 self.progress.layout.display = "none"
-        hits = [id for id in ids if wanted < 0 or wanted in found[id]["classes"]]
+        hits = [id for id in found if wanted < 0 or wanted in found[id]["classes"]]
         if attribute:
             hits.sort(key=lambda id: (found[id][attribute] is None, sign * (found[id][attribute] or 0)))
         if hits:
             self._take(hits)
-        else:
+        if faults:
+            self.say(f"{len(faults)} of {len(ids)} images are left out, the first: {faults[0]}")
+        elif not hits:
             self.say(f"in none of the {len(ids)} {self.set.value} images does A predict {self.study.data.classes[wanted]}")
 
     def _take(self, ids: list[str]) -> None:

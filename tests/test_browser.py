@@ -434,7 +434,7 @@ def test_searching_leaves_the_kernel_answering(seen, study, place):
         "id => document.querySelector('.mkd-strip button').title === id", arg=sorted(ids, key=lambda i: -scores[i])[0]
     )
     check(seen, study, sorted(ids, key=lambda i: -scores[i])[0])
-    seen.choose("images", "unlabeled")  # hundreds of images: the search goes on while the threshold moves
+    seen.control("images").locator("select").select_option("unlabeled")  # hundreds of images: the search goes on while the threshold moves
     seen.slide("T", "ArrowLeft", 2)
     assert seen.page.locator(".widget-hprogress").is_visible()
     seen.choose("order", "file order")
