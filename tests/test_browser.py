@@ -88,7 +88,7 @@ def make_run(runs, root, method, seed, **options):
                 spread, mean = torch.std_mean(net(image), (0, 2, 3))
                 head.bias.sub_(mean).div_(spread / 2)
                 head.weight.div_(spread[:, None, None, None] / 2)
-        torch.save({"step": step, "method": drawn.state_dict(), "optimizer": {}, "history": "[]"}, folder / name)
+        torch.save({"step": step, "method": drawn.state_dict(), "optimizers": [], "history": "[]"}, folder / name)
     return folder
 
 
