@@ -1,7 +1,7 @@
 # make demo: the main job. make test: every test. Both set everything up first. make help lists the rest.
 PY = .venv/bin/python
 MKD = .venv/bin/mkd
-.PHONY: help demo test bench lab lint tidy lock evidence
+.PHONY: help demo test bench lab viewer lint tidy lock evidence
 
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -20,6 +20,9 @@ bench: .venv/.ok  ## speed and memory of the parts, as ratios
 
 lab: .venv/.ok  ## JupyterLab on the notebooks
 	.venv/bin/jupyter lab --ServerApp.root_dir=. notebooks/00_quickstart.ipynb
+
+viewer: .venv/.ok  ## the explorer alone on the newest runs: this machine only, with a token; Ctrl-C stops it
+	.venv/bin/voila notebooks/50_explorer.ipynb --Voila.ip=127.0.0.1 --Voila.auto_token=True
 
 lint: .venv/.ok  ## ruff, mypy, import order of the modules
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy mkd_core && .venv/bin/lint-imports

@@ -19,7 +19,7 @@ from .models import ARCHITECTURES, file_sha256
 
 # Left out of the id by choice: where things lie and on what they run (other hardware changes bits, and training amplifies them), how often
 # the run is logged and saved; weights enter by their hash.
-NOT_IDENTITY = {"root", "device", "threads", "workers", "checkpoint_every", "log_every", "weights"}
+NOT_IDENTITY = {"root", "device", "threads", "workers", "checkpoint_every", "keep_every", "log_every", "weights"}
 
 
 # Raised when a change of the code changes results, so that runs from before it are not taken for new ones. 1 is left out of the id: runs
@@ -75,6 +75,7 @@ class RunConfig(BaseModel):
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of torch; 0: its own choice")
     workers: int = Field(0, ge=0, le=1024, description="loader processes")
     checkpoint_every: int = Field(1_000, gt=0)
+    keep_every: int = Field(0, ge=0, description="steps between checkpoints that stay, for the explorer; 0: only the last one stays")
     log_every: int = Field(50, gt=0)
 
     def __init__(self, **keys: Any):
@@ -133,6 +134,8 @@ class RunConfig(BaseModel):
             raise ValueError(
                 "batch must be at least 2: BatchNorm cannot normalise a single image (DeepLabV3+ pools to 1 x 1); or norm='group'"
             )
+        if self.keep_every % self.checkpoint_every:
+            raise ValueError(f"keep_every must be a multiple of checkpoint_every ({self.checkpoint_every}); got {self.keep_every}")
         return self
 
     @property

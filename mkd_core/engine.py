@@ -607,15 +607,19 @@ class _Run:
             "step": self.step, "method": self.method.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers], "history": json.dumps(self.history),
             "seconds": self.seconds, "seconds_training": self.seconds_training,
         }  # fmt: skip
-        path, temporary = self.folder / "checkpoint.pt", self.folder / ".checkpoint.pt.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        names = ["checkpoint.pt"]
+        if self.config.keep_every and self.step % self.config.keep_every == 0:
+            names.append(f"checkpoint-{self.step}.pt")
+        for name in names:
+            temporary = self.folder / f".{name}.tmp"
+            try:
+                with open(temporary, "wb") as file:
+                    torch.save(state, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.folder / name)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def _restore(self) -> None:
         path = self.folder / "checkpoint.pt"

@@ -43,7 +43,7 @@ def test_unknown_names_are_refused_with_a_guess_and_the_list(keys, words):
     "keys",
     [{"lr": 0}, {"lr": "fast"}, {"lr": -1e-3}, {"steps": 0}, {"steps": 1.5}, {"batch": 0}, {"batch": 1}, {"crop": (500, 512)}, {"crop": (0, 16)},
      {"crop": 512}, {"scale": (2.0, 0.5)}, {"scale": (0.0, 1.0)}, {"seed": -1}, {"dropout": 1.0}, {"bn_momentum": 0}, {"power": -1},
-     {"weight_decay": -1}, {"workers": -1}, {"evaluate_every": -5}, {"checkpoint_every": 0}, {"log_every": 0}, {"quality_images": -1},
+     {"weight_decay": -1}, {"workers": -1}, {"evaluate_every": -5}, {"checkpoint_every": 0}, {"keep_every": -1}, {"keep_every": 1_500}, {"log_every": 0}, {"quality_images": -1},
      {"channels": 0}, {"base": -1}, {"norm": "layer"}, {"optimizer": "adam"}],
     ids=str,
 )  # fmt: skip
@@ -116,7 +116,15 @@ def test_the_id_does_not_depend_on_how_the_run_is_written():
 
 def test_the_id_does_not_change_with_the_machine(tmp_path):
     plain = config()
-    for keys in ({"device": "cuda"}, {"workers": 4}, {"threads": 8}, {"checkpoint_every": 7}, {"log_every": 9}, {"root": str(tmp_path)}):
+    for keys in (
+        {"device": "cuda"},
+        {"workers": 4},
+        {"threads": 8},
+        {"checkpoint_every": 7},
+        {"keep_every": 5_000},
+        {"log_every": 9},
+        {"root": str(tmp_path)},
+    ):
         assert config(**keys).id == plain.id, keys
 
 

@@ -571,3 +571,18 @@ def test_a_checkpoint_that_is_none_is_called_damaged(tmp_path):
         engine.read_checkpoint(tmp_path / "checkpoint.pt", "cpu")
     with pytest.raises(ValueError, match="no run"):
         engine.load_method(tmp_path)
+
+
+def test_checkpoints_stay_at_the_stride_that_was_asked_for(tmp_path):
+    """keep_every 4: the weights after steps 4 and 8 stay and are those of a run stopped there; they change nothing about the run."""
+    kept, plain = (run(config(steps=10, checkpoint_every=2, **keys), tmp_path / name, quiet=True)
+                   for name, keys in {"kept": {"keep_every": 4}, "plain": {}}.items())  # fmt: skip
+    assert kept.id == plain.id and kept.miou == plain.miou
+    folder = tmp_path / "kept" / kept.id
+    assert sorted(p.name for p in folder.glob("*checkpoint*")) == ["checkpoint-4.pt", "checkpoint-8.pt", "checkpoint.pt"]
+    assert [p.name for p in (tmp_path / "plain" / plain.id).glob("*checkpoint*")] == ["checkpoint.pt"]
+    states = [torch.load(folder / name, weights_only=True) for name in ("checkpoint-4.pt", "checkpoint-8.pt", "checkpoint.pt")]
+    assert [state["step"] for state in states] == [4, 8, 10]
+    loaded = engine.load_method(folder, checkpoint="checkpoint-4.pt").state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in states[0]["method"].items())
+    assert any(not torch.equal(loaded[key], value) for key, value in states[1]["method"].items())

@@ -1,0 +1,494 @@
+"""The explorer in a real browser: JupyterLab and voila, headless Chromium. Every control is moved; what is seen is compared with Python."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from tidy import NOTEBOOKS
+
+from mkd_core.augment import normalise
+from mkd_core.config import RunConfig
+from mkd_core.data.base import read_image
+from mkd_core.data.shapes import PALETTE, Shapes
+from mkd_core.engine import build_method
+from mkd_core.study import Study, by_class, layer
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ROOT, TOKEN, COUNT, T = NOTEBOOKS.parent, "mkd-test", 1_000, 0.6
+NAMES = [f"images/{k:04d}.jpg" for k in range(COUNT)]
+SLACK = float(os.environ.get("MKD_SLACK", 3))  # the limits are for an idle machine; tests run on busy ones
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+]
+# voila asks a content network for two icon fonts and does without them
+HARMLESS = ("net::ERR_", "favicon")
+
+
+def make_data(root):
+    """1,000 images of 512 x 512 pixels (links to a few files) with masks; image 5 has none, 6 is grey and smaller, 7 is damaged."""
+    data = Shapes(train_size=8, val_size=1)
+    for folder in ("images", "masks", "mine"):
+        (root / folder).mkdir(parents=True)
+    for k, name in enumerate(NAMES):
+        place, mask = root / name, root / f"masks/{k:04d}.png"
+        if k >= 8:
+            os.link(root / NAMES[k % 5], place)
+            os.link(root / f"masks/{k % 5:04d}.png", mask)
+            continue
+        id = data.train[k]
+        image, label = data.image(id).permute(1, 2, 0).numpy(), data.label(id).numpy()
+        tall, wide = (200, 300) if k == 6 else (512, 512)
+        picture = Image.fromarray(np.tile(image, (11, 11, 1))[:tall, :wide])  # textures at the scale that the networks know
+        picture.convert("L" if k == 6 else "RGB").save(place, quality=90)
+        Image.fromarray(np.tile(label, (11, 11))[:tall, :wide]).save(mask)
+        if k == 7:
+            place.write_bytes(place.read_bytes()[:500])
+    lines = [name if k == 5 else f"{name} masks/{k:04d}.png" for k, name in enumerate(NAMES)]
+    (root / "classes.txt").write_text("\n".join(data.classes))
+    (root / "mine/unlabeled.txt").write_text("\n".join(lines[:-8]))
+    (root / "mine/labeled.txt").write_text("\n".join(lines[-8:]))
+
+
+def make_run(runs, root, method, seed, **options):
+    """A run folder with two checkpoints of networks drawn at random whose logits, for an image, have mean 0 and deviation 2 in every class."""
+    config = RunConfig(
+        dataset="folder", root=str(root), split="mine", dataset_options={"val": "", "palette": PALETTE.tolist()}, method=method, options=options,
+        encoder="tu-test_resnet", channels=16, crop=(64, 64), steps=20, batch=2, seed=seed, device="cpu",
+    )  # fmt: skip
+    folder = runs / method
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(config.model_dump_json())
+    image = normalise(read_image(root / NAMES[0])[None] / 255)
+    for step, name in ((10, "checkpoint-10.pt"), (20, "checkpoint.pt")):
+        drawn = build_method(config.model_copy(update={"seed": seed + step}), 5).eval()
+        for net in drawn.predictors.values():
+            head = getattr(net, "module", net).classifier
+            with torch.no_grad():
+                spread, mean = torch.std_mean(net(image), (0, 2, 3))
+                head.bias.sub_(mean).div_(spread / 2)
+                head.weight.div_(spread[:, None, None, None] / 2)
+        torch.save({"step": step, "method": drawn.state_dict(), "optimizers": [], "history": "[]"}, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: install the extra `test`")
+    if not CHROMIUM:
+        pytest.skip("needs Chromium: on Debian, apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the data, two runs, and the settings of a Jupyter without dialogs."""
+    place = tmp_path_factory.mktemp("browser")
+    make_data(place / "data")
+    make_run(place / "runs", place / "data", "mkd", seed=0, threshold=T)
+    make_run(place / "runs", place / "data", "cps", seed=1, boxes=3)
+    settings = {
+        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True},
+        "notebook-extension/tracker": {"windowingMode": "none"},
+        "apputils-extension/themes": {"theme": os.environ.get("MKD_THEME", "JupyterLab Light")},
+    }
+    for name, values in settings.items():
+        path = place / f"settings/@jupyterlab/{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    return place
+
+
+def environment(place):
+    folders = {"CONFIG_DIR": "config", "RUNTIME_DIR": "runtime", "DATA_DIR": "share"}
+    lab = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}
+    names = {f"JUPYTER_{key}": name for key, name in folders.items()} | lab
+    return os.environ | {key: str(place / name) for key, name in names.items()} | {"MKD_RUNS": str(place / "runs"), "PYTHONPATH": str(ROOT)}
+
+
+def notebook(place, name, **parameters):
+    """50_explorer with other parameters, as papermill would set them, and a last cell that says when all have run."""
+    book = nbformat.read(NOTEBOOKS / "50_explorer.ipynb", as_version=4)
+    where = next(k for k, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", []))
+    book.cells.insert(where + 1, nbformat.v4.new_code_cell("\n".join(f"{key} = {value!r}" for key, value in parameters.items())))
+    book.cells[-1].source = "import time\nstart = time.perf_counter()\n" + book.cells[-1].source.replace("explore(", "shown = explore(")
+    book.cells[-1].source += "\nprint(f'opened in {time.perf_counter() - start:.2f} s')\nshown"
+    book.cells.append(nbformat.v4.new_code_cell("print('ALL', 'RAN')"))
+    path = place / name
+    nbformat.write(book, path)
+    return path
+
+
+class Server:
+    """A command that serves on a free loopback port; stopped as Ctrl-C would."""
+
+    def __init__(self, place, words, ready, **variables):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        words = [word.format(port=self.port) for word in words]
+        self.log = place / f"{words[0]}.log"
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *words], env=environment(place) | variables, cwd=place, stdout=log, stderr=log
+            )
+        self.url = f"http://127.0.0.1:{self.port}"
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{self.url}/{ready}", timeout=5)
+                return
+            except OSError as error:
+                if getattr(error, "code", 0) in (401, 403):  # it is up and asks for the token
+                    return
+                assert self.process.poll() is None, self.log.read_text()
+                time.sleep(0.1)
+        raise AssertionError(f"{words} is not up after a minute")
+
+    def stop(self):
+        """Its exit status; every process that it started is gone."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGINT)
+        if self.process.poll() is None:
+            time.sleep(0.5)
+            self.process.send_signal(signal.SIGTERM)  # JupyterLab asks back after the first one
+        status = self.process.wait(30)
+        left = psutil.wait_procs(children, timeout=10)[1]
+        for child in left:
+            child.kill()
+        assert not left, f"left behind: {left}"
+        return status
+
+
+class Seen:
+    """The explorer in a page: its controls by their names, its pictures as arrays, its numbers as text."""
+
+    def __init__(self, page):
+        self.page, self.errors = page, []
+        page.set_default_timeout(60_000)
+        page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" and not any(h in m.text for h in HARMLESS) else None)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def control(self, name):
+        exact = re.compile(f"^{re.escape(name)}$")
+        return self.page.locator(":is(.widget-inline-hbox, .widget-hslider)", has=self.page.locator("label.widget-label", has_text=exact))
+
+    def choose(self, name, option):
+        self.after(lambda: self.control(name).locator("select").select_option(option))
+
+    def slide(self, name, key, times=1):
+        self.control(name).locator(".noUi-handle").focus()
+        for _ in range(times):
+            self.after(lambda: self.page.keyboard.press(key))
+
+    def press(self, name):
+        self.after(lambda: self.page.get_by_role("button", name=name, exact=True).click())
+
+    def after(self, action):
+        """Do it, and wait until the picture or the text of the canvas changed and the kernel has answered."""
+        before = self.state()
+        action()
+        self.page.wait_for_function("before => window.mkdState() !== before", arg=before)
+        self.page.wait_for_timeout(60)
+
+    def state(self):
+        return self.page.evaluate(
+            """() => (window.mkdState = () => { const e = document.querySelector(".mkd-explorer");
+            return [...e.querySelectorAll("img")].map((i) => i.src).join() + e.innerText + e.querySelector(".mkd-stage").dataset.mode; })()"""
+        )
+
+    def array(self, selector):
+        """The pixels of an <img>, as it was sent."""
+        data = self.page.locator(selector).evaluate("async (i) => [...new Uint8Array(await (await fetch(i.src)).arrayBuffer())]")
+        return np.array(Image.open(io.BytesIO(bytes(data))))
+
+    def mask(self, pane):
+        return self.array(f".mkd-pane.mkd-pane{pane} .mkd-mask")
+
+    def text(self, selector):
+        return self.page.locator(selector).inner_text()
+
+    def rows(self):
+        rows = self.page.locator(".mkd-legend tbody tr:not(.mkd-absent)").all()
+        return {cells[0]: cells[1:] for cells in ([cell.strip() for cell in row.locator("td").all_inner_texts()] for row in rows)}
+
+
+@pytest.fixture(scope="module")
+def lab(place):
+    server = Server(place, [
+        "jupyterlab", "--no-browser", "--ip=127.0.0.1", "--port={port}", "--ServerApp.port_retries=0", "--allow-root", f"--ServerApp.root_dir={place}",
+        f"--IdentityProvider.token={TOKEN}", "--ServerApp.password=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    ], "api/status")  # fmt: skip
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def seen(browser, lab, place):
+    """50_explorer on the two runs, all cells run in JupyterLab."""
+    notebook(place, "explorer.ipynb", runs=[str(place / "runs/mkd"), str(place / "runs/cps")], out=str(place / "out"))
+    page = browser.new_context(viewport={"width": 1300, "height": 1000}).new_page()
+    seen = Seen(page)
+    page.goto(f"{lab.url}/doc/tree/explorer.ipynb?reset&token={TOKEN}", wait_until="domcontentloaded")
+    page.wait_for_selector(".jp-Notebook")
+    page.get_by_text("| Idle").wait_for(timeout=60_000)  # anything earlier loses the run
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.locator('li[data-command="runmenu:run-all"]').click()
+    page.get_by_text("ALL RAN", exact=True).wait_for(state="attached", timeout=90_000)
+    page.wait_for_function("document.querySelectorAll('.mkd-strip img').length === 11", timeout=60_000)  # of 12, one is damaged
+    seen.opened = float(re.search(r"opened in ([\d.]+) s", page.locator(".jp-Notebook").inner_text())[1])
+    yield seen
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def study(place):
+    return Study([place / "runs/mkd", place / "runs/cps"])
+
+
+def check(
+    seen, study, id, a=(0, "checkpoint.pt", "teacher 1"), b=(1, "checkpoint.pt", "student 1"), threshold=T, layers=("pseudo-labels",) * 2
+):
+    """Masks, class table and summary in the page are those that the Study gives for panes a and b."""
+    found = [study.predict(*which[:2], id)[which[2]] for which in (a, b)]
+    truth = study.truth(id)
+    for k, name in enumerate(layers):
+        expected, _ = layer(name, found[k], found[1 - k].label, truth, threshold, study.palette)
+        assert np.array_equal(seen.mask(k), expected), (id, name)
+    tables = [by_class(one, truth, threshold, 5) for one in found]
+    rows = seen.rows()
+    assert rows.keys() == {n for c, n in enumerate(study.data.classes) if any(t["pixels"][c] > 0 for t in tables)}
+    for name, cells in rows.items():
+        c = study.data.classes.index(name)
+        values = [table[what][c] for what in ("pixels", "kept", "right") for table in tables]
+        assert cells == ["–" if np.isnan(v) else f"{v:.1f}" for v in values], name
+    for k, table in enumerate(tables):
+        text = seen.text(f".mkd-pane.mkd-pane{k} small")
+        assert f"kept {table['kept'][-1]:.1f} %" in text
+        assert ("right" in text) == (truth is not None)
+    assert f"A = B on {100 * (found[0].label == found[1].label).mean():.1f} %" in seen.text(".mkd-agree")
+
+
+def test_opens_a_thousand_images_at_once(seen, study):
+    print(f"\na set of {len(study.sets['unlabeled']):,} images opened in {seen.opened:.2f} s")
+    assert len(study.sets["unlabeled"]) == COUNT - 8 and seen.opened < 3 * SLACK
+    check(seen, study, study.sets["unlabeled"][0])
+    assert not seen.errors
+
+
+def test_threshold_layers_and_predictors(seen, study):
+    id = study.sets["unlabeled"][0]
+    seen.slide("T", "ArrowLeft", 3)
+    check(seen, study, id, threshold=T - 0.03)
+    seen.choose("A as", "errors")
+    check(seen, study, id, threshold=T - 0.03, layers=("errors", "pseudo-labels"))
+    seen.choose("A shows", "mean")
+    check(seen, study, id, a=(0, "checkpoint.pt", "mean"), threshold=T - 0.03, layers=("errors", "pseudo-labels"))
+    for name in ("A ≠ B", "confidence", "labels"):
+        seen.choose("A as", name)
+        check(seen, study, id, a=(0, "checkpoint.pt", "mean"), threshold=T - 0.03, layers=(name, "pseudo-labels"))
+    seen.choose("A shows", "truth")
+    assert np.array_equal(seen.mask(0), study.truth(id))
+    seen.choose("A shows", "teacher 1")
+    seen.choose("A as", "pseudo-labels")
+    seen.slide("T", "ArrowRight", 3)
+    check(seen, study, id)
+
+
+def test_checkpoints_and_runs(seen, study):
+    id = study.sets["unlabeled"][0]
+    seen.slide("A weights", "ArrowLeft")
+    check(seen, study, id, a=(0, "checkpoint-10.pt", "teacher 1"))
+    seen.choose("A run", "cps")  # it has no teachers: its first student
+    check(seen, study, id, a=(1, "checkpoint-10.pt", "student 1"))
+    seen.choose("A run", "mkd")
+    seen.choose("A shows", "teacher 1")
+    seen.slide("A weights", "ArrowRight")
+    check(seen, study, id)
+
+
+def test_images_are_reached_by_slider_buttons_keys_and_thumbnails(seen, study):
+    ids = study.sets["unlabeled"]
+    seen.slide("image", "ArrowRight", 2)
+    check(seen, study, ids[2])
+    seen.press("next")
+    check(seen, study, ids[3])
+    seen.press("previous")
+    seen.page.locator(".mkd-explorer").focus()
+    seen.after(lambda: seen.page.keyboard.press("ArrowLeft"))
+    check(seen, study, ids[1])
+    seen.after(lambda: seen.page.locator(".mkd-strip button").nth(6).click())
+    assert seen.array(".mkd-pane0 .mkd-image").shape[:2] == (200, 300)  # grey and of another size
+    check(seen, study, ids[6])
+    assert seen.page.locator(".mkd-strip button.mkd-on").get_attribute("title") == ids[6]
+    seen.press("random")
+    seen.after(lambda: seen.control("image").locator(".noUi-handle").press("Home"))
+    check(seen, study, ids[0])
+
+
+def test_an_image_without_truth_and_a_damaged_one(seen, study):
+    ids = study.sets["unlabeled"]
+    seen.slide("image", "ArrowRight", 5)
+    check(seen, study, ids[5])
+    seen.choose("A as", "errors")
+    assert "no truth" in seen.text(".mkd-pane.mkd-pane0 .mkd-key") and seen.page.locator(".mkd-curve").is_hidden()
+    seen.choose("A as", "pseudo-labels")
+    seen.slide("image", "ArrowRight", 2)
+    assert "0007.jpg: not a readable picture" in seen.text(".mkd-message")
+    seen.slide("image", "ArrowRight")
+    check(seen, study, ids[8])
+    assert seen.page.locator(".mkd-message").is_hidden()
+
+
+def test_pixel_class_and_modes(seen, study):
+    seen.after(lambda: seen.control("image").locator(".noUi-handle").press("Home"))
+    id = study.sets["unlabeled"][0]
+    found, picture = study.predict(0, "checkpoint.pt", id)["teacher 1"], seen.page.locator(".mkd-pane0 .mkd-picture")
+    box = picture.bounding_box()
+    seen.after(lambda: picture.hover(position={"x": 0.3 * box["width"], "y": 0.6 * box["height"]}))
+    x, y = map(int, re.match(r"x (\d+), y (\d+)", seen.text(".mkd-readout")).groups())
+    assert abs(x - 0.3 * 512) < 3 and abs(y - 0.6 * 512) < 3
+    parts = [f"{study.data.classes[c]} {100 * p:.1f}" for c, p in zip(found.classes[:, y, x], found.probs[:, y, x], strict=True)]
+    assert f"A: {parts[0]} % ({parts[1]}, {parts[2]})" in seen.text(".mkd-readout")
+    assert f"truth: {study.data.classes[study.truth(id)[y, x]]}" in seen.text(".mkd-readout")
+
+    row = seen.page.locator(".mkd-legend tbody tr").first
+    alone = int(row.get_attribute("data-index"))
+    seen.after(row.click)
+    kept = found.pseudo_label(T)
+    assert np.array_equal(seen.mask(0), np.where(kept == alone, kept, 255))
+    seen.after(seen.page.locator(".mkd-legend tbody tr.mkd-on").click)
+    check(seen, study, id)
+
+    for name in ("swipe", "A alone", "side by side"):
+        seen.after(lambda name=name: seen.page.locator(".widget-toggle-button", has_text=name).click())
+        assert seen.page.locator(".mkd-stage").get_attribute("data-mode") == name
+        assert seen.page.locator(".mkd-pane.mkd-pane1").is_visible() == (name != "A alone")
+        if name == "swipe":
+            seen.page.locator(".mkd-divider").hover(position={"x": 9, "y": 50})
+            box, y = picture.bounding_box(), seen.page.locator(".mkd-divider").bounding_box()["y"] + 50
+            seen.page.mouse.down()
+            seen.page.mouse.move(box["x"] + box["width"] / 4, y, steps=3)
+            seen.page.mouse.up()
+            clip = seen.page.locator(".mkd-pane1 .mkd-mask").evaluate("e => getComputedStyle(e).clipPath")
+            assert abs(float(re.search(r"([\d.]+)%\)", clip)[1]) - 25) < 1
+    seen.control("opacity").locator(".noUi-handle").focus()
+    before = float(seen.page.locator(".mkd-pane0 .mkd-mask").evaluate("e => getComputedStyle(e).opacity"))
+    seen.page.keyboard.press("ArrowLeft")
+    seen.page.wait_for_function(
+        "o => Math.abs(getComputedStyle(document.querySelector('.mkd-mask')).opacity - o + 0.01) < 1e-6", arg=before
+    )
+
+
+def test_views_and_saving(seen, study, place):
+    id = study.sets["unlabeled"][0]
+    seen.choose("A shows", "weak view")
+    seen.choose("B shows", "what the student sees")
+    views, *_ = study.views(0, "checkpoint.pt", id, 0)
+    assert np.array_equal(seen.array(".mkd-pane0 .mkd-image"), views["weak view"])
+    assert np.array_equal(seen.mask(1) == 255, study.views(1, "checkpoint.pt", id, 0)[1])
+    seen.press("redraw views")
+    assert np.array_equal(seen.array(".mkd-pane0 .mkd-image"), study.views(0, "checkpoint.pt", id, 1)[0]["weak view"])
+    seen.choose("A shows", "teacher 1")
+    seen.choose("B shows", "student 1")
+    for suffix in ("", "-2"):
+        seen.press("save pseudo-label")
+        saved = Path(seen.text(".mkd-message").removeprefix("saved: "))
+        assert saved.parent == place / "out" and saved.stem.endswith(f"T{T:.2f}{suffix}")
+        picture = Image.open(saved)
+        assert np.array_equal(np.array(picture), study.predict(0, "checkpoint.pt", id)["teacher 1"].pseudo_label(T))
+        assert picture.mode == "P" and picture.getpalette()[:15] == PALETTE.ravel().tolist()
+    seen.press("save view")
+    width, height = Image.open(Path(seen.text(".mkd-message").removeprefix("saved: "))).size
+    assert height == 512 and width > 1024
+
+
+def test_searching_leaves_the_kernel_answering(seen, study, place):
+    seen.choose("images", "labeled")
+    ids = study.sets["labeled"]
+    seen.choose("order", "A and B differ most")
+    scores = {i: study.score((0, "checkpoint.pt", "teacher 1"), (1, "checkpoint.pt", "student 1"), i)["differ"] for i in ids}
+    seen.page.wait_for_function(
+        "id => document.querySelector('.mkd-strip button').title === id", arg=sorted(ids, key=lambda i: -scores[i])[0]
+    )
+    check(seen, study, sorted(ids, key=lambda i: -scores[i])[0])
+    seen.control("images").locator("select").select_option("unlabeled")  # hundreds of images: the search goes on while the threshold moves
+    seen.slide("T", "ArrowLeft", 2)
+    assert seen.page.locator(".widget-hprogress").is_visible()
+    seen.choose("order", "file order")
+    check(seen, study, study.sets["unlabeled"][0], threshold=T - 0.02)
+    assert seen.page.locator(".widget-hprogress").is_hidden()
+
+
+def test_new_pixels_come_fast(seen):
+    """Median time from a key press to the decoded mask of an image whose predictions are kept, 512 x 512 pixels, two panes."""
+    times = {}
+    for name, keys in {"image": ("ArrowRight", "ArrowLeft"), "T": ("ArrowLeft", "ArrowRight")}.items():
+        seen.slide(name, keys[0])
+        seen.slide(name, keys[1])
+        handle = seen.control(name).locator(".noUi-handle")
+        times[name] = [handle.evaluate(STOPWATCH, keys[k % 2]) for k in range(21)]
+    print(
+        "\n" + "; ".join(f"{name} slider: median {statistics.median(t):.0f} ms, 90 % {sorted(t)[18]:.0f} ms" for name, t in times.items())
+    )
+    assert all(statistics.median(t) < 100 * SLACK for t in times.values())
+    assert not seen.errors
+
+
+def test_voila_serves_the_explorer_alone(browser, place):
+    """The notebook as it is, without any run: it trains its own, shows it, and leaves no process behind."""
+    (place / "empty").mkdir()
+    server = Server(place, ["voila", str(NOTEBOOKS / "50_explorer.ipynb"), "--no-browser", "--Voila.ip=127.0.0.1", "--port={port}", f"--Voila.token={TOKEN}"],
+                    "", MKD_RUNS=str(place / "empty"))  # fmt: skip
+    try:
+        for process in (psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)):
+            assert {c.laddr.ip for c in process.net_connections("inet") if c.status == "LISTEN"} <= {"127.0.0.1"}
+        page = browser.new_context(viewport={"width": 1300, "height": 1000}).new_page()
+        page.goto(server.url)
+        assert not page.locator(".mkd-explorer").count() and "token" in page.content().lower(), "it asks for the token first"
+        seen = Seen(page)
+        page.goto(f"{server.url}/?token={TOKEN}", wait_until="domcontentloaded", timeout=240_000)
+        page.locator(".mkd-pane0 .mkd-mask").wait_for(timeout=90_000)
+        page.wait_for_function("document.querySelectorAll('.mkd-strip img').length === 12", timeout=60_000)
+        study = Study(next((place / "empty").glob("*/")))
+        a, b = ((0, "checkpoint.pt", f"teacher {k}") for k in (1, 2))
+        check(seen, study, study.sets["unlabeled"][0], a, b, threshold=0.95)
+        seen.slide("T", "PageDown", 5)
+        value = float(seen.control("T").locator(".widget-readout").inner_text())
+        assert value < 0.95
+        check(seen, study, study.sets["unlabeled"][0], a, b, threshold=value)
+        seen.slide("image", "ArrowRight")
+        check(seen, study, study.sets["unlabeled"][1], a, b, threshold=value)
+        assert not seen.errors
+        page.close()
+    finally:
+        server.stop()
+
+
+STOPWATCH = """(handle, key) => new Promise((done) => {
+    const root = document.querySelector(".mkd-explorer"), start = performance.now();
+    new MutationObserver((_, observer) => { observer.disconnect(); done(performance.now() - start); }).observe(root, { attributeFilter: ["data-drawn"] });
+    handle.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+})"""
