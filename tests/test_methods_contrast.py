@@ -17,11 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mkd_core.augment import half_box
 from mkd_core.cost import Step
 from mkd_core.engine import build_method, make_optimizers, run
-from mkd_core.losses import draw, sigmoid
+from mkd_core.losses import draw, percentiles, sigmoid
 from mkd_core.methods import METHODS, Method
 from mkd_core.methods.base import frozen
 from mkd_core.methods.gct import flaw_map, handle
-from mkd_core.methods.u2pl import percentiles
 
 IGNORE = 255
 
