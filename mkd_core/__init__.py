@@ -1,25 +1,30 @@
-"""mkd_core: Mutual Knowledge Distillation and the methods that it is compared with, in one loop."""
+"""mkd_core: Mutual Knowledge Distillation and the methods that it is compared with, in one loop.
 
-from .config import Grid, RunConfig
-from .data import open_dataset
-from .data.splits import load_split
-from .engine import evaluate, run, run_all, segment
-from .methods import METHODS
-from .records import Record, collect
-from .tables import published, table
+A name is imported when it is first used: a command that trains nothing does not wait for torch.
+"""
 
-__all__ = [
-    "METHODS",
-    "Grid",
-    "Record",
-    "RunConfig",
-    "collect",
-    "evaluate",
-    "load_split",
-    "open_dataset",
-    "published",
-    "run",
-    "run_all",
-    "segment",
-    "table",
-]
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "METHODS": "methods",
+    "Grid": "config",
+    "Record": "records",
+    "RunConfig": "config",
+    "collect": "records",
+    "evaluate": "engine",
+    "load_split": "data.splits",
+    "open_dataset": "data",
+    "run": "engine",
+    "run_all": "engine",
+    "segment": "engine",
+    "published": "tables",
+    "table": "tables",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -232,6 +232,39 @@ def xor_boxes(
     return _inside(start, start + extent, size, device).sum(1) % 2 == 1
 
 
+def ratio_box(
+    batch: int, size: Sequence[int], device: torch.device | str = "cpu", probability: float = 0.5, area: tuple[float, float] = (0.02, 0.4)
+) -> Tensor:
+    """CutMix mask (batch, H, W) bool of FixMatch and UniMatch ("BOX-UM"), ST++'s CutOut too: False inside one box, the partner's.
+
+    With `probability` (else all True) a sample draws an area fraction ~ U(area), height / width ~ U(0.3, 1 / 0.3) and a place inside.
+    Released: ratio and place are drawn again until the box lies inside. That favours ratios with much room; here the ratio comes at once
+    from 128 equal steps weighted by that room, which is the same law. Drawn from torch's global generator on the host.
+    """
+    height, width = size
+    pixels = torch.empty(batch, 1).uniform_(*area) * height * width
+    ratio = 0.3 + (1 / 0.3 - 0.3) * (torch.arange(128) + torch.rand(batch, 128)) / 128
+    extents = torch.stack(((pixels * ratio).sqrt(), (pixels / ratio).sqrt()), -1).floor()  # (batch, 128, 2): height, width
+    room = (torch.tensor([height, width]) - extents + 1).clamp_min(0)
+    chosen = torch.multinomial(room.prod(-1), 1)[..., None].expand(-1, -1, 2)
+    start = (torch.rand(batch, 1, 2) * room.gather(1, chosen)).floor()
+    extent = extents.gather(1, chosen) * (torch.rand(batch, 1, 1) < probability)
+    return ~_inside(start, start + extent, size, device)[:, 0]
+
+
+def beta_box(batch: int, size: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """CutMix mask (batch, H, W) bool of PS-MT on VOC ("BOX-B"): False inside one box, the partner's.
+
+    The batch draws one p ~ Beta(4, 4); both sides are sqrt(1 - p) of the image's, the centre of each sample lies anywhere but in the first
+    eighth, and what reaches over the border is cut off (mean area 0.36). Drawn from torch's global generator on the host.
+    """
+    sides = torch.tensor(size)
+    half = ((1 - torch.distributions.Beta(4.0, 4.0).sample()).sqrt() * sides).floor() // 2
+    first = sides // 8
+    centre = (first + torch.rand(batch, 1, 2) * (sides - first)).floor()
+    return ~_inside(centre - half, centre + half, size, device)[:, 0]
+
+
 def half_box(batch: int, size: Sequence[int], device: torch.device | str = "cpu", probability: float = 0.5) -> Tensor:
     """CutMix mask (batch, H, W) bool of U2PL ("BOX-U2"): False, the partner's, inside one box of half the area.
 

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Start with `make demo`, or look at your data with `mkd check folder --root MY_IMAGES --split random/1_16`.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_run, _add_check, _add_predict, _add_pseudo_label, _add_export):
+    for add in (_add_run, _add_check, _add_batch, _add_predict, _add_pseudo_label, _add_export):
         add(commands)
     # A polite end, so that no half-written notebook stays behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mkd {words.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = "; the same command goes on from the last checkpoint" if words.command == "run" else ""
+        hint = "; the same command goes on from the last checkpoint" if words.command in ("run", "batch") else ""
         print(f"mkd {words.command}: interrupted{hint}", file=sys.stderr)
         return 130
 
@@ -86,6 +86,40 @@ def _add_check(commands: Commands) -> None:
     check.add_argument("--quick", action="store_true", help="lists and file names only, open nothing")
     check.add_argument("--download", action="store_true", help="fetch and verify the data first, where its terms allow that (voc, voc_aug)")
     check.set_defaults(handle=_check, parser=check)
+
+
+def _add_batch(commands: Commands) -> None:
+    batch = commands.add_parser(
+        "batch",
+        help="execute every run of a table, then the table's notebook",
+        description="Each run of FILE (common, rows, columns, seeds) is one execution of notebooks/10_run.ipynb, kept in runs/<id>/. A run with\n"
+        "a record is not run again, one that was killed goes on from its checkpoint: after any mishap, give the same command again.\n"
+        "When all are done, the notebook that is named like FILE is executed with it. Exit status 1 where a run failed.",
+        epilog="Example: mkd batch parameters/quick/20_table1_voc.yaml common.root=CAMVID --slots 0,1,2,3 --only row=MKD --dry-run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    batch.add_argument("file", type=Path, metavar="FILE")
+    batch.add_argument("pairs", nargs="*", metavar="key=value", help="a parameter as YAML, wins over the file: common.root=DIR")
+    batch.add_argument(
+        "--dry-run", action="store_true", help="check everything and show what is done, running and to run, with expected hours"
+    )
+    batch.add_argument(
+        "--only", action="append", default=[], metavar="KEY=VALUE",
+        help="these runs alone; KEY is row, column, or a key of the runs (method, split, seed); may be repeated",
+    )  # fmt: skip
+    batch.add_argument("--seeds", help="instead of the file's: 0,1,2")
+    batch.add_argument("--slots", default="", help="one run at a time on each: GPUs 0,1,2,3, or cpu,cpu (default: every GPU, else one cpu)")
+    batch.add_argument("--retries", type=int, default=1, help="how often a failed run is tried again (default: %(default)s)")
+    batch.add_argument(
+        "--engine", choices=["local", "dask", "slurm"], default="local", help="where runs are executed (default: %(default)s)"
+    )
+    batch.add_argument("--address", default="", help="of the Dask scheduler: tcp://host:8786")
+    batch.add_argument("--resources", type=Path, help="YAML file of a Slurm job's resources (parameters/cluster/slurm.yaml)")
+    batch.add_argument(
+        "-o", "--out", type=Path, help="folder of the executed table notebook (default: runs/notebooks/<hash of the parameters>)"
+    )
+    batch.add_argument("--html", action="store_true", help="write the table notebook as HTML too")
+    batch.set_defaults(handle=_batch, parser=batch)
 
 
 def _add_predict(commands: Commands) -> None:
@@ -214,12 +248,7 @@ def execute(notebook: Path, parameters: dict[str, Any], folder: Path, html: bool
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    if not notebook.is_file():
-        near = sorted(str(p) for p in notebook.parent.glob("*.ipynb"))
-        raise ValueError(f"notebook {notebook} does not exist" + (f"; {notebook.parent} has {', '.join(near)}" if near else ""))
-    known = papermill.inspect_notebook(str(notebook))
-    for name in parameters:
-        choose(f"parameter of {notebook.name}", name, known)
+    _refuse_unknown(notebook, parameters)
     folder.mkdir(parents=True, exist_ok=True)
     if folder.resolve() == notebook.resolve().parent:
         raise ValueError(f"--out {folder} is where the notebook itself lies: it would be overwritten")
@@ -240,6 +269,18 @@ def execute(notebook: Path, parameters: dict[str, Any], folder: Path, html: bool
     finally:
         temporary.unlink(missing_ok=True)
     return [out, *([_to_html(out)] if html else [])]
+
+
+def _refuse_unknown(notebook: Path, parameters: dict[str, Any]) -> None:
+    """ValueError where the notebook does not exist or has no such parameter: papermill would only log it."""
+    import papermill
+
+    if not notebook.is_file():
+        near = sorted(str(p) for p in notebook.parent.glob("*.ipynb"))
+        raise ValueError(f"notebook {notebook} does not exist" + (f"; {notebook.parent} has {', '.join(near)}" if near else ""))
+    known = papermill.inspect_notebook(str(notebook))
+    for name in parameters:
+        choose(f"parameter of {notebook.name}", name, known)
 
 
 @contextmanager
@@ -299,13 +340,17 @@ def _run(words: argparse.Namespace) -> int:
             print(f"{name} = {about['default']}" + (f"    {about['help']}" if about["help"] else ""))
         return 0
     parameters = merge(read_parameters(words.file) if words.file else {}, parse_values(words.pairs))
+    return _execute(words, words.notebook, parameters)
+
+
+def _execute(words: argparse.Namespace, notebook: Path, parameters: dict[str, Any]) -> int:
     from .records import RUNS
 
     digest = hashlib.sha256(repr(sorted(parameters.items())).encode()).hexdigest()[:8]
     try:
-        written = execute(words.notebook, parameters, words.out or RUNS / "notebooks" / digest, words.html)
+        written = execute(notebook, parameters, words.out or RUNS / "notebooks" / digest, words.html)
     except NotebookFailed as error:
-        print(f"mkd run: {error}", file=sys.stderr)
+        print(f"mkd {words.command}: {error}", file=sys.stderr)
         return 1
     print("\nWritten:", *written, sep="\n  ")
     return 0
@@ -357,6 +402,47 @@ def _export(words: argparse.Namespace) -> int:
 
 def _options(words: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(words, name) for name in ("predictor", "step", "protocol", "device", "overwrite")}
+
+
+def _batch(words: argparse.Namespace) -> int:
+    from . import batch
+    from .config import Grid
+    from .records import ROOT
+
+    wants = {"dask": ("--address", words.address), "slurm": ("--resources", words.resources)}
+    for engine, (option, given) in wants.items():
+        if bool(given) != (words.engine == engine):
+            raise ValueError(f"{option} and --engine {engine} belong together")
+    if words.slots and words.engine != "local":
+        raise ValueError("--slots are this machine's; a cluster has as many as it has workers")
+    if words.retries < 0:
+        raise ValueError(f"--retries must be 0 or more; got {words.retries}")
+    resources = read_parameters(words.resources) if words.resources else None
+    seeds = [f"seeds=[{words.seeds}]"] if words.seeds is not None else []
+    parameters = merge(read_parameters(words.file), parse_values([*words.pairs, *seeds]))
+    table = ROOT / "notebooks" / f"{words.file.stem}.ipynb"
+    if table.is_file():
+        _refuse_unknown(table, parameters)
+    for key in parameters if not table.is_file() else ():
+        choose(f"key of {words.file} (there is no {table.name} to take it)", key, Grid.model_fields)
+    every = batch.expand(Grid(**{key: value for key, value in parameters.items() if key in Grid.model_fields}))
+    only: dict[str, list[Any]] = {}
+    for key, value in (item for pair in words.only for item in parse_values([pair]).items()):
+        only.setdefault(key, []).append(value)
+    runs = batch.select(every, only)
+    slots = batch.parse_slots(words.slots) if words.engine == "local" else [""] * len(runs)
+    print(batch.plan(runs, len(slots) if words.engine == "local" else 0), flush=True)
+    batch.check([run for run in runs if not run.done])
+    if words.dry_run:
+        return 0
+    with batch.executor(words.engine, len(slots), words.address, resources) as pool:
+        failed = batch.run_batch(runs, pool, slots, words.retries)
+    for run, error in failed.items():
+        print(f"\nmkd batch: {run} failed; its folder is {run.folder}\n{error}", file=sys.stderr)
+    print(f"{len(runs) - len(failed)} of {len(runs)} runs are done" + (f", {len(failed)} failed" if failed else ""))
+    if failed or not table.is_file() or not all(run.done for run in every):
+        return bool(failed)
+    return _execute(words, table, parameters)
 
 
 if __name__ == "__main__":

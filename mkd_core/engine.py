@@ -16,8 +16,9 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -36,7 +37,7 @@ from .config import RunConfig
 from .data import SegDataset, open_dataset
 from .data.base import DataError, read_label
 from .data.check import check
-from .data.splits import load_split
+from .data.splits import Split, load_split
 from .data.stream import Steps, Stream
 from .methods import METHODS, Batch, Method
 from .metrics import PseudoLabelQuality, confusion_matrix, iou, miou
@@ -44,6 +45,10 @@ from .models import SegNet, file_sha256, load_encoder, resize
 from .records import Record
 
 QUALITY_THRESHOLD = 0.95  # MKD's T: pseudo-label quality is reported at it and at 0
+
+
+class Busy(RuntimeError):
+    """Another process is at this run."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -70,6 +75,21 @@ def build_method(config: RunConfig, num_classes: int) -> Method:
             f"{config.method} with these options needs a batch of at least {method.min_batch} (its images need a partner); got {config.batch}"
         )
     return method
+
+
+def prepare(config: RunConfig, deep: bool = False, progress: Callable[[int, int], None] | None = None) -> tuple[SegDataset, Split, Method]:
+    """Data set, split and method of a run, after all that can be found wrong with them (DataError, ValueError); deep: opens every file."""
+    dataset = open_dataset(config.dataset, config.root, **config.dataset_options)
+    split = load_split(dataset, config.split, config.seed)
+    method = build_method(config, len(dataset.classes))
+    if not dataset.val:
+        raise DataError(f"data set {config.dataset!r} names no images to evaluate. {dataset.where}")
+    if method.min_batch > 1 and (found := len(split.unlabeled)) < config.batch:
+        raise DataError(
+            f"{config.method} pairs the images of a batch: split {config.split} has {found} unlabeled ones, batch is {config.batch}"
+        )
+    check(dataset, split, deep, progress).raise_if_bad()
+    return dataset, split, method
 
 
 def load_method(run: RunConfig | str | Path, device: torch.device | str = "cpu", checkpoint: str = "checkpoint.pt") -> Method:
@@ -337,8 +357,8 @@ def pick_device(name: str) -> torch.device:
 def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Record:
     """Train and evaluate one configuration; resume it where it was interrupted; return its record at once where it exists.
 
-    Everything that can be wrong with the input is checked before the first step. Raises DataError, ValueError, NonFiniteLoss; RuntimeError
-    where another process is at the same run.
+    Everything that can be wrong with the input is checked before the first step. Raises DataError, ValueError, NonFiniteLoss; Busy where
+    another process is at the same run.
     """
     folder = (runs or records.RUNS) / config.id
     if found := records.load(folder):
@@ -347,14 +367,27 @@ def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Rec
         return found
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / "lock", timeout=0):
+        with FileLock(folder / "lock", timeout=1):  # is_busy() of another process holds it for a moment
             try:
                 return records.load(folder) or _Run(config, folder, quiet).finish()
             finally:
-                if not (folder / "config.json").exists():  # refused before it began
-                    shutil.rmtree(folder, ignore_errors=True)
+                if not (folder / "config.json").exists():  # refused before it began; a notebook that is being executed may lie here
+                    (folder / "lock").unlink(missing_ok=True)
+                    with suppress(OSError):
+                        folder.rmdir()
     except Timeout as error:
-        raise RuntimeError(f"another process is at run {config.id} (it holds {folder / 'lock'}); wait for it or stop it") from error
+        raise Busy(f"another process is at run {config.id} (it holds {folder / 'lock'}); wait for it or stop it") from error
+
+
+def is_busy(folder: Path) -> bool:
+    """Does a process hold the lock of this run folder, here or on another host that shares it?"""
+    if not (folder / "lock").exists():
+        return False
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def run_all(configs: Sequence[RunConfig], slots: int = 1, runs: Path | None = None) -> list[Record]:
@@ -367,9 +400,7 @@ def run_all(configs: Sequence[RunConfig], slots: int = 1, runs: Path | None = No
     place = runs or records.RUNS
     missing = [config for config in configs if not records.load(place / config.id)]
     for config in missing:  # what is wrong with the last is found before the first has trained
-        dataset = open_dataset(config.dataset, config.root, **config.dataset_options)
-        check(dataset, load_split(dataset, config.split, config.seed), deep=False).raise_if_bad()
-        build_method(config, len(dataset.classes))
+        prepare(config)
     if slots == 1 or len(missing) < 2:
         return [run(config, runs) for config in configs]
     show, started = Progress(f"{len(missing)} runs"), time.monotonic()
@@ -420,18 +451,10 @@ class _Run:
         self.device = pick_device(config.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.dataset = open_dataset(config.dataset, config.root, **config.dataset_options)
-        self.split = load_split(self.dataset, config.split, config.seed)
-        self.method = build_method(config, len(self.dataset.classes)).to(self.device)
-        if not self.dataset.val:
-            raise DataError(f"data set {config.dataset!r} names no images to evaluate. {self.dataset.where}")
-        if self.method.min_batch > 1 and (found := len(self.split.unlabeled)) < config.batch:
-            raise DataError(
-                f"{config.method} pairs the images of a batch: split {config.split} has {found} unlabeled ones, batch is {config.batch}"
-            )
         # Every file is opened before the first step; a run that goes on has been through that.
         deep = not (folder / "checkpoint.pt").exists()
-        check(self.dataset, self.split, deep, lambda done, of: self.progress(f"checking file {done:,} of {of:,}")).raise_if_bad()
+        self.dataset, self.split, self.method = prepare(config, deep, lambda done, of: self.progress(f"checking file {done:,} of {of:,}"))
+        self.method.to(self.device)
         self.optimizers = make_optimizers(config, self.method)
         self.stream = partial(Stream, seed=config.seed, crop=config.crop, scale=config.scale, base=config.base)
         self.labeled = self.stream(self.dataset, self.split.labeled, name="labeled", labeled=True)

@@ -46,6 +46,12 @@ def entropy(logits: Tensor) -> Tensor:
     return -(logs.exp() * logs).sum(1)
 
 
+def kl_divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """Per-pixel KL(softmax target || softmax logits), summed over classes, in nats: logits (B, C, H, W) twice -> (B, H, W)."""
+    logs, target = (z.to(torch.promote_types(z.dtype, torch.float32)).log_softmax(1) for z in (logits, target))
+    return F.kl_div(logs, target, reduction="none", log_target=True).sum(1)
+
+
 def squared_distance(prob: Tensor, target: Tensor) -> Tensor:
     """Per-pixel mean over classes of (prob - target)^2: (B, C, H, W) twice -> (B, H, W). Its mean is "MSE" of the CPS authors' MT."""
     return (prob - target).square().mean(1)
@@ -54,6 +60,11 @@ def squared_distance(prob: Tensor, target: Tensor) -> Tensor:
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of values over the True pixels of mask, 0 where there are none."""
     return (values * mask).sum() / mask.sum().clamp_min(1)
+
+
+def unit(tensor: Tensor) -> Tensor:
+    """Each sample (first axis) scaled to length 1: a direction for adversarial noise; zeros stay zeros."""
+    return tensor / tensor.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (tensor.ndim - 1))
 
 
 def percentiles(values: Tensor, mask: Tensor, shares: tuple[float, ...]) -> list[Tensor]:

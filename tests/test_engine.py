@@ -27,7 +27,7 @@ from mkd_core.methods.mean_teacher import MeanTeacher
 
 # Children are forked from a clean process that has imported torch once.
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["mkd_core.engine"])
+server.set_forkserver_preload(["mkd_core.engine", "mkd_core.batch"])
 
 LONG = dict(steps=12, checkpoint_every=4, log_every=2, evaluate_every=6, batch=2, channels=8)
 OPTIONS = {"cps": {"boxes": 3, "weight": 1.0}, "mkd": {"threshold": 0.3, "fda": 1.0, "rampup": 0.5}, "cutmix_seg": {"threshold": 0.3}}

@@ -55,6 +55,15 @@ CASES: dict[str, tuple[str, dict]] = {
             "fda_on_teacher": True, "target_after_fda": True,
         },
     ),
+    "fixmatch": ("fixmatch", {"threshold": SOFT}),
+    "fixmatch separate": ("fixmatch", {"threshold": SOFT, "joint": False, "cutmix": 0.0}),
+    "unimatch": ("unimatch", {"threshold": SOFT}),
+    "unimatch one stream": ("unimatch", {"threshold": SOFT, "streams": 1, "feature": 0.0}),
+    "speed": ("speed", {"threshold": SOFT, "grid": 4}),
+    "vat": ("vat", {"threshold": SOFT}),
+    "vat radius 0": ("vat", {"threshold": 0.0, "radius": 0.0}),
+    "ps_mt": ("ps_mt", {"threshold": SOFT, "top": 2}),
+    "ps_mt plain": ("ps_mt", {"threshold": 0.0, "vat": 0.0, "cutmix": False}),
 }  # fmt: skip
 
 
@@ -66,6 +75,9 @@ TERMS: dict[str, set[str]] = {  # where they are not sup and consistency
     "gct": {"sup", "consistency", "correction", "critic"},
     "u2pl": {"sup", "unsup", "contrast"},
     "pc2seg": {"sup", "consistency", "contrast"},
+    "fixmatch": {"sup", "strong"},
+    "unimatch": {"sup", "strong", "feature"},
+    "speed": {"sup", "strong", "entropymix", "relation"},
 }
 
 
@@ -95,7 +107,9 @@ def test_every_term_reaches_every_student_and_no_teacher(name):
     assert all(t.ndim == 0 and t.isfinite() for t in terms.values())
     assert not any(s.requires_grad for s in stats.values()) and all(s.isfinite() for s in stats.values())
     expected = TERMS.get(CASES[name][0], {"sup", "consistency"})
-    expected = expected - {term for term, weight in (("st", "alpha"), ("ss", "beta")) if CASES[name][1].get(weight) == 0}
+    expected = expected - {
+        term for term, weight in (("st", "alpha"), ("ss", "beta"), ("feature", "feature")) if CASES[name][1].get(weight) == 0
+    }
     assert set(terms) == expected
     for key, term in terms.items():
         assert term > 0, key
@@ -121,7 +135,7 @@ def test_teachers_start_as_copies_follow_their_student_and_are_not_optimised(nam
         for (key, a), b in zip(student.state_dict().items(), teacher.module.state_dict().values(), strict=True):
             assert torch.equal(a, b) and a.data_ptr() != b.data_ptr(), key
         assert not any(p.requires_grad for p in teacher.parameters())
-    starts = [copy.deepcopy(t.module) for t in teachers(method)]
+    starts = [copy.deepcopy(t.module) for _, t in pairs]
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.1)
     terms, _ = method(batch(), 0.0)
     sum(terms.values()).backward()
@@ -145,9 +159,9 @@ def test_two_students_start_differently():
 @pytest.mark.parametrize("name", CASES)
 def test_predictors_map_images_to_logits_and_the_first_is_the_reported_one(name):
     method = make(CASES[name][0], **CASES[name][1]).eval()
-    first = {"supervised": "net", "mean_teacher": "student", "cutmix_seg": "teacher", "cps": "student 1", "mkd": "student 1",
-             "advsemseg": "net", "gct": "student 1", "u2pl": "teacher", "pc2seg": "net"}  # fmt: skip
-    assert next(iter(method.predictors)) == first[CASES[name][0]]
+    first = {"mean_teacher": "student", "cutmix_seg": "teacher", "cps": "student 1", "mkd": "student 1", "vat": "teacher",
+             "ps_mt": "teachers", "gct": "student 1", "u2pl": "teacher"}  # fmt: skip
+    assert next(iter(method.predictors)) == first.get(CASES[name][0], "net")
     assert len(method.predictors) == len(students(method)) + len(teachers(method))
     with torch.no_grad():
         outputs = [net(torch.randn(1, 3, 32, 32)) for net in method.predictors.values()]

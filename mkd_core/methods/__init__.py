@@ -4,12 +4,17 @@ from .advsemseg import AdvSemSeg
 from .base import Batch, Build, Method, Terms
 from .cps import CPS
 from .cutmix_seg import CutMixSeg
+from .fixmatch import FixMatch
 from .gct import GCT
 from .mean_teacher import MeanTeacher
 from .mkd import MKD
 from .pc2seg import PC2Seg
+from .ps_mt import PSMT
+from .speed import SPEED
 from .supervised import Supervised
 from .u2pl import U2PL
+from .unimatch import UniMatch
+from .vat import VAT
 
 METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
@@ -17,6 +22,11 @@ METHODS: dict[str, type[Method]] = {
     "cutmix_seg": CutMixSeg,
     "cps": CPS,
     "mkd": MKD,
+    "fixmatch": FixMatch,
+    "unimatch": UniMatch,
+    "speed": SPEED,
+    "vat": VAT,
+    "ps_mt": PSMT,
     "advsemseg": AdvSemSeg,
     "gct": GCT,
     "u2pl": U2PL,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..data.base import IGNORE
 from ..losses import cross_entropy, masked_mean, pseudo_label
 from ..models import resize
-from .base import Batch, Build, Method, Share, Terms, Weight, Width, both, frozen
+from .base import Batch, Build, Method, PositiveCount, Share, Terms, Weight, both, frozen
 
 
 class AdvSemSeg(Method):
@@ -34,7 +34,7 @@ class AdvSemSeg(Method):
 
     def __init__(
         self, build: Build, *, adversarial: Weight = 0.01, adversarial_unlabeled: Weight = 0.001, weight: Weight = 0.1,
-        threshold: Share = 0.2, start: Share = 0.25, critic_lr: Weight = 1e-4, width: Width = 64,
+        threshold: Share = 0.2, start: Share = 0.25, critic_lr: Weight = 1e-4, width: PositiveCount = 64,
         joint: bool = False,
     ):  # fmt: skip
         super().__init__()

@@ -17,8 +17,8 @@ from ..models import SegNet
 Weight = Annotated[float, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 Count = Annotated[int, Ge(0)]
-Width = Annotated[int, Ge(1)]
-Temperature = Annotated[float, Gt(0)]
+Positive = Annotated[float, Gt(0)]
+PositiveCount = Annotated[int, Gt(0)]
 TeacherMode = Literal["train", "eval"]
 EMABuffers = Literal["none", "all"]
 

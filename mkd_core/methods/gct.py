@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..data.base import IGNORE
 from ..losses import cross_entropy, masked_mean, sigmoid, squared_distance
 from ..models import resize
-from .base import Batch, Build, Method, Share, Terms, Weight, Width, both, frozen
+from .base import Batch, Build, Method, PositiveCount, Share, Terms, Weight, both, frozen
 
 
 class GCT(Method):
@@ -31,7 +31,7 @@ class GCT(Method):
 
     def __init__(
         self, build: Build, *, weight: Weight = 100.0, correction: Weight = 1.0, detection: Weight = 10.0, threshold: Share = 0.6,
-        rampup: Share = 0.09, critic_lr: Weight = 1e-4, width: Width = 64, joint: bool = False,
+        rampup: Share = 0.09, critic_lr: Weight = 1e-4, width: PositiveCount = 64, joint: bool = False,
     ):  # fmt: skip
         super().__init__()
         first = build()

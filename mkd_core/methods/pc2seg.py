@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..losses import cross_entropy, draw, masked_mean, ramp
 from ..models import nearest, resize
-from .base import Batch, Build, Method, Share, Temperature, Terms, Weight, Width, both
+from .base import Batch, Build, Method, Positive, PositiveCount, Share, Terms, Weight, both
 
 
 class PC2Seg(Method):
@@ -30,8 +30,8 @@ class PC2Seg(Method):
     min_batch = 2
 
     def __init__(
-        self, build: Build, *, weight: Weight = 1.0, contrast: Weight = 0.1, temperature: Temperature = 0.1, dim: Width = 128, anchors: Width = 256,
-        negatives: Width = 200, rampup: Share = 0.0, joint: bool = False,
+        self, build: Build, *, weight: Weight = 1.0, contrast: Weight = 0.1, temperature: Positive = 0.1, dim: PositiveCount = 128, anchors: PositiveCount = 256,
+        negatives: PositiveCount = 200, rampup: Share = 0.0, joint: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.net = build()

@@ -18,7 +18,7 @@ from ..data.base import IGNORE
 from ..ema import EMA
 from ..losses import cross_entropy, draw, entropy, masked_mean, percentiles, pseudo_label, ramp
 from ..models import nearest, resize
-from .base import Batch, Build, Count, Method, Share, Temperature, Terms, Weight, Width, both
+from .base import Batch, Build, Count, Method, Positive, PositiveCount, Share, Terms, Weight, both
 
 
 class U2PL(Method):
@@ -44,7 +44,7 @@ class U2PL(Method):
 
     def __init__(
         self, build: Build, *, weight: Weight = 1.0, contrast: Weight = 1.0, drop: Share = 0.2, decay: Share = 0.99, cutmix: Share = 0.5,
-        dim: Width = 256, anchors: Width = 256, negatives: Width = 50, bank: Width = 30_000, temperature: Temperature = 0.5,
+        dim: PositiveCount = 256, anchors: PositiveCount = 256, negatives: PositiveCount = 50, bank: PositiveCount = 30_000, temperature: Positive = 0.5,
         confidence: Share = 0.3, low_rank: Count = 3, high_rank: Count = 20, rampup: Share = 0.0, joint: bool = True,
     ):  # fmt: skip
         super().__init__()
