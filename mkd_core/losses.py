@@ -67,6 +67,20 @@ def unit(tensor: Tensor) -> Tensor:
     return tensor / tensor.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (tensor.ndim - 1))
 
 
+def percentiles(values: Tensor, mask: Tensor, shares: tuple[float, ...]) -> list[Tensor]:
+    """Of the values where mask is True, the one with share a of them below it, interpolated (numpy.percentile), for any number of values.
+
+    torch.quantile stops at 2^24 values, and the number of values is not known on the host. No value: infinite or not a number.
+    """
+    ordered = values.masked_fill(~mask, float("inf")).flatten().sort().values
+    found = []
+    for share in shares:
+        place = share * (mask.sum(dtype=torch.float64) - 1).clamp_min(0)
+        below, above = (ordered.gather(0, i.long()[None])[0] for i in (place.floor(), place.ceil()))
+        found.append(torch.where(below == above, below, below + (above - below) * (place - place.floor()).to(below.dtype)))
+    return found
+
+
 def draw(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Up to `count` True places of each row of mask (R, N), at random and without replacement, without asking the host how many there are.
 

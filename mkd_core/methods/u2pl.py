@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..augment import half_box, mix
 from ..data.base import IGNORE
 from ..ema import EMA
-from ..losses import cross_entropy, draw, entropy, masked_mean, pseudo_label, ramp
+from ..losses import cross_entropy, draw, entropy, masked_mean, percentiles, pseudo_label, ramp
 from ..models import nearest, resize
 from .base import Batch, Build, Count, Method, Positive, PositiveCount, Share, Terms, Weight, both
 
@@ -137,20 +137,6 @@ class U2PL(Method):
     @property
     def predictors(self) -> dict[str, nn.Module]:
         return {"teacher": self.teacher, "student": self.net}
-
-
-def percentiles(values: Tensor, mask: Tensor, shares: tuple[float, ...]) -> list[Tensor]:
-    """Of the values where mask is True, the one with share a of them below it, interpolated (numpy.percentile), for any number of values.
-
-    torch.quantile stops at 2^24 values, and the number of values is not known on the host. No value: infinite or not a number.
-    """
-    ordered = values.masked_fill(~mask, float("inf")).flatten().sort().values
-    found = []
-    for share in shares:
-        place = share * (mask.sum(dtype=torch.float64) - 1).clamp_min(0)
-        below, above = (ordered.gather(0, i.long()[None])[0] for i in (place.floor(), place.ceil()))
-        found.append(torch.where(below == above, below, below + (above - below) * (place - place.floor()).to(below.dtype)))
-    return found
 
 
 def _block(channels: int, dim: int) -> list[nn.Module]:
