@@ -254,7 +254,7 @@ def slurm(place, monkeypatch):
         f"SlurmdSpoolDir={folder}/spool\nSlurmctldPidFile={folder}/slurmctld.pid\nSlurmdPidFile={folder}/slurmd.pid\nKillWait=5\n"
         "ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nSelectType=select/cons_tres\nSelectTypeParameters=CR_CPU\nMpiDefault=none\n"
         "JobAcctGatherType=jobacct_gather/none\nAccountingStorageType=accounting_storage/none\nReturnToService=2\n"
-        "NodeName=localhost NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN\nPartitionName=main Nodes=localhost Default=YES State=UP\n"
+        "NodeName=localhost NodeAddr=127.0.0.1 CPUs=2 RealMemory=1000 State=UNKNOWN\nPartitionName=main Nodes=localhost Default=YES State=UP\n"
     )
     monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
     munge = [f"--{what}={folder}/munge.{what.split('-')[0]}" for what in ("socket", "pid-file", "log-file", "seed-file")]
@@ -286,9 +286,11 @@ def test_slurm_jobs_that_are_cancelled_are_replaced(slurm):
     # What the example asks of a GPU node is more than this one has.
     resources |= {"jobs": 2, "job_cpu": 1, "interface": "lo", "log_directory": str(place), "local_directory": str(place)}
     without = ("queue", "account", "job_extra_directives", "walltime", "job_script_prologue")
-    (place / "slurm.yaml").write_text(
-        yaml.safe_dump({key: value for key, value in resources.items() if key not in without} | {"job_mem": "100M"})
-    )
+    small = {key: value for key, value in resources.items() if key not in without} | {"job_mem": "100M"}
+    (place / "slurm.yaml").write_text(yaml.safe_dump(small | {"queue": "nowhere"}))
+    text = Batch(place, "--engine", "slurm", "--resources", str(place / "slurm.yaml")).finish(2)
+    assert "Slurm refuses these resources" in text and "partition" in text
+    (place / "slurm.yaml").write_text(yaml.safe_dump(small))
     (place / "hold").touch()
     process = Batch(place, "--only", "row=SupOnly", "--engine", "slurm", "--resources", str(place / "slurm.yaml"))
     half_way(*runs)
