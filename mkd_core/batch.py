@@ -225,7 +225,7 @@ def run_batch(runs: Sequence[Run], pool: Executor, devices: Sequence[str], retri
                     if tries[run] > retries:
                         failed[run] = error
                         continue
-                    overview.say(f"{run} failed and is tried again: {error.splitlines()[-1] if error else ''}")
+                    overview.say(f"{run} failed and is tried again:\n{error}")
                 if state != "done":
                     not_before[run] = time.monotonic() + PAUSE
                     waiting.append(run)

@@ -400,7 +400,7 @@ def test_one_run_on_a_device_at_a_time_retries_and_what_is_reported(place, monke
     assert failed == {runs[0]: "OSError: the worker is gone"}
     assert [calls.count(run.folder.name) for run in runs] == [2, 2, 3, 1]
     assert ["cuda:0", "cuda:1"] in most and max(map(len, most)) == 2 and ["cuda:0", "cuda:0"] not in most
-    assert "MKD, seed 1 failed and is tried again: its last line" in capsys.readouterr().err
+    assert "MKD, seed 1 failed and is tried again:\na first line\nits last line\n" in capsys.readouterr().err
 
 
 def test_the_tables_notebook_follows_when_all_is_done(place, monkeypatch, capsys):
