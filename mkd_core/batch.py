@@ -178,9 +178,12 @@ def executor(engine: str, slots: int = 1, address: str = "", resources: Mapping[
         raise ValueError(f"the resources need `jobs`, how many run at most at a time; got {jobs!r}")
     try:
         cluster = SLURMCluster(**keywords)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"resources that dask_jobqueue.SLURMCluster does not take: {error}") from error
     with cluster, Client(cluster) as client:
+        test = subprocess.run(["sbatch", "--test-only"], input=cluster.job_script(), capture_output=True, text=True)
+        if test.returncode:
+            raise ValueError(f"Slurm refuses these resources: {test.stderr.strip()}")
         # A job for every run that waits; one that Slurm ended is replaced, one without work is given back.
         cluster.adapt(minimum_jobs=0, maximum_jobs=jobs, target_duration="1ms")
         yield client.get_executor(pure=False)
@@ -222,7 +225,7 @@ def run_batch(runs: Sequence[Run], pool: Executor, devices: Sequence[str], retri
                     if tries[run] > retries:
                         failed[run] = error
                         continue
-                    overview.say(f"{run} failed and is tried again: {error.splitlines()[-1] if error else ''}")
+                    overview.say(f"{run} failed and is tried again:\n{error}")
                 if state != "done":
                     not_before[run] = time.monotonic() + PAUSE
                     waiting.append(run)

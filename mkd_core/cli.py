@@ -435,8 +435,10 @@ def _batch(words: argparse.Namespace) -> int:
     batch.check([run for run in runs if not run.done])
     if words.dry_run:
         return 0
-    with batch.executor(words.engine, len(slots), words.address, resources) as pool:
-        failed = batch.run_batch(runs, pool, slots, words.retries)
+    failed: dict[batch.Run, str] = {}
+    if not all(run.done for run in runs):
+        with batch.executor(words.engine, len(slots), words.address, resources) as pool:
+            failed = batch.run_batch(runs, pool, slots, words.retries)
     for run, error in failed.items():
         print(f"\nmkd batch: {run} failed; its folder is {run.folder}\n{error}", file=sys.stderr)
     print(f"{len(runs) - len(failed)} of {len(runs)} runs are done" + (f", {len(failed)} failed" if failed else ""))

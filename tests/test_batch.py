@@ -254,7 +254,7 @@ def slurm(place, monkeypatch):
         f"SlurmdSpoolDir={folder}/spool\nSlurmctldPidFile={folder}/slurmctld.pid\nSlurmdPidFile={folder}/slurmd.pid\nKillWait=5\n"
         "ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nSelectType=select/cons_tres\nSelectTypeParameters=CR_CPU\nMpiDefault=none\n"
         "JobAcctGatherType=jobacct_gather/none\nAccountingStorageType=accounting_storage/none\nReturnToService=2\n"
-        "NodeName=localhost NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN\nPartitionName=main Nodes=localhost Default=YES State=UP\n"
+        "NodeName=localhost NodeAddr=127.0.0.1 CPUs=2 RealMemory=1000 State=UNKNOWN\nPartitionName=main Nodes=localhost Default=YES State=UP\n"
     )
     monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
     munge = [f"--{what}={folder}/munge.{what.split('-')[0]}" for what in ("socket", "pid-file", "log-file", "seed-file")]
@@ -286,9 +286,11 @@ def test_slurm_jobs_that_are_cancelled_are_replaced(slurm):
     # What the example asks of a GPU node is more than this one has.
     resources |= {"jobs": 2, "job_cpu": 1, "interface": "lo", "log_directory": str(place), "local_directory": str(place)}
     without = ("queue", "account", "job_extra_directives", "walltime", "job_script_prologue")
-    (place / "slurm.yaml").write_text(
-        yaml.safe_dump({key: value for key, value in resources.items() if key not in without} | {"job_mem": "100M"})
-    )
+    small = {key: value for key, value in resources.items() if key not in without} | {"job_mem": "100M"}
+    (place / "slurm.yaml").write_text(yaml.safe_dump(small | {"queue": "nowhere"}))
+    text = Batch(place, "--engine", "slurm", "--resources", str(place / "slurm.yaml")).finish(2)
+    assert "Slurm refuses these resources" in text and "partition" in text
+    (place / "slurm.yaml").write_text(yaml.safe_dump(small))
     (place / "hold").touch()
     process = Batch(place, "--only", "row=SupOnly", "--engine", "slurm", "--resources", str(place / "slurm.yaml"))
     half_way(*runs)
@@ -398,7 +400,7 @@ def test_one_run_on_a_device_at_a_time_retries_and_what_is_reported(place, monke
     assert failed == {runs[0]: "OSError: the worker is gone"}
     assert [calls.count(run.folder.name) for run in runs] == [2, 2, 3, 1]
     assert ["cuda:0", "cuda:1"] in most and max(map(len, most)) == 2 and ["cuda:0", "cuda:0"] not in most
-    assert "MKD, seed 1 failed and is tried again: its last line" in capsys.readouterr().err
+    assert "MKD, seed 1 failed and is tried again:\na first line\nits last line\n" in capsys.readouterr().err
 
 
 def test_the_tables_notebook_follows_when_all_is_done(place, monkeypatch, capsys):
