@@ -9,6 +9,7 @@ from pathlib import Path
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
+from segmentation_models_pytorch.encoders.timm_universal import TimmUniversalEncoder
 from torch import Tensor, nn
 
 ARCHITECTURES = ("deeplabv3plus", "pspnet")
@@ -29,7 +30,8 @@ class SegNet(nn.Module):
     channels  of the decoder, 256 in the paper
     norm      "batch" or "group" (GroupNorm in place of every BatchNorm: small networks from scratch)
     Deviations: PSPNet's classifier is 1x1 here, 3x3 in smp. smp's DeepLabV3+ decoder has one fusion convolution and upsamples with aligned
-    corners; the released one has several, without.
+    corners; the released one has several, without. Files of tu-xception65 were trained on inputs of mean and standard deviation 0.5; every
+    encoder here sees ImageNet's, as in UniMatch's code.
     """
 
     def __init__(
@@ -92,7 +94,8 @@ def _replace_batchnorm(module: nn.Module, groups: int = 8) -> None:
 
 
 def load_encoder(net: SegNet, weights: str) -> None:
-    """ImageNet weights into the encoder, from a local .pth or .safetensors file with the encoder's own keys. Nothing is unpickled.
+    """ImageNet weights into the encoder, from a local .pth or .safetensors file: torchvision's or timm's as they are published, or one with
+    the encoder's own keys. Nothing is unpickled.
 
     Raises ValueError where the file is missing, needs unpickling, or has other keys or shapes.
     """
@@ -108,10 +111,13 @@ def load_encoder(net: SegNet, weights: str) -> None:
         raise ValueError(
             f"{weights} holds no plain tensors (only weights_only=True loads; nothing is unpickled): {str(error)[:200]}"
         ) from error
+    own = list(net.encoder.state_dict())
+    if isinstance(net.encoder, TimmUniversalEncoder) and isinstance(state, dict):
+        state = _from_timm(own, state)
     try:
         net.encoder.load_state_dict(state)
     except (RuntimeError, KeyError, AttributeError, TypeError) as error:
-        own, given = list(net.encoder.state_dict()), list(state) if isinstance(state, dict) else []
+        given = list(state) if isinstance(state, dict) else []
         missing, unknown = [k for k in own if k not in given], [k for k in given if k not in own]
         raise ValueError(
             f"{weights} does not fit the encoder: {len(missing)} of its {len(own)} tensors are missing, first {missing[:5]}; {len(unknown)} in the "
@@ -119,6 +125,13 @@ def load_encoder(net: SegNet, weights: str) -> None:
         ) from error
     if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{weights} holds values that are not finite, first in {bad[0]}")
+
+
+def _from_timm(own: list[str], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's names -> smp's: behind "model.", nested stages in one ("blocks.0" is "blocks_0"); what is left over once all are there is the head."""
+    names = {key.removeprefix("model.").replace(".", "_"): key for key in own}
+    state = {names.get(key.removeprefix("model.").replace(".", "_"), key): tensor for key, tensor in state.items()}
+    return {key: state[key] for key in own} if state.keys() >= set(own) else state
 
 
 def file_sha256(path: str | Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from tiny import CLASSES, build
@@ -139,6 +140,30 @@ def test_encoder_weights_go_in(tmp_path, suffix):
         assert torch.equal(value, target.encoder.state_dict()[key])
     assert not torch.equal(source.classifier.weight, target.classifier.weight)
     assert len(file_sha256(path)) == 64
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "xception65"])
+def test_files_of_timm_go_in(tmp_path, name):
+    """Saved by timm itself, classifier head included: every tensor of the encoder is the file's, and the features are timm's own."""
+    torch.manual_seed(0)
+    source = timm.create_model(name).eval()
+    for tensor in source.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 1)  # fresh statistics are 0 and 1 everywhere: they could not tell what was loaded
+    net, path = SegNet(CLASSES, encoder=f"tu-{name}", channels=16).eval(), tmp_path / "timm.pth"
+    torch.save(source.state_dict(), path)
+    load_encoder(net, str(path))
+    file = sorted(t.double().sum().item() for key, t in source.state_dict().items() if not key.startswith(("fc.", "head.fc.")))
+    assert sorted(t.double().sum().item() for t in net.encoder.state_dict().values()) == file
+    if name == "test_resnet":  # up to stride 8, where dilation has not begun
+        x = torch.rand(1, 3, 64, 64)
+        torch.testing.assert_close(net.encoder(x)[3], source.forward_intermediates(x, indices=[2], intermediates_only=True)[0])
+
+    state = source.state_dict()
+    state.pop(next(iter(state)))
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="does not fit the encoder: 1 of its"):
+        load_encoder(net, str(path))
 
 
 class Danger:
