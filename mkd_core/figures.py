@@ -261,6 +261,28 @@ def terms(history: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 @styled
+def terms_of(histories: Mapping[str, Sequence[Mapping[str, Any]]], across: int = 4) -> Figure:
+    """The weighted terms of one run of each method against the step, side by side; a logarithmic axis, since their sizes differ."""
+    down = -(-len(histories) // across)
+    figure = Picture(figsize=(2.3 * across, 1.75 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False, sharex=True).ravel()
+    for ax, (method, history) in zip(axes, histories.items(), strict=False):
+        names = sorted({key for row in history for key in row if key.startswith("term/")}, key=lambda name: (name != "term/sup", name))
+        for name, colour in zip(names, (INK, BLUE, ORANGE, GREEN, "#CC79A7"), strict=False):
+            points = [(row["step"], row[name]) for row in history if row.get(name)]  # 0 has no place on the axis
+            ax.plot(*zip(*points, strict=True) if points else ([], []), color=colour, linewidth=1.1, label=name.removeprefix("term/"))
+        ax.set_yscale("log")
+        ax.set_title(method, fontsize=8.5)
+        ax.tick_params(labelsize=6.5)
+        ax.legend(fontsize=6.5, handlelength=1, loc="best")
+    for ax in axes[len(histories) :]:
+        ax.remove()
+    figure.supxlabel("step", fontsize=8.5)
+    figure.supylabel("weighted term", fontsize=8.5)
+    return figure
+
+
+@styled
 def bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], ylabel: str = "", form: str = "{:.2f}") -> Figure:
     """Grouped bars with their values: groups[name] has one value for each of `names`."""
     figure = Picture(figsize=(1.6 + 0.85 * len(names) * max(1, len(groups) / 2), 2.6), layout="constrained")
@@ -344,29 +366,22 @@ def label_counts(cells: Cells) -> Figure:
     return figure
 
 
-def cost(rows: Rows, unit: str = "SupOnly") -> Figure:
-    """mIoU against the time of a run, evaluation included, in units of the mean run of the row `unit`: small dots runs, large ones means.
-
-    Seconds compare only runs of one machine with nothing else on it.
-    """
-    if not rows.get(unit):
-        raise ValueError(f"cost is measured in runs of {unit!r}, which has none; rows: {', '.join(rows)}")
-    one = sum(r.seconds for r in rows[unit]) / len(rows[unit])
-    points = {name: [(r.seconds / one, r.miou) for r in records] for name, records in rows.items()}
-    figure = _against(points, f"time of a run (1 = {unit})", grouped=False)
+def cost(rows: Rows, times: Mapping[str, float]) -> Figure:
+    """mIoU against the time of a training step, as a ratio (`mkd_core.cost`): small dots runs, large ones means."""
+    figure = _against({name: [(times[name], r.miou) for r in records] for name, records in rows.items()}, "time of a step (1 = SupOnly)")
     figure.axes[0].set_xlim(0, None)
     return figure
 
 
 @styled
-def _against(points: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, grouped: bool = True) -> Figure:
-    """mIoU of single runs (x, mIoU) as small dots and their means, one for each x (`grouped`) or one in all, named at the right."""
+def _against(points: Mapping[str, Sequence[tuple[float, float]]], xlabel: str) -> Figure:
+    """mIoU of single runs (x, mIoU) as small dots and their means, one for each x, named at the right."""
     points = {name: runs for name, runs in points.items() if runs}
     figure, look, ends = Picture(figsize=(5.6, max(2.9, 0.6 + 0.19 * len(points))), layout="constrained"), looks(points), {}
     ax = figure.subplots()
     for name, runs in points.items():
         table = pd.DataFrame(runs, columns=["x", "miou"])
-        means = (table.groupby("x", as_index=False) if grouped else table.groupby(lambda _: 0)).mean()
+        means = table.groupby("x", as_index=False).mean()
         ax.plot(table.x, table.miou, **look[name] | {"linestyle": "", "marker": "."}, markersize=4, alpha=0.5)
         ax.plot(means.x, means.miou, **look[name], markersize=5.5)
         ends[name] = (means.x.iloc[-1], means.miou.iloc[-1])

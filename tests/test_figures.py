@@ -120,16 +120,25 @@ def test_label_counts_joins_means_over_columns():
     assert [t.get_text() for t in ax.get_xticklabels()] == ["8", "16"] and [t.get_text() for t in ax.texts] == ["MKD"]
 
 
-def test_cost_is_relative_to_the_cheapest_method_and_names_do_not_overlap():
-    rows = {name: runs((0, 50 + k % 3), (1, 51), seconds=10.0 * (k + 1)) for k, name in enumerate(METHODS)}
-    figure = figures.cost(rows)
+def test_cost_stands_at_the_time_given_and_names_do_not_overlap():
+    rows = {name: runs((0, 50 + k % 3), (1, 51)) for k, name in enumerate(METHODS)}
+    figure = figures.cost(rows, {name: 1.5 * k for k, name in enumerate(METHODS, 1)})
     means = figure.axes[0].lines[1::2]
-    assert [line.get_xdata()[0] for line in means] == pytest.approx([*range(1, 20)])
+    assert [line.get_xdata()[0] for line in means] == pytest.approx([1.5 * k for k in range(1, 20)])
     assert [line.get_ydata()[0] for line in means[:3]] == [50.5, 51, 51.5]
     boxes = labels_of(figure)
     assert len(boxes) == 19 and all(upper.y0 >= lower.y1 for upper, lower in pairwise(boxes))
-    with pytest.raises(ValueError, match="runs of 'SupOnly', which has none; rows: MKD"):
-        figures.cost({"MKD": runs((0, 50))})
+
+
+def test_terms_of_methods_side_by_side():
+    histories = {"a": [{"step": 1, "loss": 3.0, "term/sup": 2.0, "term/x": 0.0}, {"step": 2, "loss": 2.0, "term/sup": 1.0, "term/x": 1.0}],
+                 "b": [{"step": 1, "loss": 1.0, "term/sup": 1.0}]}  # fmt: skip
+    first, second = figures.terms_of(histories, across=2).axes
+    assert [(line.get_label(), [*line.get_xdata()], [*line.get_ydata()]) for line in first.lines] == [
+        ("sup", [1, 2], [2, 1]),
+        ("x", [2], [1]),
+    ]
+    assert (first.get_title(), second.get_title(), first.get_yscale()) == ("a", "b", "log")
 
 
 def test_gains_of_a_class_are_paired_by_seed():
