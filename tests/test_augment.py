@@ -62,7 +62,8 @@ def test_image_label_and_validity_share_one_geometry(v):
     )
     sure = flat.all(0) & valid
     assert torch.equal(image[:, sure], colour(label)[:, sure])
-    assert sure.any()
+    shrunk = v["low"] * (v["base"] / max(v["height"], v["width"]) if v["base"] else 1)
+    assert sure.any() or shrunk < 0.5  # cells that shrink to a few pixels may have no inside
     # Padding, and nothing else, is the mean colour, IGNORE and invalid, and what is valid is one rectangle.
     assert torch.equal(label == IGNORE, ~valid)
     assert (image[:, ~valid] == torch.tensor(FILL, dtype=torch.uint8)[:, None]).all()
