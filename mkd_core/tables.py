@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from html import escape
 from math import inf
 from pathlib import Path
@@ -36,16 +37,21 @@ class PublishedRow(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str  # who measured it, where
-    values: dict[str, float]  # column title -> mIoU in percent; none where the source has none
+    values: dict[str, Decimal]  # column title -> mIoU in percent, as printed; none where the source has none
     printed: str = ""  # the row's names in the source
     backbone: str = ""  # where the columns do not say
     family: str = ""  # of labeled lists, where it is not the column's
+    family_in: tuple[str, ...] = ()  # the columns where it is not; (): in all
+    dataset: str = ""  # where it is not the table's
     unlabeled: str = ""
     note: str = ""  # contradictions and doubts
 
     @property
     def credit(self) -> str:
         return "; ".join(filter(None, (self.source, self.note)))
+
+    def on_the_lists_of(self, title: str) -> bool:
+        return not self.family or (bool(self.family_in) and title not in self.family_in)
 
 
 class Published(BaseModel):
@@ -62,22 +68,17 @@ class Published(BaseModel):
     @model_validator(mode="after")
     def _columns_exist(self) -> Published:
         for row in self.rows.values():
-            for title in row.values:
+            for title in (*row.values, *row.family_in):
                 choose(f"column of {self.title}", title, self.columns)
         return self
 
-    @property
-    def digits(self) -> int:
-        """Decimals that the source prints."""
-        return max(len(str(value).split(".")[1]) for row in self.rows.values() for value in row.values.values())
-
-    def value(self, row: str, title: str) -> float | None:
+    def value(self, row: str, title: str) -> Decimal | None:
         return self.rows[row].values.get(title) if row in self.rows else None
 
     def text(self, row: str, title: str) -> str:
         """The number as printed; "-" where the source has none, "" where it has no such row."""
         value = self.value(row, title)
-        return f"{value:.{self.digits}f}" if value is not None else "-" * (row in self.rows)
+        return str(value) if value is not None else "-" * (row in self.rows)
 
     def frame(self) -> pd.DataFrame:
         """Every row as quoted, between its backbone and split family and its source: compare only where both agree."""
@@ -99,7 +100,8 @@ class Published(BaseModel):
 def published(name: str, section: str | None = None) -> Published:
     """parameters/published/<name>.yaml, e.g. "table1"; `section` of a file that holds several tables ("newer")."""
     files = {path.stem: path for path in sorted(PUBLISHED.glob("*.yaml"))}
-    content = yaml.safe_load(files[choose("published table", name, files)].read_text(encoding="utf-8"))
+    text = files[choose("published table", name, files)].read_text(encoding="utf-8")
+    content = yaml.load(text, yaml.BaseLoader)  # numbers stay text: 65.20 is not 65.2
     return Published(**(content[choose(f"section of {name}", section, content)] if section else content))
 
 
@@ -166,7 +168,7 @@ def table(cells: Rows | Cells, published: Published | None = None) -> Table:
     columns = {title: {row: list(of.get(title, ())) for row, of in cells.items()} for title in titles}
     quoted = {title: published for title in titles if published and title in published.columns}
     for title, rows in columns.items():
-        _refuse_unlike(title, [r for records in rows.values() for r in records], quoted.get(title))
+        _refuse_unlike(title, rows, quoted.get(title))
     parts = [Part(_heading(title, rows), *_details(rows)) for title, rows in columns.items()]
     if titles == [""]:
         return Table(parts, [])
@@ -176,7 +178,7 @@ def table(cells: Rows | Cells, published: Published | None = None) -> Table:
             f'Columns "paper" are quoted, not measured here: {published.title}, {published.source}. Difference: ours minus the paper\'s.',
             "Source of each row: " + " ".join(f"{row} ({published.rows[row].credit})." for row in cells if row in published.rows),
             *(
-                f"{row} is on other lists, so without a difference: {of.family}."
+                f"{row} is on other lists{' in ' * bool(of.family_in)}{', '.join(of.family_in)}, so without a difference: {of.family}."
                 for row, of in published.rows.items()
                 if row in cells and of.family
             ),
@@ -225,7 +227,9 @@ def _scores(rows: Rows, field: str) -> tuple[list[str], list[str]]:
 def _difference(row: str, title: str, records: Sequence[Record], source: Published) -> str:
     """None across split families."""
     value = source.value(row, title)
-    return f"{fmean(r.miou for r in records) - value:+.1f}" if records and value is not None and not source.rows[row].family else ""
+    if not records or value is None or not source.rows[row].on_the_lists_of(title):
+        return ""
+    return f"{fmean(r.miou for r in records) - float(value):+.1f}"
 
 
 def _heading(title: str, rows: Rows) -> str:
@@ -238,7 +242,8 @@ def _heading(title: str, rows: Rows) -> str:
     return ", ".join([title, *(" or ".join(dict.fromkeys(part.format(**of) for of in known)) for part in parts)]) if every else title
 
 
-def _refuse_unlike(title: str, records: Sequence[Record], source: Published | None) -> None:
+def _refuse_unlike(title: str, rows: Rows, source: Published | None) -> None:
+    records = [r for found in rows.values() for r in found]
     where = f"column {title!r}" if title else "one table"
     for what, of in {
         "data sets": lambda r: _images(r.config["dataset"]),
@@ -250,15 +255,25 @@ def _refuse_unlike(title: str, records: Sequence[Record], source: Published | No
     for seed in {r.seed for r in records}:
         if len({r.split["sha256"] for r in records if r.seed == seed}) > 1:
             raise ValueError(f"{where}, different labeled images (split hashes) for seed {seed}")
-    if source:
-        theirs = source.columns[title]
-        wanted = (_images(source.dataset), theirs.split, theirs.backbone)
-        for r in records:
-            ours = (_images(r.config["dataset"]), r.split["name"], r.config["encoder"])
-            if ours[:2] != wanted[:2] or theirs.backbone.lower().replace("-", "") not in ours[2]:
+    if source is None:
+        return
+    theirs = source.columns[title]
+    for row, found in rows.items():
+        about = source.rows.get(row)
+        dataset = about.dataset or source.dataset if about else source.dataset
+        for r in found:
+            ours = (r.config["dataset"], r.split["name"], r.config["encoder"])
+            same_unlabeled = ours[0] == dataset or about is None or about.unlabeled == "none"
+            if not (_images(ours[0]) == _images(dataset) and same_unlabeled and ours[1] == theirs.split and _is(theirs.backbone, ours[2])):
                 raise ValueError(
-                    f"{where} holds a run on {' '.join(ours)}, that of {source.title} is {' '.join(wanted)}: give it another title"
+                    f"row {row!r} of {where} holds a run on {' '.join(ours)}, that of {source.title} is "
+                    f"{dataset} {theirs.split} {theirs.backbone}: give it another title"
                 )
+
+
+def _is(backbone: str, encoder: str) -> bool:
+    """ "ResNet-50" is resnet50 and timm's other stems of it (tu-resnet50d), not tu-wide_resnet50_2 or se_resnet50."""
+    return re.fullmatch(f"(tu-)?{backbone.lower().replace('-', '')}[cdst]?", encoder) is not None
 
 
 def _images(dataset: str) -> str:
