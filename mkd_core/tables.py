@@ -243,7 +243,7 @@ def _heading(title: str, rows: Rows) -> str:
 
 
 def _refuse_unlike(title: str, rows: Rows, source: Published | None) -> None:
-    records = [r for found in rows.values() for r in found]
+    records = [r for of in rows.values() for r in of]
     where = f"column {title!r}" if title else "one table"
     for what, of in {
         "data sets": lambda r: _images(r.config["dataset"]),
@@ -258,10 +258,10 @@ def _refuse_unlike(title: str, rows: Rows, source: Published | None) -> None:
     if source is None:
         return
     theirs = source.columns[title]
-    for row, found in rows.items():
+    for row, runs in rows.items():
         about = source.rows.get(row)
         dataset = about.dataset or source.dataset if about else source.dataset
-        for r in found:
+        for r in runs:
             ours = (r.config["dataset"], r.split["name"], r.config["encoder"])
             same_unlabeled = ours[0] == dataset or about is None or about.unlabeled == "none"
             if not (_images(ours[0]) == _images(dataset) and same_unlabeled and ours[1] == theirs.split and _is(theirs.backbone, ours[2])):
