@@ -545,7 +545,8 @@ class _Run:
 
             last = self.step == config.steps
             evaluating = last or (config.evaluate_every and self.step % config.evaluate_every == 0)
-            if self.step % config.log_every == 0 or evaluating or self.step % config.checkpoint_every == 0:
+            # At the end of a stage too: the next one may start from new weights, and the time since the last row is this one's.
+            if self.step % config.log_every == 0 or evaluating or self.step % config.checkpoint_every == 0 or self.step == end:
                 self._stop_if_bad(bad)
                 row = {"step": self.step, "lr": config.lr * rate, "loss": loss.item()}
                 row |= {f"term/{k}": v.item() for k, v in terms.items()} | {f"stat/{k}": v.item() for k, v in stats.items()}
@@ -568,7 +569,7 @@ class _Run:
         return self.config.batch * (steps + max(0, steps - (0 if self.method.unlabeled else self.marks[1])))
 
     def _stop_if_bad(self, bad: Tensor) -> None:
-        """At logging, evaluation and checkpoints only, since it waits for the device: was every loss finite, and is every weight?"""
+        """At logging, evaluation, checkpoints and the end of a stage only, since it waits for the device: was every loss finite, and is every weight?"""
         norms = torch.stack(torch._foreach_norm([p.detach() for p in self.method.parameters()]))
         step = int(torch.where((bad < 0) & ~norms.isfinite().all(), self.step - 1, bad))
         if step >= 0:

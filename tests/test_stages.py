@@ -18,7 +18,7 @@ from mkd_core.augment import normalise
 from mkd_core.config import RunConfig
 from mkd_core.data import open_dataset
 from mkd_core.data.splits import load_split
-from mkd_core.engine import poly, run
+from mkd_core.engine import NonFiniteLoss, poly, run
 from mkd_core.losses import cross_entropy
 from mkd_core.methods import METHODS, Method
 
@@ -190,7 +190,34 @@ def test_labeling_counts_as_time(tmp_path, monkeypatch):
     assert slow.images_per_second > quick.images_per_second / 3  # the rate is that of training
 
 
+def test_the_end_of_a_stage_counts_as_time_without_a_log_there(tmp_path, monkeypatch):
+    def forward(self, batch, progress, f=Staged.forward):
+        time.sleep(0.1 * (progress < 2 / 3))
+        return f(self, batch, progress)
+
+    c, _ = staged(monkeypatch, checkpoint_every=50, log_every=50)
+    monkeypatch.setattr(Staged, "forward", forward)
+    record = run(c, tmp_path, quiet=True)
+    assert record.seconds > 0.8 and record.images_per_second < 12 * 2 * c.batch / 0.8
+
+
 # What does not work.
+
+
+def test_a_loss_that_is_not_finite_at_the_end_of_a_stage_is_found_though_the_next_starts_anew(tmp_path, monkeypatch):
+    def forward(self, batch, progress, f=Staged.forward):
+        terms, stats = f(self, batch, progress)
+        return {"sup": terms["sup"] * (float("nan") if progress == 3 / 12 else 1)}, stats
+
+    def relabel(self, *args, f=Staged.relabel):
+        yield from f(self, *args)
+        self.net.load_state_dict({name: torch.zeros_like(t) for name, t in self.net.state_dict().items()})
+
+    c, _ = staged(monkeypatch, checkpoint_every=50, log_every=50)
+    monkeypatch.setattr(Staged, "forward", forward)
+    monkeypatch.setattr(Staged, "relabel", relabel)
+    with pytest.raises(NonFiniteLoss, match="not finite at step 3,"):
+        run(c, tmp_path, quiet=True)
 
 
 def test_too_few_steps_are_refused_before_training(tmp_path, monkeypatch):
