@@ -7,16 +7,14 @@ L_D = 1/2 BCE(D([p_x; p_u]), 0) + 1/2 BCE(D(one-hot y), 1)
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.base import IGNORE
 from ..losses import cross_entropy, masked_mean, pseudo_label
-from ..models import resize
 from .base import Batch, Build, Method, PositiveCount, Share, Terms, Weight, both, frozen
+from .critics import Discriminator
 
 
 class AdvSemSeg(Method):
@@ -67,20 +65,6 @@ class AdvSemSeg(Method):
     @property
     def predictors(self) -> dict[str, nn.Module]:
         return {"net": self.net}
-
-
-class Discriminator(nn.Sequential):
-    """Class probabilities (B, C, H, W), sides of at least 32 -> logits (B, H, W) of "this is a label map"; five 4x4 convolutions of stride 2."""
-
-    def __init__(self, num_classes: int, width: int):
-        widths = [num_classes, width, 2 * width, 4 * width, 8 * width]
-        layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
-        super().__init__(*layers, nn.Conv2d(widths[-1], 1, 4, stride=2, padding=1))
-
-    def forward(self, prob: Tensor) -> Tensor:
-        return resize(super().forward(prob), prob.shape[-2:])[:, 0].float()
 
 
 def bce(logits: Tensor, real: int, over: Tensor) -> Tensor:

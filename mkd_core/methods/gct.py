@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..data.base import IGNORE
 from ..losses import cross_entropy, masked_mean, sigmoid, squared_distance
-from ..models import resize
 from .base import Batch, Build, Method, PositiveCount, Share, Terms, Weight, both, frozen
+from .critics import FlawDetector
 
 
 class GCT(Method):
@@ -50,7 +50,7 @@ class GCT(Method):
         handled = [handle(f) for f in flaws]
         bad = [h > self.threshold for h in handled]
         own, other = (h.masked_fill(b, 1.0) for h, b in zip(handled, bad, strict=True))
-        both_bad = inside & bad[0] & bad[1]
+        both_bad = bad[0] & bad[1]
 
         p, q = (p.detach() for p in probs)
         targets = [torch.where((other >= own)[:, None], p, q), torch.where((own >= other)[:, None], q, p)]
@@ -101,31 +101,3 @@ def blur(maps: Tensor, side: int) -> Tensor:
     with torch.autocast(maps.device.type, enabled=False):
         maps = F.conv2d(F.pad(maps[:, None].float(), (0, 0, half, half), mode="reflect"), kernel[None, None, :, None])
         return F.conv2d(F.pad(maps, (half, half, 0, 0), mode="reflect"), kernel[None, None, None])[:, 0]
-
-
-class FlawDetector(nn.Module):
-    """Images (B, 3, H, W) and class probabilities (B, C, H, W), sides of at least 32 -> flaw (B, H, W), not bounded."""
-
-    def __init__(self, channels: int, width: int):
-        super().__init__()
-        layers: list[nn.Module] = []
-        for after, kernel, stride in ((1, 4, 2), (2, 4, 2), (2, 3, 1), (4, 4, 2), (4, 3, 1), (8, 4, 2), (8, 3, 1)):
-            after *= width
-            layers += [nn.Conv2d(channels, after, kernel, stride, padding=1), HalfInstanceNorm(after), nn.LeakyReLU(0.2, inplace=True)]
-            channels = after
-        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 4, stride=2, padding=1))
-
-    def forward(self, images: Tensor, prob: Tensor) -> Tensor:
-        return resize(self.layers(torch.cat((images, prob), 1)), images.shape[-2:])[:, 0].float()
-
-
-class HalfInstanceNorm(nn.Module):
-    """BatchNorm for the first half of the channels, InstanceNorm without affine part for the rest."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.batch, self.instance = nn.BatchNorm2d(channels - channels // 2), nn.InstanceNorm2d(channels // 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, rest = x.split([self.batch.num_features, self.instance.num_features], 1)
-        return torch.cat((self.batch(first), self.instance(rest)), 1)

@@ -38,32 +38,33 @@ class U2PL(Method):
     sits on the decoder's output (released: on the fused 512 channels); no supervised first epoch, which rampup stands for.
     """
 
-    min_batch = 2
     bank: Tensor  # (C, size, dim) keys of unit length
     seen: Tensor  # (C,) keys ever put in; slot number modulo size is the next one
 
     def __init__(
         self, build: Build, *, weight: Weight = 1.0, contrast: Weight = 1.0, drop: Share = 0.2, decay: Share = 0.99, cutmix: Share = 0.5,
-        dim: PositiveCount = 256, anchors: PositiveCount = 256, negatives: PositiveCount = 50, bank: PositiveCount = 30_000, temperature: Positive = 0.5,
-        confidence: Share = 0.3, low_rank: Count = 3, high_rank: Count = 20, rampup: Share = 0.0, joint: bool = True,
+        dim: PositiveCount = 256, anchors: PositiveCount = 256, negatives: PositiveCount = 50, bank: PositiveCount = 30_000,
+        temperature: Positive = 0.5, confidence: Share = 0.3, low_rank: Count = 3, high_rank: Count = 20, rampup: Share = 0.0, joint: bool = True,
     ):  # fmt: skip
         super().__init__()
         self.net = build()
         classes, channels = self.net.classifier.weight.shape[:2]
-        self.head = nn.Sequential(*(_block(channels, dim) + _block(dim, dim)), nn.Conv2d(dim, dim, 1))
+        layers: list[nn.Module] = []
+        for inputs in (channels, dim):
+            layers += [nn.Conv2d(inputs, dim, 3, padding=1), nn.BatchNorm2d(dim), nn.ReLU(inplace=True), nn.Dropout2d(0.1)]
+        self.head = nn.Sequential(*layers, nn.Conv2d(dim, dim, 1))
         self.teacher, self.head_teacher = EMA(self.net, decay), EMA(self.head, decay)
         self.register_buffer("bank", torch.zeros(classes, bank, dim))
         self.register_buffer("seen", torch.zeros(classes, dtype=torch.int64))
         self.weight, self.contrast, self.drop, self.cutmix, self.rampup, self.joint = weight, contrast, drop, cutmix, rampup, joint
         self.anchors, self.negatives, self.temperature, self.confidence = anchors, negatives, temperature, confidence
-        self.low_rank, self.high_rank = low_rank, high_rank
+        self.low_rank, self.high_rank, self.min_batch = low_rank, high_rank, 2 if cutmix else 1
 
     def forward(self, batch: Batch, progress: float) -> tuple[Terms, Terms]:
         size, n = batch.weak.shape[-2:], len(batch.x)
         self.teacher.eval()
         label = pseudo_label(self.teacher(batch.weak), valid=batch.valid)
-        self.teacher.train()
-
+        self.teacher.train(self.training)
         mask = half_box(len(label), size, label.device, self.cutmix)
         mixed, label, valid = mix(batch.weak, mask), mix(label, mask), mix(batch.valid, mask)
         features = torch.cat(both(self.net.features, batch.x, mixed, self.joint))
@@ -79,16 +80,16 @@ class U2PL(Method):
         grown = ramp(progress, self.rampup)
         terms = {"sup": cross_entropy(logits[:n], batch.y)}
         if self.weight:
-            terms["unsup"] = self.weight * grown * cross_entropy(logits[n:], label.masked_fill(~kept, IGNORE))
-            terms["unsup"] = terms["unsup"] * valid.sum() / kept.sum().clamp_min(1)
+            unsup = cross_entropy(logits[n:], label.masked_fill(~kept, IGNORE))
+            terms["unsup"] = self.weight * grown * unsup * valid.sum() / kept.sum().clamp_min(1)
         if self.contrast:
-            small = features.shape[-2:]
-            sure = nearest(torch.cat((batch.y != IGNORE, valid & (unsure <= low))), small)
-            doubtful = nearest(torch.cat((batch.y != IGNORE, valid & (unsure >= high))), small)
-            target = nearest(torch.cat((batch.y, label)), small)
-            prob = judged.float().softmax(1)
-            terms["contrast"] = self.contrastive(self.head(features), self.head_teacher(theirs), prob, target, sure, doubtful, n)
-            terms["contrast"] = terms["contrast"] * self.contrast * grown
+            known, grid = batch.y != IGNORE, features.shape[-2:]
+            target, sure, doubtful = (
+                nearest(torch.cat(pair), grid)
+                for pair in ((batch.y, label), (known, valid & (unsure <= low)), (known, valid & (unsure >= high)))
+            )
+            own, keys, prob = self.head(features), self.head_teacher(theirs), judged.float().softmax(1)
+            terms["contrast"] = self.contrastive(own, keys, prob, target, sure, doubtful, n) * self.contrast * grown
         return terms, {"kept": masked_mean(kept.float(), valid), "bank": self.seen.clamp_max(self.bank.shape[1]).float().mean()}
 
     def contrastive(self, own: Tensor, theirs: Tensor, prob: Tensor, label: Tensor, sure: Tensor, doubtful: Tensor, labeled: int) -> Tensor:
@@ -137,7 +138,3 @@ class U2PL(Method):
     @property
     def predictors(self) -> dict[str, nn.Module]:
         return {"teacher": self.teacher, "student": self.net}
-
-
-def _block(channels: int, dim: int) -> list[nn.Module]:
-    return [nn.Conv2d(channels, dim, 3, padding=1), nn.BatchNorm2d(dim), nn.ReLU(inplace=True), nn.Dropout2d(0.1)]
