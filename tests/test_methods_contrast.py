@@ -573,7 +573,9 @@ def test_u2pl_the_teacher_labels_in_eval_mode_and_learns_its_statistics_in_train
     now = [m.running_mean for m in method.teacher.modules() if isinstance(m, nn.BatchNorm2d)]
     assert all(not torch.equal(a, b) for a, b in zip(running, now, strict=True))
     method.eval()
+    method(batch(), 0.5)  # does not put its teacher back into train mode
     assert not method.teacher.module.training and not method.head_teacher.module.training
+    assert make("u2pl", dim=8, bank=50).min_batch == 2 and make("u2pl", dim=8, bank=50, cutmix=0.0).min_batch == 1
 
 
 def test_u2pl_without_its_weights_is_supervised():
