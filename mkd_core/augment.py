@@ -128,7 +128,7 @@ def _rotation(device: torch.device) -> Tensor:
 
 
 def colour_jitter(images: Tensor) -> Tensor:
-    """Brightness, contrast, saturation +-0.5, hue +-0.25 of a turn, in this order."""
+    """Brightness, contrast, saturation +-0.5, hue +-0.25 of a turn. Deviation: in this order (FixMatch, PseudoSeg: in a random one)."""
     return hue(saturation(contrast(brightness(images))))
 
 

@@ -108,7 +108,10 @@ def both(net: nn.Module, x: Tensor, u: Tensor, joint: bool) -> tuple[Tensor, Ten
 
 
 def tta(prob: Prob, net: nn.Module, image: Tensor, scales: Scales) -> Tensor:
-    """Class probabilities (B, C, H, W), averaged over scaled images and their mirror images: test-time augmentation of ST++'s labels."""
+    """Class probabilities (B, C, H, W), averaged over scaled images and their mirror images: test-time augmentation of ST++'s labels.
+
+    Under the protocol long512, which scales every image to one size, the scales differ in resampling only.
+    """
     total = torch.zeros((), device=image.device)
     for scale in scales:
         scaled = resize(image, torch.Size(max(1, int(side * scale)) for side in image.shape[-2:]))

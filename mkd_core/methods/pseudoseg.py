@@ -27,7 +27,8 @@ class PseudoSeg(Method):
     background  class 0 has no image-level label and is what the others leave (VOC, COCO); False: every class has a map of its own
     Deviations: the image classifier is one linear layer on pooled features, whose Grad-CAM is its weights times the features; the map
     comes from the forward pass of the decoder (theirs: a second one, BatchNorm in evaluation mode); labeled pixels that are IGNORE are
-    no keys (theirs: padding); padded queries attend to the image (theirs: to everything).
+    no keys (theirs: padding); padded queries attend to the image (theirs: to everything); the strong view is the run's (theirs: colour
+    jitter of every image).
     """
 
     views = 1

@@ -27,8 +27,8 @@ class SimpleBaseline(Method):
 
     rounds   how often the network labels all unlabeled images and is trained on, the stages being equally long (our choice)
     dsbn     False: one set of BatchNorm layers. It is evaluated with that of the labeled images
-    Deviations: the robust loss is a mean over labeled pixels, not all; the strong view is drawn after scale, flip and crop. As released,
-    the surer a pixel the more of its loss is RCE.
+    Deviations: the robust loss is a mean over labeled pixels, not all; the strong view is drawn after scale, flip and crop; no weight decay
+    in the first stage either, since a run has one. As released, the surer a pixel the more of its loss is RCE.
     """
 
     unlabeled = False
