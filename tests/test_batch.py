@@ -98,7 +98,8 @@ class Batch(server.Process):
 
 
 def environment(place):
-    return {"MKD_RUNS": str(place / "runs"), "HOLD": str(place / "hold"), "PYTHONPATH": str(ROOT)}
+    slurm = {"SLURM_CONF": str(place / "slurm/slurm.conf")} if (place / "slurm").is_dir() else {}
+    return {"MKD_RUNS": str(place / "runs"), "HOLD": str(place / "hold"), "PYTHONPATH": str(ROOT)} | slurm
 
 
 def processes(place):
