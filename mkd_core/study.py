@@ -313,7 +313,7 @@ class Study:
         sda = config.options.get("sda", True)
         with torch.random.fork_rng(devices=[]):
             seed_step(config.seed, draw)
-            batch = make_batch((images, labels, images, valid), config, 1, torch.device("cpu"))
+            batch = make_batch((images, labels, images, valid, labels), config, 1, torch.device("cpu"))
             area = (0.5, 0.5) if config.method == "cutmix_seg" else (0.25, 0.5)
             mask = xor_boxes(2, config.crop, boxes=config.options.get("boxes", 0) if sda else 0, area=area)
         student = batch.strong[0] if method.views and sda and config.options.get("colour", True) else batch.weak

@@ -137,7 +137,7 @@ def test_the_views_are_what_the_method_is_fed(runs, method):
     student = next(net for name, net in trained.predictors.items() if not name.startswith("teacher"))
     student.encoder.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0]))
     engine.seed_step(c.seed, draw)
-    trained(engine.make_batch((images, labels, images, valid), c, 1, torch.device("cpu")), 0.5)
+    trained(engine.make_batch((images, labels, images, valid, labels), c, 1, torch.device("cpu")), 0.5)
     if method != "supervised":  # which never sees unlabeled images
         picture = (
             fed[-1][0] * torch.tensor([0.229, 0.224, 0.225])[:, None, None] + torch.tensor([0.485, 0.456, 0.406])[:, None, None]
