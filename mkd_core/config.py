@@ -155,6 +155,17 @@ class RunConfig(BaseModel):
         return f"{data}-{self.split}-{self.method}-s{self.seed}-{digest}".replace("/", "_").replace(" ", "_")
 
 
+def read_config(folder: str | Path) -> RunConfig:
+    """The configuration of a run folder; ValueError where there is none, or none that this version of the suite knows."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"there is no run in {folder}")
+    try:
+        return RunConfig(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or of another version of the suite: {error}") from error
+
+
 class Grid(BaseModel):
     """The runs of a table: every row in every column with every seed; no columns: one without a name.
 

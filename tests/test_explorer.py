@@ -209,6 +209,17 @@ def test_a_damaged_checkpoint_is_said_and_the_controls_stay_usable(runs, tmp_pat
     assert shown.canvas.state["message"] == "" and shown.canvas.mask_a
 
 
+def test_a_mask_of_another_size_is_named_and_left_out_of_a_search(runs):
+    study = Study(runs["supervised"])
+    label, wrong = study.data.label, study.sets["unlabeled"][1]
+    study.data.label = lambda id: label(id)[1:] if id == wrong else label(id)
+    shown = Explorer(study)
+    shown.index.value = 1
+    assert f"{wrong}: its mask has (31, 32) pixels" in shown.canvas.state["message"]
+    shown.sort.value = "A worst mIoU"
+    assert len(shown.order) == len(study.sets["unlabeled"]) - 1 and "1 of" in shown.canvas.state["message"]
+
+
 @pytest.mark.parametrize(
     "what, message", [("empty", "there is no run in"), ("none", "no run to explore"), ("other", "have different ones")]
 )
