@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -89,7 +89,10 @@ def parse_slots(text: str) -> list[str]:
 
 
 def check(runs: Sequence[Run]) -> None:
-    """DataError or ValueError for the first run whose data, split or method cannot work, before any has begun."""
+    """DataError or ValueError for the first run whose data, split or method cannot work, or where runs cannot be kept, before any has begun."""
+    place = next(folder for folder in (records.RUNS, *records.RUNS.parents) if folder.exists())
+    if runs and not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ValueError(f"{place} is no folder that can be written: runs are kept in {records.RUNS}, or in what MKD_RUNS names")
     for run in runs:
         try:
             prepare(run.config)
@@ -99,14 +102,14 @@ def check(runs: Sequence[Run]) -> None:
 
 def plan(runs: Sequence[Run], slots: int) -> str:
     """What exists, what runs now, what will run, and the hours that it will take; slots 0: not known."""
-    known = records.collect(records.RUNS) if records.RUNS.is_dir() else []
+    known = _readable_records()
     lines, counts, total = [], Counter[str](), 0.0
     for run in runs:
         state = "done" if run.done else "running" if is_busy(run.folder) else "to run"
         counts[state] += 1
         text = ""
         if state != "done":
-            alike = [r.seconds / r.config["steps"] for r in known if all(str(r.config[k]) == run.value(k) for k in ALIKE)]
+            alike = [r.seconds / r.config["steps"] for r in known if all(str(r.config.get(k)) == run.value(k) for k in ALIKE)]
             hours = statistics.median(alike) * (run.config.steps - run.step) / 3600 if alike else float("nan")
             text = (f"from step {run.step:,}, " if run.step else "") + (f"{hours:.2f} h" if alike else "unknown time")
             total += hours
@@ -116,6 +119,15 @@ def plan(runs: Sequence[Run], slots: int) -> str:
         spread = f", {total / slots:.1f} h on {slots} slots" if slots > 1 else ""
         summary += "; expected hours unknown: no record of a run like some of these" if total != total else f"; about {total:.1f} h{spread}"
     return "\n".join([*lines, summary])
+
+
+def _readable_records() -> list[records.Record]:
+    """For the expected time alone: a record of other work that is damaged, or of another version, stops no batch."""
+    found = []
+    for folder in records.RUNS.glob("*/"):
+        with suppress(ValueError):
+            found.append(records.load(folder))
+    return [record for record in found if record]
 
 
 # One run, on whichever machine.

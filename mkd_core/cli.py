@@ -193,7 +193,7 @@ def parse_values(pairs: Sequence[str]) -> dict[str, Any]:
         if key in values:
             raise ValueError(f"{key} is given twice")
         try:
-            values[key] = _numbers(yaml.safe_load(text))
+            values[key] = _numbers(yaml.load(text, _Once))
         except yaml.YAMLError as error:
             raise ValueError(f"{key}: {text!r} is not YAML ({error})") from error
     return values
@@ -218,12 +218,24 @@ def read_parameters(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"parameters file {file} does not exist")
     try:
-        values = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
+        values = yaml.load(file.read_text(encoding="utf-8"), _Once) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold `name: value` lines, it holds a {type(values).__name__}")
     return _numbers(values)
+
+
+class _Once(yaml.SafeLoader):
+    """YAML in which a key stands once in a mapping: of two, PyYAML takes the last, and a row of a table would be gone."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        for key, _ in reversed(node.value):
+            if keys.count(key.value) > 1:
+                raise yaml.MarkedYAMLError("in a mapping", node.start_mark, f"the key {key.value!r} stands twice", key.start_mark)
+        return node
 
 
 def _numbers(value: Any) -> Any:
@@ -408,6 +420,7 @@ def _batch(words: argparse.Namespace) -> int:
     from . import batch
     from .config import Grid
     from .records import ROOT
+    from .tables import published
 
     wants = {"dask": ("--address", words.address), "slurm": ("--resources", words.resources)}
     for engine, (option, given) in wants.items():
@@ -420,6 +433,10 @@ def _batch(words: argparse.Namespace) -> int:
     resources = read_parameters(words.resources) if words.resources else None
     seeds = [f"seeds=[{words.seeds}]"] if words.seeds is not None else []
     parameters = merge(read_parameters(words.file), parse_values([*words.pairs, *seeds]))
+    if parameters.get("published"):  # what the table's notebook would refuse when all has run
+        published(parameters["published"])
+    if words.out and words.out.exists() and not words.out.is_dir():
+        raise ValueError(f"--out {words.out} is not a folder")
     table = ROOT / "notebooks" / f"{words.file.stem}.ipynb"
     if table.is_file():
         _refuse_unknown(table, parameters)

@@ -155,6 +155,17 @@ class RunConfig(BaseModel):
         return f"{data}-{self.split}-{self.method}-s{self.seed}-{digest}".replace("/", "_").replace(" ", "_")
 
 
+def read_config(folder: str | Path) -> RunConfig:
+    """The configuration of a run folder; ValueError where there is none, or none that this version of the suite knows."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"there is no run in {folder}")
+    try:
+        return RunConfig(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or of another version of the suite: {error}") from error
+
+
 class Grid(BaseModel):
     """The runs of a table: every row in every column with every seed; no columns: one without a name.
 
@@ -180,14 +191,14 @@ class Grid(BaseModel):
     def cells(self) -> dict[str, dict[str, list[RunConfig]]]:
         """Row name -> column name -> one configuration a seed."""
 
-        def config(row: dict[str, Any], column: dict[str, Any], seed: int) -> RunConfig:
-            keys = self.common | column | row | {"seed": seed}
-            return RunConfig(**keys | {"split": str(keys["split"]).replace("{seed}", str(seed))} if "split" in keys else keys)
+        def config(row: str, column: str, seed: int) -> RunConfig:
+            keys = self.common | self.columns[column] | self.rows[row] | {"seed": seed}
+            try:
+                return RunConfig(**keys | {"split": str(keys["split"]).replace("{seed}", str(seed))} if "split" in keys else keys)
+            except ValueError as error:
+                raise ValueError(f"{', '.join(filter(None, (row, column)))}, seed {seed}: {error}") from None
 
-        return {
-            name: {title: [config(row, column, seed) for seed in self.seeds] for title, column in self.columns.items()}
-            for name, row in self.rows.items()
-        }
+        return {row: {column: [config(row, column, seed) for seed in self.seeds] for column in self.columns} for row in self.rows}
 
     @property
     def runs(self) -> dict[str, list[RunConfig]]:

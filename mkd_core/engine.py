@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import records
 from .augment import STRONG, distort, normalise
-from .config import RunConfig
+from .config import RunConfig, read_config
 from .data import SegDataset, open_dataset
 from .data.base import DataError, read_label
 from .data.check import check
@@ -98,9 +98,7 @@ def load_method(run: RunConfig | str | Path, device: torch.device | str = "cpu",
     Rebuilt from config.json with the weights of `checkpoint`, a file of the folder; no data are needed. Like every build, it seeds torch.
     """
     folder = records.RUNS / run.id if isinstance(run, RunConfig) else Path(run)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"there is no run in {folder}")
-    config = RunConfig.model_validate_json((folder / "config.json").read_text())
+    config = read_config(folder)
     state = read_checkpoint(folder / checkpoint, device)["method"]
     classes = next(len(value) for name, value in state.items() if name.endswith("classifier.weight"))
     # The checkpoint holds the encoder too: its ImageNet file may be gone.
@@ -114,12 +112,16 @@ def read_checkpoint(path: Path, device: torch.device | str) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(state, dict) or not {"step", "method", "optimizers", "history"} <= state.keys():
-            raise KeyError("not a checkpoint of this suite")
+            raise KeyError("step, method, optimizers, history")
         return state
     except FileNotFoundError as error:
         raise ValueError(f"there is no checkpoint {path}: the run has not come that far") from error
-    except Exception as error:  # torch raises half a dozen unrelated classes here
-        raise ValueError(f"{path} is damaged ({error}); delete it and the run starts anew") from error
+    except (PermissionError, IsADirectoryError, MemoryError, torch.OutOfMemoryError):  # not the file's fault: nothing to delete
+        raise
+    except Exception as error:  # torch raises half a dozen unrelated classes here, with advice to unpickle that nobody should follow
+        raise ValueError(
+            f"{path} is damaged, or no checkpoint of this suite ({type(error).__name__}); delete it and the run starts anew"
+        ) from error
 
 
 def seed_step(seed: int, step: int, *stage: int) -> None:

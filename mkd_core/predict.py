@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import records
 from .augment import normalise
 from .choices import choose
-from .config import RunConfig
+from .config import RunConfig, read_config
 from .data import DATASETS, IGNORE, DataError, load_split, open_dataset
 from .data.base import colormap, read_image, some
 from .engine import Progress, load_method, pick_device, probabilities, starts
@@ -42,7 +42,7 @@ class Predictor:
 
     def __init__(self, run: str | Path, name: str = "", step: int | None = None, protocol: str = "", device: str = "auto"):
         self.folder, self.device = _run_folder(run), pick_device(device)
-        self.config = RunConfig.model_validate_json((self.folder / "config.json").read_text())
+        self.config = read_config(self.folder)
         self.protocol = protocol and choose("protocol", protocol, ("whole", "long512", "sliding"))
         kept = sorted(path.name for path in self.folder.glob("checkpoint-*.pt"))
         self.checkpoint = "checkpoint.pt" if step is None else choose("checkpoint", f"checkpoint-{step}.pt", kept)
@@ -147,8 +147,12 @@ def pseudo_label(
         ids = list(load_split(dataset, model.config.split, model.config.seed).unlabeled)
         files = {f"{id}.png": out / f"images/{id}.png" for id in ids} if generated else _named(str(dataset.files(id)[0]) for id in ids)
     lines = {name: f"{_relative(file, out)}\tmasks/{name}" for name, file in files.items()}
-    if bad := [name for name, line in lines.items() if line.count("\t") > 1 or len(line.splitlines()) > 1]:
-        raise DataError(f"{some(bad, 'images')}: paths with a tab or a line break cannot stand in a list; rename them")
+    # A name in bytes that are no text is read with letters that cannot be encoded again.
+    writable = {name: line.encode(errors="ignore").decode() == line for name, line in lines.items()}
+    if bad := [name for name, line in lines.items() if line.count("\t") > 1 or len(line.splitlines()) > 1 or not writable[name]]:
+        raise DataError(
+            f"{some(map(ascii, bad), 'images')}: paths with a tab, a line break or bytes that are not UTF-8 cannot stand in a list; rename them"
+        )
     made = [out / "train.txt", out / "classes.txt", *(out / "masks" / name for name in files), *(files.values() if generated else [])]
     _check(made, [] if generated else files.values(), overwrite, progress)
     (out / "train.txt").unlink(missing_ok=True)  # where it stands, the masks are complete

@@ -95,7 +95,7 @@ def history(folder: str | Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in lines]
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+        raise ValueError(f"{path} is damaged ({error}); delete it, and a run that goes on writes it anew from its checkpoint") from error
 
 
 def environment() -> dict[str, str]:

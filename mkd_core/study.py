@@ -20,7 +20,7 @@ from PIL import Image
 
 from . import records
 from .augment import geometry, mix, normalise, xor_boxes
-from .config import RunConfig
+from .config import RunConfig, read_config
 from .data import open_dataset
 from .data.base import IGNORE
 from .data.splits import load_split
@@ -172,12 +172,6 @@ class Recent:
         return value
 
 
-def read_config(folder: Path) -> RunConfig:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"there is no run in {folder}")
-    return RunConfig.model_validate_json((folder / "config.json").read_text())
-
-
 def labeler(names: Sequence[str]) -> str:
     """The network that labels: the first teacher, else the first predictor."""
     return next((name for name in names if name.startswith("teacher")), names[0])
@@ -255,10 +249,13 @@ class Study:
         return self.cache.get(("image", id), lambda: self.data.image(id).permute(1, 2, 0).numpy(), lambda image: image.nbytes)
 
     def truth(self, id: str) -> Array | None:
-        """(H, W) uint8, None where there is none."""
+        """(H, W) uint8, None where there is none; ValueError where it has not the size of its image."""
         if not self.data.has_label(id):
             return None
-        return self.cache.get(("truth", id), lambda: self.data.label(id).numpy(), lambda label: label.nbytes)
+        label = self.cache.get(("truth", id), lambda: self.data.label(id).numpy(), lambda label: label.nbytes)
+        if label.shape != (size := self.image(id).shape[:2]):
+            raise ValueError(f"{id}: its mask has {label.shape} pixels (height, width), the image {size}; mkd check names all such files")
+        return label
 
     def predict(self, run: int, checkpoint: str, id: str) -> dict[str, Prediction]:
         """Every predictor of a run on an image, by the run's own protocol and precision; "mean": of their probabilities."""
@@ -313,7 +310,7 @@ class Study:
         sda = config.options.get("sda", True)
         with torch.random.fork_rng(devices=[]):
             seed_step(config.seed, draw)
-            batch = make_batch((images, labels, images, valid), config, 1, torch.device("cpu"))
+            batch = make_batch((images, labels, images, valid, labels), config, 1, torch.device("cpu"))
             area = (0.5, 0.5) if config.method == "cutmix_seg" else (0.25, 0.5)
             mask = xor_boxes(2, config.crop, boxes=config.options.get("boxes", 0) if sda else 0, area=area)
         student = batch.strong[0] if method.views and sda and config.options.get("colour", True) else batch.weak

@@ -246,7 +246,8 @@ def _refuse_unlike(title: str, rows: Rows, source: Published | None) -> None:
     records = [r for of in rows.values() for r in of]
     where = f"column {title!r}" if title else "one table"
     for what, of in {
-        "data sets": lambda r: _images(r.config["dataset"]),
+        "data sets": lambda r: _images(r.config["dataset"]) + f" {Path(r.config['root']).name}" * (r.config["dataset"] == "folder"),
+        "classes": lambda r: ", ".join(r.classes),
         "evaluation protocols": lambda r: r.protocol,
         "evaluated images": lambda r: json.dumps(r.evaluated, sort_keys=True),
     }.items():

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import tiny
 import yaml
 from filelock import FileLock
 from tiny import config
@@ -350,7 +351,9 @@ def test_the_runs_that_only_chooses(place):
         (["--seeds", "0,0"], "given twice"),
         (["common.split=random/30"], "30"),
         (["common.dataset=folder", "common.dataset_options={}", "common.root=nowhere"], "nowhere"),
-        (["rows={A: {method: mkd}, B: {method: mdk}}"], "did you mean 'mkd'"),
+        (["rows={A: {method: mkd}, B: {method: mdk}}"], "B, seed 0: there is no method 'mdk'; did you mean 'mkd'"),
+        (["published=tabel4"], "did you mean 'table4'"),
+        (["-o", __file__], "test_batch.py is not a folder"),
         (["colums={}"], "did you mean 'columns'"),
     ],
 )
@@ -359,6 +362,26 @@ def test_refused_before_anything_runs(place, monkeypatch, capsys, words, said):
     assert main(["batch", str(place / "tiny.yaml"), *words]) == 2
     assert said in capsys.readouterr().err
     assert not (place / "runs").exists()
+
+
+def test_a_runs_folder_that_cannot_be_made_is_refused(place, monkeypatch, capsys):
+    monkeypatch.setattr(batch, "execute", lambda *args: pytest.fail("it ran"))
+    monkeypatch.setattr(records, "RUNS", place / "tiny.yaml/runs")
+    assert main(["batch", str(place / "tiny.yaml")]) == 2
+    assert f"{place / 'tiny.yaml'} is no folder that can be written" in capsys.readouterr().err
+
+
+def test_records_of_other_work_stop_no_plan(place):
+    """One damaged, one of a version that knew fewer keys."""
+    (run,) = expect(place, "MKD")[:1]
+    for name, content in (("a", "{"), ("b", tiny.record(config={"dataset": "shapes"}).model_dump_json())):
+        (records.RUNS / name).mkdir(parents=True)
+        (records.RUNS / name / "record.json").write_text(content)
+    assert "1 to run; expected hours unknown" in batch.plan([run], 1)
+    (records.RUNS / run.folder.name).mkdir()
+    (run.folder / "record.json").write_text("{")
+    with pytest.raises(ValueError, match="record.json is damaged; delete it"):  # its own
+        batch.plan([run], 1)
 
 
 def test_a_refused_run_does_not_take_the_notebook_with_it(place):

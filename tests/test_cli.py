@@ -29,7 +29,9 @@ def test_values_are_yaml_and_scientific_notation_is_a_number():
     }
 
 
-@pytest.mark.parametrize(("pairs", "word"), [(["lr"], "key=value"), (["a=1", "a=2"], "twice"), (["a=[1"], "not YAML")])
+@pytest.mark.parametrize(
+    ("pairs", "word"), [(["lr"], "key=value"), (["a=1", "a=2"], "twice"), (["a=[1"], "not YAML"), (["a={b: 1, b: 2}"], "twice")]
+)
 def test_pairs_that_are_wrong(pairs, word):
     with pytest.raises(ValueError, match=word):
         parse_values(pairs)
@@ -43,11 +45,20 @@ def test_dotted_keys_reach_into_the_files_mappings_and_change_nothing_else():
         merge(file, {"comon.root": "b"})
 
 
-@pytest.mark.parametrize(("text", "word"), [("- a\n- b\n", "list"), ("a: [1\n", "not YAML")])
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("- a\n- b\n", "list"), ("a: [1\n", "not YAML"), ("rows:\n  A: 1\n  B: 2\n  A: 3\n", "(?s)p.yaml.*'A' stands twice.*line 4"),
+     ("a: \xe9", "p.yaml is not YAML: 'utf-8'")],
+)  # fmt: skip
 def test_parameter_files_that_are_wrong(tmp_path, text, word):
-    (tmp_path / "p.yaml").write_text(text)
+    (tmp_path / "p.yaml").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=word):
         read_parameters(tmp_path / "p.yaml")
+
+
+def test_a_merged_key_may_be_given_anew(tmp_path):
+    (tmp_path / "p.yaml").write_text("c: {d: {<<: &b {<<: &a {x: 1, y: 1}, x: 2}, y: 3}}\ne: *b\n")
+    assert read_parameters(tmp_path / "p.yaml") == {"c": {"d": {"x": 2, "y": 3}}, "e": {"x": 2, "y": 1}}
 
 
 def test_a_notebook_runs_where_the_user_is_and_options_may_stand_anywhere(notebook, tmp_path, monkeypatch, capsys):

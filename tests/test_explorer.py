@@ -137,7 +137,7 @@ def test_the_views_are_what_the_method_is_fed(runs, method):
     student = next(net for name, net in trained.predictors.items() if not name.startswith("teacher"))
     student.encoder.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0]))
     engine.seed_step(c.seed, draw)
-    trained(engine.make_batch((images, labels, images, valid), c, 1, torch.device("cpu")), 0.5)
+    trained(engine.make_batch((images, labels, images, valid, labels), c, 1, torch.device("cpu")), 0.5)
     if method != "supervised":  # which never sees unlabeled images
         picture = (
             fed[-1][0] * torch.tensor([0.229, 0.224, 0.225])[:, None, None] + torch.tensor([0.485, 0.456, 0.406])[:, None, None]
@@ -207,6 +207,17 @@ def test_a_damaged_checkpoint_is_said_and_the_controls_stay_usable(runs, tmp_pat
     assert "checkpoint-4.pt is damaged" in shown.canvas.state["message"]
     shown.panes[0].checkpoint.value = "checkpoint.pt"
     assert shown.canvas.state["message"] == "" and shown.canvas.mask_a
+
+
+def test_a_mask_of_another_size_is_named_and_left_out_of_a_search(runs):
+    study = Study(runs["supervised"])
+    label, wrong = study.data.label, study.sets["unlabeled"][1]
+    study.data.label = lambda id: label(id)[1:] if id == wrong else label(id)
+    shown = Explorer(study)
+    shown.index.value = 1
+    assert f"{wrong}: its mask has (31, 32) pixels" in shown.canvas.state["message"]
+    shown.sort.value = "A worst mIoU"
+    assert len(shown.order) == len(study.sets["unlabeled"]) - 1 and "1 of" in shown.canvas.state["message"]
 
 
 @pytest.mark.parametrize(

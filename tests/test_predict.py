@@ -1,6 +1,7 @@
 """Predictions, pseudo-labels and exports of trained runs: right for every size and mode of image, whole or absent, never over something else."""
 
 import json
+import os
 import resource
 import shutil
 
@@ -187,6 +188,12 @@ def damage(case, run, tmp_path):
         state = torch.load(checkpoint, weights_only=True)
         state["method"] = {key: value for key, value in state["method"].items() if "students.1" not in key}
         torch.save(state, checkpoint)
+    elif case == "text for a checkpoint":
+        checkpoint.write_text("<html>")
+    elif case == "half a config":
+        (copy / "config.json").write_text((copy / "config.json").read_text()[:100])
+    elif case == "newer config":
+        (copy / "config.json").write_text(json.dumps(json.loads((copy / "config.json").read_text()) | {"later": 1}))
     elif case == "no config":
         (copy / "config.json").unlink()
     elif case == "16 bits":
@@ -215,6 +222,9 @@ def damage(case, run, tmp_path):
     [
         ("no checkpoint", "there is no checkpoint .*the run has not come that far"),
         ("truncated checkpoint", "checkpoint.pt is damaged"),
+        ("text for a checkpoint", r"checkpoint.pt is damaged, .*\(\w+\); delete it and the run starts anew$"),
+        ("half a config", "config.json is damaged, or of another version"),
+        ("newer config", "config.json is damaged, or of another version of the suite: there is no RunConfig key 'later'"),
         ("other network", "checkpoint.pt does not fit config.json"),
         ("no config", "there is no run"),
         ("16 bits", r"1 of 2 images cannot be read(.|\n)*deep.png: .*16 or 32 bits"),
@@ -234,6 +244,16 @@ def test_faults_are_named_before_anything_is_written(run, tmp_path, case, said):
     with pytest.raises(ValueError, match=said):
         predict(copy, images, tmp_path / "out", quiet=True, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(run, tmp_path):
+    """Whoever believed that would delete it."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "checkpoint.pt").unlink()
+    (copy / "checkpoint.pt").mkdir()
+    with pytest.raises(IsADirectoryError):
+        predict(copy, [picture(tmp_path / "a.png", 16, 16)], tmp_path / "out", quiet=True)
 
 
 def test_a_run_is_found_by_its_id_and_a_kept_step_by_its_number(run, tmp_path, monkeypatch):
@@ -324,7 +344,10 @@ def test_a_folder_run_needs_its_data_for_its_own_images_only(photo_run, photos, 
 
 def test_pseudo_label_refuses_what_it_cannot_do(run, tmp_path):
     file = picture(tmp_path / "in/a\tb.png", 16, 16)
-    for options, said in (({"threshold": 95}, "threshold must be in"), ({"images": [file]}, "tab")):
+    other = picture(tmp_path / os.fsdecode(b"in/caf\xe9.png"), 16, 16)
+    for options, said in (
+        ({"threshold": 95}, "threshold must be in"), ({"images": [file]}, r"a\\tb.png.*tab"), ({"images": [other]}, r"udce9.png.*not UTF-8")
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             pseudo_label(run, tmp_path / "out", quiet=True, **options)
     assert not (tmp_path / "out").exists()

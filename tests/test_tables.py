@@ -42,7 +42,7 @@ def test_rows_alone_are_mean_and_sample_deviation():
     "keys, words",
     [({"protocol": "sliding"}, "evaluation protocols: sliding, whole"), ({"evaluated": {"images": 7, "set": "val"}}, "evaluated images"),
      ({"evaluated": {"images": 6, "set": "test"}}, "evaluated images"), ({"split": {"sha256": "others", "labeled": 6}}, "labeled images"),
-     ({"config": record().config | {"dataset": "voc"}}, "data sets: shapes, voc")],
+     ({"config": record().config | {"dataset": "voc"}}, "data sets: shapes, voc"), ({"classes": ["x", "z"]}, "classes: x, y, x, z")],
     ids=str,
 )  # fmt: skip
 def test_a_column_refuses_what_was_not_measured_alike(keys, words):
@@ -52,6 +52,13 @@ def test_a_column_refuses_what_was_not_measured_alike(keys, words):
             table({"a": {column: [record()]}, "b": {column: [record(**keys)]}})
     table({"a": {"1/16": [record()]}, "b": {"1/8": [record(**keys)]}})  # two columns may differ
     table({"a": [record()], "b": [record()]})
+
+
+def test_folders_of_ones_own_are_data_sets_by_their_names():
+    street, forest = (record(config=record().config | {"dataset": "folder", "root": f"data/{name}"}) for name in ("street", "forest"))
+    with pytest.raises(ValueError, match="data sets: folder forest, folder street"):
+        table({"a": [street], "b": [forest]})
+    table({"a": [street], "b": [record(config=street.config | {"root": "elsewhere/street"})]})
 
 
 def test_voc_and_vocaug_share_a_column():
