@@ -274,7 +274,7 @@ def terms_of(histories: Mapping[str, Sequence[Mapping[str, Any]]], across: int =
         ax.set_yscale("log")
         ax.set_title(method, fontsize=8.5)
         ax.tick_params(labelsize=6.5)
-        ax.legend(fontsize=6.5, handlelength=1, loc="best")
+        ax.legend(fontsize=6, handlelength=1, loc="best", frameon=True, framealpha=0.75, edgecolor="none", borderpad=0.1, labelspacing=0.15)
     for ax in axes[len(histories) :]:
         ax.remove()
     figure.supxlabel("step", fontsize=8.5)
