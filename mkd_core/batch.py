@@ -264,6 +264,7 @@ class Overview:
         self.lines = 0
 
     def show(self, failed: Mapping[Run, str], last: bool = False) -> None:
+        """Print the state of the runs, unless that was done a moment ago; last: in any case."""
         if not last and time.monotonic() - self.shown < (1 if self.live else 60):
             return
         self.shown = time.monotonic()

@@ -27,7 +27,17 @@ NOT_IDENTITY = {"root", "device", "threads", "workers", "checkpoint_every", "kee
 RESULTS = 1
 
 
-class RunConfig(BaseModel):
+class _Checked(BaseModel):
+    """A model whose faults are told in our words, not in pydantic's."""
+
+    def __init__(self, **keys: Any):
+        try:
+            super().__init__(**keys)
+        except ValidationError as error:
+            raise ValueError(faults(error)) from None
+
+
+class RunConfig(_Checked):
     """Everything that decides a run. Flat; unknown keys, methods, options and values out of range are errors that list what is allowed.
 
     `options` are the keyword arguments of the method's constructor, `dataset_options` those of the data set's; defaults are filled in, so
@@ -77,12 +87,6 @@ class RunConfig(BaseModel):
     checkpoint_every: int = Field(1_000, gt=0)
     keep_every: int = Field(0, ge=0, description="steps between checkpoints that stay, for the explorer; 0: only the last one stays")
     log_every: int = Field(50, gt=0)
-
-    def __init__(self, **keys: Any):
-        try:
-            super().__init__(**keys)
-        except ValidationError as error:
-            raise ValueError(faults(error)) from None
 
     @model_validator(mode="before")
     @classmethod
@@ -166,7 +170,7 @@ def read_config(folder: str | Path) -> RunConfig:
         raise ValueError(f"{path} is damaged, or of another version of the suite: {error}") from error
 
 
-class Grid(BaseModel):
+class Grid(_Checked):
     """The runs of a table: every row in every column with every seed; no columns: one without a name.
 
     A row's keys win over a column's, and these over the common ones; "{seed}" in a split's name is filled in.
@@ -180,12 +184,6 @@ class Grid(BaseModel):
     rows: dict[str, dict[str, Any]] = Field(min_length=1)
     columns: dict[str, dict[str, Any]] = Field({"": {}}, min_length=1)
     seeds: list[int] = Field(min_length=1)
-
-    def __init__(self, **keys: Any):
-        try:
-            super().__init__(**keys)
-        except ValidationError as error:
-            raise ValueError(faults(error)) from None
 
     @property
     def cells(self) -> dict[str, dict[str, list[RunConfig]]]:

@@ -11,9 +11,8 @@ from torch import nn
 from torch.export import Dim
 
 from .augment import MEAN, STD, normalise
-from .data.base import some
 from .models import file_sha256
-from .predict import Predictor
+from .predict import Predictor, refuse_existing
 from .records import write_atomically
 
 MULTIPLE = 32  # of free image sides: the stride of the deepest encoders
@@ -34,8 +33,7 @@ def export(run: str | Path, out: str | Path = "", *, predictor: str = "", step: 
         raise ValueError("'mean' is several networks, a program holds one: name it")
     folder = Path(out).expanduser() if str(out) else model.folder
     program, about = (folder / f"{model.name.replace(' ', '_')}{suffix}" for suffix in (".pt2", ".json"))
-    if there := [path for path in (program, about) if path.exists() and not overwrite]:
-        raise ValueError(f"{some(there, 'files')} exist already: choose another folder, or overwrite them")
+    refuse_existing([program, about], overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     content, sizes = _program(model.nets[0], model.config.crop)
     loaded = torch.export.load(io.BytesIO(content)).module()

@@ -7,7 +7,6 @@ Okabe and Ito's, lines differ in dash and marker too, so that prints in grey can
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -30,7 +29,7 @@ from .augment import MEAN, STD, chain, mix, xor_boxes
 from .data.base import IGNORE
 from .data.shapes import Shapes
 from .metrics import confusion_matrix, miou
-from .records import Cells, Rows
+from .records import Cells, Rows, write_atomically
 
 Array = NDArray[Any]
 INK, GREY, LIGHT = "#222222", "#8a8a8a", "#dcdcdc"
@@ -68,12 +67,9 @@ def save(figure: Figure, path: str | Path) -> Path:
     """PNG at 200 dpi, whole or not at all, equal bytes for equal pictures (no time stamp)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=200, bbox_inches="tight", pad_inches=0.05)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200, bbox_inches="tight", pad_inches=0.05)
+    write_atomically(path, buffer.getvalue())
     return path
 
 

@@ -232,10 +232,15 @@ def _named(files: Iterable[str | Path]) -> dict[str, Path]:
     return names
 
 
-def _check(made: Sequence[Path], images: Collection[Path], overwrite: bool, progress: Progress) -> None:
-    """Everything that can be wrong before work starts: files in the way, pictures that cannot be read, folders that cannot be made."""
+def refuse_existing(made: Sequence[Path], overwrite: bool) -> None:
+    """ValueError that names the files in the way, unless they may be overwritten."""
     if there := [path for path in made if path.exists() and not overwrite]:
         raise ValueError(f"{some(there, 'files')} exist already: choose another folder, or overwrite them")
+
+
+def _check(made: Sequence[Path], images: Collection[Path], overwrite: bool, progress: Progress) -> None:
+    """Everything that can be wrong before work starts: files in the way, pictures that cannot be read, folders that cannot be made."""
+    refuse_existing(made, overwrite)
     if own := {path.resolve() for path in made} & {path.resolve() for path in images}:
         raise ValueError(f"{some(sorted(own), 'images')} would be overwritten by output: choose another folder")
     bad = []

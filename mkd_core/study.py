@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -141,12 +140,9 @@ def write_new(folder: Path, stem: str, picture: Image.Image) -> Path:
     stem = re.sub(r"[^\w.-]+", "_", stem)
     names = (folder / f"{stem}{'' if k == 1 else f'-{k}'}.png" for k in itertools.count(1))
     path = next(name for name in names if not name.exists())
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        picture.save(temporary, "PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    records.write_atomically(path, buffer.getvalue())
     return path
 
 
@@ -161,6 +157,7 @@ class Recent:
         self.items: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], Any], cost: Callable[[Any], int] = lambda value: 1) -> Any:
+        """The value of `key`, made where it is not kept; the least recently used ones go until the rest fits."""
         if key in self.items:
             self.items.move_to_end(key)
             return self.items[key][0]
