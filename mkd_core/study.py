@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 import re
@@ -16,9 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from . import records
-from .augment import geometry, mix, normalise, xor_boxes
+from .augment import geometry, normalise
 from .config import RunConfig, read_config
 from .data import open_dataset
 from .data.base import IGNORE
@@ -27,6 +29,7 @@ from .engine import load_method, make_batch, pick_device, probabilities, seed_st
 from .figures import to_image
 from .methods import METHODS, Method
 from .metrics import confusion_matrix, miou
+from .models import SegNet
 
 Array = NDArray[Any]
 Runs = RunConfig | str | Path | Sequence[RunConfig | str | Path]
@@ -295,25 +298,41 @@ class Study:
 
     def views(self, run: int, checkpoint: str, id: str, draw: int) -> tuple[dict[str, Array], Array, str]:
         """Draw number `draw` of the run's augmentation: images by the names of VIEWS, each (h, w, 3) uint8; the CutMix mask (h, w) bool, True
-        where the image keeps its own pixels; the partner's id. A method without strong views or boxes shows its student the weak view."""
-        config, method = self.configs[run], self.method(run, checkpoint)
+        where the image keeps its own pixels; the partner's id. The method itself makes a step's losses on the image and its partner, and what
+        its first student is fed for the image last is what the student sees (the weak view where that is nothing, as with SupOnly)."""
+        return self.cache.get(
+            (self._key(run, checkpoint), id, draw),
+            lambda: self._views(run, checkpoint, id, draw),
+            lambda found: sum(view.nbytes for view in found[0].values()) + found[1].nbytes,
+        )
+
+    def _views(self, run: int, checkpoint: str, id: str, draw: int) -> tuple[dict[str, Array], Array, str]:
+        config, method = self.configs[run], copy.deepcopy(self.method(run, checkpoint)).train()  # losses change banks and BatchNorm
         rng = np.random.default_rng([config.seed, draw])
         others = [i for i in self.sets.get("unlabeled", ()) if i != id]
         if not others:
             raise ValueError("the split has no other unlabeled image that could be the CutMix partner")
         partner = others[rng.integers(len(others))]
-        crops = [geometry(self.data.image(i), None, config.crop, config.scale, config.base, rng) for i in (id, partner)]
-        images, labels, valid = (torch.stack(part) for part in zip(*crops, strict=True))
-        sda = config.options.get("sda", True)
-        with torch.random.fork_rng(devices=[]):
+
+        def crops(ids: Sequence[str], labels: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+            found = [geometry(self.data.image(i), y, config.crop, config.scale, config.base, rng) for i, y in zip(ids, labels, strict=True)]
+            return tuple(torch.stack(part) for part in zip(*found, strict=True))
+
+        images, unknown, valid = crops((id, partner), (None, None))
+        known = rng.choice(self.sets["labeled"], 2).tolist()
+        x, y, _ = crops(known, [self.data.label(i) for i in known])
+        student = next(net for net in method.predictors.values() if isinstance(net, SegNet))
+        fed: list[Tensor] = []
+        student.encoder.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0].detach()) if torch.is_grad_enabled() else None)
+        with torch.random.fork_rng():
             seed_step(config.seed, draw)
-            batch = make_batch((images, labels, images, valid, labels), config, 1, torch.device("cpu"))
-            area = (0.5, 0.5) if config.method == "cutmix_seg" else (0.25, 0.5)
-            mask = xor_boxes(2, config.crop, boxes=config.options.get("boxes", 0) if sda else 0, area=area)
-        student = batch.strong[0] if method.views and sda and config.options.get("colour", True) else batch.weak
-        found = (batch.weak[0], batch.strong[0][0], student[1], mix(student, mask)[0])
-        pictures = [np.round(255 * to_image(view)).astype(np.uint8) for view in found]
-        return dict(zip(VIEWS, pictures, strict=True)), mask[0].numpy(), partner
+            batch = make_batch((x, y, images, valid, unknown), config, max(1, method.views), self.device)
+            method(batch, 1.0)
+        unlabeled = ([row for row in rows if not any(torch.equal(row, labeled) for labeled in batch.x)] for rows in reversed(fed))
+        seen = next(filter(None, unlabeled), batch.weak)[0]
+        pasted = [(seen[None] == torch.stack([view[k] for view in (batch.weak, *batch.strong)])).all(1).any(0) for k in (0, 1)]
+        pictures = [np.round(255 * to_image(view)).astype(np.uint8) for view in (batch.weak[0], batch.strong[0][0], batch.weak[1], seen)]
+        return dict(zip(VIEWS, pictures, strict=True)), (pasted[0] | ~pasted[1]).cpu().numpy(), partner
 
 
 def newest_runs(place: Path | None = None) -> list[Path]:

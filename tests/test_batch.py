@@ -78,6 +78,7 @@ class Batch(server.Process):
         super().__init__(daemon=True)
         self.place, self.words, self.limit = place, words, limit
         self.log = place / f"batch-{time.monotonic_ns()}.log"
+        self.log.touch()
         self.start()
 
     def run(self):
@@ -131,10 +132,11 @@ def until(condition, what, seconds=600):
         time.sleep(0.02)
 
 
-def half_way(*runs):
+def half_way(process, *runs):
     for run in runs:
-        until(lambda run=run: run.step >= run.config.steps // 2, f"{run} is half done")
-        assert not run.done
+        half = lambda run=run: run.step >= run.config.steps // 2  # noqa: E731
+        until(lambda: half() or not process.is_alive() or ": failed" in process.log.read_text(), f"{run} is half done")
+        assert half() and not run.done, process.log.read_text()
 
 
 def expect(place, *names):
@@ -169,7 +171,7 @@ def test_a_kernel_and_an_execution_are_killed_in_mid_run_and_the_batch_finishes(
     runs = expect(place, "SupOnly")
     (place / "hold").touch()
     process = Batch(place, "--only", "row=SupOnly", "--slots", "cpu,cpu")
-    half_way(*runs)
+    half_way(process, *runs)
     os.kill(execution(place, runs[0])[0], signal.SIGKILL)
     os.kill(execution(place, runs[1])[1], signal.SIGKILL)
     (place / "hold").unlink()
@@ -182,7 +184,7 @@ def test_the_batch_is_killed_nothing_is_left_running_and_two_at_once_finish_it(p
     runs = expect(place, "MKD")
     (place / "hold").touch()
     process = Batch(place, "--only", "row=MKD", "--slots", "cpu,cpu")
-    half_way(*runs)
+    half_way(process, *runs)
     assert len(processes(place)) >= 4
     process.kill()
     until(lambda: not processes(place), "nothing is left running", 60)
@@ -217,11 +219,11 @@ def test_a_dask_worker_is_lost_and_the_other_takes_its_run(place):
     )  # fmt: skip
     workers = []
     try:
-        until(scheduler_file.exists, "the scheduler is up")
+        until(lambda: scheduler_file.exists() and scheduler_file.read_text().rstrip().endswith("}"), "the scheduler is up")
         address = yaml.safe_load(scheduler_file.read_text())["address"]
         workers += [subprocess.Popen([*dask, address, *options], **common) for _ in range(2)]
         process = Batch(place, "--only", "row=SupOnly", "--engine", "dask", "--address", address, "--retries", "0")
-        half_way(*runs)
+        half_way(process, *runs)
         workers[0].kill()
         (place / "hold").unlink()
         assert "2 of 2 runs are done" in process.finish()
@@ -295,7 +297,7 @@ def test_slurm_jobs_that_are_cancelled_are_replaced(slurm):
     (place / "slurm.yaml").write_text(yaml.safe_dump(small))
     (place / "hold").touch()
     process = Batch(place, "--only", "row=SupOnly", "--engine", "slurm", "--resources", str(place / "slurm.yaml"))
-    half_way(*runs)
+    half_way(process, *runs)
     jobs = subprocess.run(["squeue", "-h", "-o", "%A"], capture_output=True, text=True).stdout.split()
     assert len(jobs) == 2
     subprocess.run(["scancel", *jobs], check=True)
