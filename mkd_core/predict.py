@@ -195,6 +195,8 @@ def _classes(config: RunConfig, folder: Path) -> tuple[list[str], Array]:
 
 
 def _absolute(path: str | Path) -> Path:
+    if path == "":
+        raise ValueError("an empty path: name a file or a folder")
     return Path(os.path.abspath(Path(path).expanduser()))
 
 

@@ -153,11 +153,3 @@ def _portable(record: Record) -> Record:
     """Without the folders of the machine that made it; the hashes say what the files were."""
     own = {key: Path(record.config[key]).name for key in ("root", "weights")}
     return record.model_copy(update={"config": record.config | own})
-
-
-def collect(source: str | Path) -> list[Record]:
-    """Records of a runs folder (its finished runs) or of a records.jsonl file."""
-    source = Path(source)
-    if source.is_file():
-        return [r for of in read_cells(source).values() for found in of.values() for r in found]
-    return [r for r in map(load, sorted(source.glob("*/"))) if r]

@@ -185,7 +185,10 @@ class Study:
     """
 
     def __init__(self, runs: Runs, memory: int = 2**29, device: str = "auto"):
-        named = [runs] if isinstance(runs, RunConfig | str | Path) else list(runs)
+        named = [runs] if isinstance(runs, RunConfig | str | Path) or not isinstance(runs, Sequence) else list(runs)
+        for run in named:
+            if not isinstance(run, RunConfig | str | Path):
+                raise ValueError(f"a run is named by its folder or its configuration, not by {run!r}")
         self.folders = [self._find(run) for run in named]
         if not self.folders:
             raise ValueError("there is no run to explore: name a run folder, or train one first (make demo)")

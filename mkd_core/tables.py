@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -102,7 +103,7 @@ def published(name: str, section: str | None = None) -> Published:
     files = {path.stem: path for path in sorted(PUBLISHED.glob("*.yaml"))}
     text = files[choose("published table", name, files)].read_text(encoding="utf-8")
     content = yaml.load(text, yaml.BaseLoader)  # numbers stay text: 65.20 is not 65.2
-    return Published(**(content[choose(f"section of {name}", section, content)] if section else content))
+    return Published(**(content if "title" in content else content[choose(f"section of {name}", section or "", content)]))
 
 
 @dataclass(frozen=True)
@@ -237,8 +238,18 @@ def _heading(title: str, rows: Rows) -> str:
     if not title:
         return ""
     every = [r for records in rows.values() for r in records]
-    parts = ("{dataset} {split}", "{labeled} labeled images", "{encoder}", "{steps} steps", "{images} images evaluated ({protocol})")
-    known = [r.config | {"labeled": r.split["labeled"], "images": r.evaluated["images"], "protocol": r.protocol} for r in every]
+    parts = (
+        "{dataset} {split}",
+        "{labeled} labeled images",
+        "{encoder}",
+        "{start}",
+        "{steps} steps",
+        "{images} images evaluated ({protocol})",
+    )
+    known = [
+        r.config | {"labeled": r.split["labeled"], "images": r.evaluated["images"], "protocol": r.protocol, "start": r.weights["name"] or "from scratch"}
+        for r in every
+    ]  # fmt: skip
     return ", ".join([title, *(" or ".join(dict.fromkeys(part.format(**of) for of in known)) for part in parts)]) if every else title
 
 
@@ -247,12 +258,16 @@ def _refuse_unlike(title: str, rows: Rows, source: Published | None) -> None:
     where = f"column {title!r}" if title else "one table"
     for what, of in {
         "data sets": lambda r: _images(r.config["dataset"]) + f" {Path(r.config['root']).name}" * (r.config["dataset"] == "folder"),
+        "options of the data set": lambda r: json.dumps(r.config["dataset_options"], sort_keys=True),
         "classes": lambda r: ", ".join(r.classes),
         "evaluation protocols": lambda r: r.protocol,
         "evaluated images": lambda r: json.dumps(r.evaluated, sort_keys=True),
     }.items():
         if len(found := {of(r) for r in records}) > 1:
             raise ValueError(f"{where}, different {what}: {', '.join(sorted(found))}")
+    for row, runs in rows.items():
+        if repeated := [seed for seed, count in Counter(r.seed for r in runs).items() if count > 1]:
+            raise ValueError(f"{where}, row {row!r} holds the seeds {repeated} more than once")
     for seed in {r.seed for r in records}:
         if len({r.split["sha256"] for r in records if r.seed == seed}) > 1:
             raise ValueError(f"{where}, different labeled images (split hashes) for seed {seed}")

@@ -133,10 +133,12 @@ def until(condition, what, seconds=600):
 
 
 def half_way(process, *runs):
+    def half(run):
+        return run.step >= run.config.steps // 2
+
     for run in runs:
-        half = lambda run=run: run.step >= run.config.steps // 2  # noqa: E731
-        until(lambda: half() or not process.is_alive() or ": failed" in process.log.read_text(), f"{run} is half done")
-        assert half() and not run.done, process.log.read_text()
+        until(lambda run=run: half(run) or not process.is_alive() or ": failed" in process.log.read_text(), f"{run} is half done")
+        assert half(run) and not run.done, process.log.read_text()
 
 
 def expect(place, *names):

@@ -13,7 +13,7 @@ import pytest
 from tiny import record
 
 from mkd_core import records
-from mkd_core.records import collect, dump, history, load, read_cells, save, write_atomically
+from mkd_core.records import dump, history, load, read_cells, save, write_atomically
 
 server = multiprocessing.get_context("forkserver")
 
@@ -81,26 +81,18 @@ def test_a_full_disk_keeps_the_old_text(tmp_path, monkeypatch, fails):
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["record.json"]
 
 
-def test_collect_takes_the_finished_runs_of_a_folder_and_a_file_alike(tmp_path):
-    for id in ("b", "a", "c"):
-        (tmp_path / id).mkdir()
-        save(record(id), tmp_path / id)
-    (tmp_path / "unfinished").mkdir()
-    (tmp_path / "unfinished" / "history.jsonl").write_text('{"step": 1}\n')
-    (tmp_path / "note.txt").write_text("not a run")
-    found = collect(tmp_path)
-    assert [r.id for r in found] == ["a", "b", "c"]
-    cells = {"second": {"1/8": [], "1/4": found[2:], "1/16": found[:1]}, "first": {"1/16": found[1:2]}}  # a missing cell stays one
-    dump(cells, tmp_path / "records.jsonl")
-    assert [r.id for r in collect(tmp_path / "records.jsonl")] == ["c", "a", "b"]
-    kept = read_cells(tmp_path / "records.jsonl")
+def test_cells_come_back_in_their_order_missing_ones_too(tmp_path):
+    found = [record(id) for id in "abc"]
+    cells = {"second": {"1/8": [], "1/4": found[2:], "1/16": found[:1]}, "first": {"1/16": found[1:2]}}
+    path = tmp_path / "records.jsonl"
+    dump(cells, path)
+    kept = read_cells(path)
     assert kept == cells and [*kept] == ["second", "first"] and [*kept["second"]] == ["1/8", "1/4", "1/16"]
-    dump({"alone": found}, tmp_path / "records.jsonl")
-    assert read_cells(tmp_path / "records.jsonl") == {"alone": {"": found}}
-    (tmp_path / "records.jsonl").write_text(found[0].model_dump_json() + "\n")
+    dump({"alone": found}, path)
+    assert read_cells(path) == {"alone": {"": found}}
+    path.write_text(found[0].model_dump_json() + "\n")
     with pytest.raises(ValueError, match="without its row and column"):
-        collect(tmp_path / "records.jsonl")
-    assert collect(str(tmp_path / "unfinished")) == []
+        read_cells(path)
 
 
 def test_history_leaves_out_the_line_that_is_being_written(tmp_path):

@@ -42,7 +42,8 @@ def test_rows_alone_are_mean_and_sample_deviation():
     "keys, words",
     [({"protocol": "sliding"}, "evaluation protocols: sliding, whole"), ({"evaluated": {"images": 7, "set": "val"}}, "evaluated images"),
      ({"evaluated": {"images": 6, "set": "test"}}, "evaluated images"), ({"split": {"sha256": "others", "labeled": 6}}, "labeled images"),
-     ({"config": record().config | {"dataset": "voc"}}, "data sets: shapes, voc"), ({"classes": ["x", "z"]}, "classes: x, y, x, z")],
+     ({"config": record().config | {"dataset": "voc"}}, "data sets: shapes, voc"),
+     ({"config": record().config | {"dataset_options": {"val_size": 9}}}, "options of the data set"), ({"classes": ["x", "z"]}, "classes: x, y, x, z")],
     ids=str,
 )  # fmt: skip
 def test_a_column_refuses_what_was_not_measured_alike(keys, words):
@@ -52,6 +53,16 @@ def test_a_column_refuses_what_was_not_measured_alike(keys, words):
             table({"a": {column: [record()]}, "b": {column: [record(**keys)]}})
     table({"a": {"1/16": [record()]}, "b": {"1/8": [record(**keys)]}})  # two columns may differ
     table({"a": [record()], "b": [record()]})
+
+
+def test_a_seed_counts_once():
+    with pytest.raises(ValueError, match=r"row 'a' holds the seeds \[1\] more than once"):
+        table({"a": [record(seed=0), record(seed=1), record(seed=1)], "b": [record(seed=1)]})
+
+
+def test_a_file_of_several_published_tables_names_them():
+    with pytest.raises(ValueError, match="no section of newer ''.*There are: voc"):
+        published("newer")
 
 
 def test_folders_of_ones_own_are_data_sets_by_their_names():
@@ -88,7 +99,7 @@ def test_the_papers_number_stands_in_a_column_of_its_own(made):
     assert [*text["1/8 (1323)", "mIoU"]] == ["75.0", "missing", "missing"] and [*text["1/8 (1323)", "difference"]] == ["-0.8", "", ""]
     for form in (made.markdown(), made.html(), made.latex()):
         assert "quoted, not measured here" in form and "doi:10.1145/3581783.3611906" in form and "copied, not run" in form
-    assert "voc_aug random/6, 662 labeled images, resnet101, 6 steps, 6 images evaluated (whole)" in made.parts[1].heading
+    assert "voc_aug random/6, 662 labeled images, resnet101, from scratch, 6 steps, 6 images evaluated (whole)" in made.parts[1].heading
 
 
 def test_the_best_of_ours_is_bold_in_every_form(made):
