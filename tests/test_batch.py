@@ -211,9 +211,10 @@ def test_a_full_disk_fails_the_run_that_meets_it_and_no_other(place):
 
 
 def test_a_dask_worker_is_lost_and_the_other_takes_its_run(place):
+    Client = pytest.importorskip("distributed").Client
     runs, dask = expect(place, "SupOnly"), [*TIED, sys.executable, "-m", "distributed.cli.dask_worker"]
     (place / "hold").touch()
-    scheduler_file, options = place / "scheduler.json", ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--local-directory", str(place)]
+    scheduler_file, options = place / "scheduler.json", ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--local-directory"]
     common = dict(cwd=place, env=os.environ | environment(place), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     scheduler = subprocess.Popen(
         [*TIED, sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(scheduler_file)],
@@ -223,7 +224,9 @@ def test_a_dask_worker_is_lost_and_the_other_takes_its_run(place):
     try:
         until(lambda: scheduler_file.exists() and scheduler_file.read_text().rstrip().endswith("}"), "the scheduler is up")
         address = yaml.safe_load(scheduler_file.read_text())["address"]
-        workers += [subprocess.Popen([*dask, address, *options], **common) for _ in range(2)]
+        workers += [subprocess.Popen([*dask, address, *options, str(place / f"worker {k}")], **common) for k in range(2)]
+        with Client(address) as client:
+            client.wait_for_workers(2, timeout=120)
         process = Batch(place, "--only", "row=SupOnly", "--engine", "dask", "--address", address, "--retries", "0")
         half_way(process, *runs)
         workers[0].kill()
