@@ -220,15 +220,16 @@ class _Items(Dataset):
 
 
 class _Images(Sequence[Tensor]):
-    """Normalised images (1, 3, H, W) on the device by position, loaded when asked for."""
+    """Normalised images (1, 3, H, W) on the device by position, loaded when asked for, which `progress` is told."""
 
-    def __init__(self, dataset: SegDataset, ids: Sequence[str], device: torch.device):
-        self.dataset, self.ids, self.device = dataset, ids, device
+    def __init__(self, dataset: SegDataset, ids: Sequence[str], device: torch.device, progress: Callable[[str], None]):
+        self.dataset, self.ids, self.device, self.progress = dataset, ids, device, progress
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, i: Any) -> Any:
+        self.progress(f"image {i + 1:,} of {len(self):,}")
         return normalise(self.dataset.image(self.ids[i])[None].to(self.device).float() / 255)
 
 
@@ -292,7 +293,7 @@ def evaluate(
         if "mean" in names:
             found["mean"] = torch.stack(list(found.values())).mean(0)
         for name, prob in found.items():
-            confusion[name] += confusion_matrix(prob.argmax(1), labels, classes)
+            confusion[name] += confusion_matrix(prob.max(1).indices, labels, classes)
             if qualities:
                 qualities[name].update(prob, labels)
     for name, net in nets.items():
@@ -309,7 +310,7 @@ def segment(
     mode = net.training
     net.eval()
     images = (normalise(dataset.image(id)[None].to(device).float() / 255) for id in ids)
-    labels = [probabilities(net, image, protocol, window).argmax(1)[0].to("cpu", torch.uint8) for image in images]
+    labels = [probabilities(net, image, protocol, window).max(1).indices[0].to("cpu", torch.uint8) for image in images]
     net.train(mode)
     return labels
 
@@ -498,7 +499,6 @@ class _Run:
         if (stage > 1 or not anew) and not (needed := before if anew else folder).is_dir():
             raise ValueError(f"{needed}, the pseudo-labels of stage {stage - anew}, is gone; delete {self.folder} and the run starts anew")
         if anew:
-            self.progress(f"labels {len(self.split.unlabeled):,} images for stage {stage}", now=True)
             began, temporary = time.perf_counter(), self.folder / f".labels-{stage}.tmp"
             for old in (folder, temporary):
                 shutil.rmtree(old, ignore_errors=True)
@@ -510,8 +510,11 @@ class _Run:
             seed_step(config.seed, -1, stage)
             self.method.eval()
             prob = partial(probabilities, protocol=config.protocol, window=config.crop)
-            with torch.no_grad():
-                for i, label in self.method.relabel(stage, _Images(self.dataset, self.split.unlabeled, self.device), prob, kept):
+            images = _Images(
+                self.dataset, self.split.unlabeled, self.device, lambda text: self.progress(f"pseudo-labels, stage {stage}: {text}")
+            )
+            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                for i, label in self.method.relabel(stage, images, prob, kept):
                     Image.fromarray(label.to("cpu", torch.uint8).numpy()).save(temporary / f"{i}.png")
             os.replace(temporary, folder)
             self.optimizers = make_optimizers(config, self.method)

@@ -89,7 +89,7 @@ class CCT(Method):
         logits = resize(self.net.classifier(labeled), batch.y.shape[-2:])
         with torch.no_grad():
             main = self.net.classifier(unlabeled)
-        target, label, classes = main.softmax(1), main.argmax(1), main.shape[1]
+        target, label, classes = main.softmax(1), main.max(1).indices, main.shape[1]
         valid = nearest(batch.valid, main.shape[-2:])
         distances = [
             masked_mean(squared_distance(decoder(perturb(unlabeled, label, classes)).softmax(1), target), valid)

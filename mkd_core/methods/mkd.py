@@ -90,13 +90,14 @@ class MKD(Method):
         raw = [torch.cat([resize(z, grid) for z in look.logits[0 if self.on_labeled else -1 :]]) for look in looks]  # (N, C, grid)
         threshold = [self.threshold * (self.select != "st")] * 2 + [self.threshold * (self.select != "ss")] * 2
         kept = [inside & (confidence(z) >= t) if t else inside for z, t in zip(raw, threshold, strict=False)]
-        targets = [pseudo_label(z, valid=k) for z, k in zip(raw, kept, strict=True)]
+        labels = [pseudo_label(z) for z in raw]
+        targets = [label.masked_fill(~k, IGNORE) for label, k in zip(labels, kept, strict=True)]
         labeler = ([3, 2] if self.mutual else [2, 3]) if self.alpha else [1, 0]  # who labels for student 0 and 1
 
         # FDA: the logits of a pixel of class c rise by row c of its network's table.
         strength, logits, tables, y = self.fda * cosine(progress), list(raw), [], nearest(batch.y, grid)
         for i, moments in enumerate(self.moments):
-            label = raw[i].argmax(1) if self.fda_label == "own" else targets[labeler[i]]
+            label = labels[i] if self.fda_label == "own" else targets[labeler[i]]
             moments.update(*looks[i].pixels([y, label[-len(strong) :]], grid))
             tables.append(moments.table(looks[i].net.classifier.weight[:, :, 0, 0].detach(), strength))
             if self.fda_label == "own":
@@ -112,7 +113,7 @@ class MKD(Method):
             return cross_entropy(z, targets[by], over=inside if self.denominator == "valid" else None)
 
         grown = ramp(progress, self.rampup)
-        terms, stats = {"sup": sup}, {"agreement": masked_mean((raw[0].argmax(1) == raw[1].argmax(1)).float(), inside)}
+        terms, stats = {"sup": sup}, {"agreement": masked_mean((labels[0] == labels[1]).float(), inside)}
         if self.beta:
             terms["ss"] = self.beta * grown * (distil(0, by=1) + distil(1, by=0))
         if self.alpha:

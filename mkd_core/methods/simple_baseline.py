@@ -74,7 +74,7 @@ class SimpleBaseline(Method):
 
     def relabel(self, stage: int, images: Sequence[Tensor], prob: Prob, labeled: Collection[int]) -> Iterator[tuple[int, Tensor]]:
         for i in range(len(images)):
-            yield i, tta(prob, self.net, images[i], self.scales).argmax(1)[0]
+            yield i, tta(prob, self.net, images[i], self.scales).max(1).indices[0]
         self.labeler.load_state_dict(self.net.state_dict())
         for name, norm in zip(self.names, self.norms, strict=True):
             norm.load_state_dict(self.net.get_submodule(name).state_dict())

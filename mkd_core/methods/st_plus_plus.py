@@ -65,13 +65,13 @@ class STPlusPlus(Method):
             reliability = {i: self.reliability(images[i], prob) for i in chosen}
             chosen = sorted(chosen, key=reliability.__getitem__, reverse=True)[: (len(chosen) + 1) // 2]
         for i in chosen:
-            yield i, tta(prob, self.net, images[i], self.scales).argmax(1)[0]
+            yield i, tta(prob, self.net, images[i], self.scales).max(1).indices[0]
         self.net.load_state_dict(self.build().state_dict())
 
     def reliability(self, image: Tensor, prob: Prob) -> float:
         """Mean over the checkpoints of the mIoU in percent with the last prediction; a class that neither predicts is left out."""
         last = prob(self.net, image)
-        agreement = [confusion_matrix(prob(c, image).argmax(1), last.argmax(1), last.shape[1]) for c in self.checkpoints]
+        agreement = [confusion_matrix(prob(c, image).max(1).indices, last.max(1).indices, last.shape[1]) for c in self.checkpoints]
         return sum(map(miou, agreement)) / len(agreement)
 
     @property

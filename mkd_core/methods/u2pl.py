@@ -38,7 +38,7 @@ class U2PL(Method):
     sits on the decoder's output (released: on the fused 512 channels); no supervised first epoch, which rampup stands for.
     """
 
-    bank: Tensor  # (C, size, dim) keys of unit length
+    bank: Tensor  # (C, size, dim) keys of unit length, float32: 0.6 GB with the 21 classes of VOC, 2.5 GB with the 81 of COCO
     seen: Tensor  # (C,) keys ever put in; slot number modulo size is the next one
 
     def __init__(
