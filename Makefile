@@ -19,7 +19,7 @@ bench: .venv/.ok  ## speed and memory of the parts, as ratios
 	$(PY) tests/bench.py
 
 lab: .venv/.ok  ## JupyterLab on the notebooks
-	.venv/bin/jupyter lab --ServerApp.root_dir=. notebooks/00_quickstart.ipynb
+	.venv/bin/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. notebooks/00_quickstart.ipynb
 
 viewer: .venv/.ok  ## the explorer alone on the newest runs: this machine only, with a token; Ctrl-C stops it
 	.venv/bin/voila notebooks/50_explorer.ipynb --Voila.ip=127.0.0.1 --Voila.auto_token=True

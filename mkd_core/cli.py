@@ -169,9 +169,9 @@ def _add_predictor(parser: argparse.ArgumentParser) -> None:
         "--predictor", default="", metavar="NAME", help="'student 1', 'teacher 2', 'mean' ... (default: the one that the record reports)"
     )
     parser.add_argument(
-        "--step", type=int, help="use the kept checkpoint-STEP.pt (default: the last one). The best step is named in record.json as step_best;"
-        " its weights exist only where the run kept a checkpoint of that step (parameter keep_every)",
-    )  # fmt: skip
+        "--step",
+        help="best: of the run's evaluations, which is optimistic where they rank; or the kept checkpoint-STEP.pt (default: the last)",
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:

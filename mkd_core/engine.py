@@ -566,8 +566,12 @@ class _Run:
                 self.progress(
                     f"step {self.step:,} of {config.steps:,}, loss {row['loss']:.3f}, {speed:.0f} images/s, {left / 60:.1f} min left"
                 )
+                if evaluating and self.step == self._best()["step"]:
+                    self._save("checkpoint-best.pt")
+                if config.keep_every and self.step % config.keep_every == 0:
+                    self._save(f"checkpoint-{self.step}.pt")
                 if self.step % config.checkpoint_every == 0 or last:
-                    self._save()
+                    self._save("checkpoint.pt")
 
     def _images(self, steps: int) -> int:
         """Images that so many steps train on; a method that wants no unlabeled ones meets them from its second stage on."""
@@ -608,24 +612,24 @@ class _Run:
         with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def _save(self) -> None:
+    def _best(self) -> dict[str, Any]:
+        """The evaluation with the highest mIoU of the reported predictor; of several, the first."""
+        return max((row for row in self.history if "miou" in row), key=lambda row: next(iter(row["miou"].values())))
+
+    def _save(self, name: str) -> None:
         state = {
             "step": self.step, "method": self.method.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers], "history": json.dumps(self.history),
             "seconds": self.seconds, "seconds_training": self.seconds_training,
         }  # fmt: skip
-        names = ["checkpoint.pt"]
-        if self.config.keep_every and self.step % self.config.keep_every == 0:
-            names.append(f"checkpoint-{self.step}.pt")
-        for name in names:
-            temporary = self.folder / f".{name}.tmp"
-            try:
-                with open(temporary, "wb") as file:
-                    torch.save(state, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, self.folder / name)
-            finally:
-                temporary.unlink(missing_ok=True)
+        temporary = self.folder / f".{name}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _restore(self) -> None:
         path = self.folder / "checkpoint.pt"
@@ -643,9 +647,8 @@ class _Run:
     def _record(self) -> Record:
         config, split = self.config, self.split
         evaluations = [row for row in self.history if "miou" in row]
-        last = evaluations[-1]
+        last, best = evaluations[-1], self._best()
         first = next(iter(last["miou"]))
-        best = max(evaluations, key=lambda row: row["miou"][first])
         cuda = self.device.type == "cuda"
         memory = (
             torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -137,8 +137,10 @@ class Explorer(widgets.VBox):
         self.canvas = Canvas()
         widgets.jslink((self.opacity, "value"), (self.canvas, "opacity"))
 
-        for control in (self.threshold, self.mode, *(c for pane in self.panes for c in (pane.checkpoint, pane.source, pane.layer))):
+        for control in (self.threshold, self.mode, *(pane.layer for pane in self.panes)):
             control.observe(self.draw, "value")
+        for control in (c for pane in self.panes for c in (pane.checkpoint, pane.source)):
+            control.observe(self._look, "value")
         for control in (self.set, self.sort, self.present):
             control.observe(self.find, "value")
         for pane in self.panes:
@@ -161,7 +163,10 @@ class Explorer(widgets.VBox):
         self.draw()
 
     def _default_threshold(self) -> float:
-        return self.study.configs[0].options.get("threshold") or QUALITY_THRESHOLD
+        """The method's own, where it is one of confidence: that of a critic is not."""
+        own = self.study.configs[0].options.get("threshold")
+        critic = self.study.method(0, [*self.study.checkpoints(0).values()][-1]).critic
+        return QUALITY_THRESHOLD if own is None or critic else own
 
     def _make_pane(self, k: int) -> Pane:
         """A: the labeler of the first run. B: that of the second run, or the other branch of the same one."""
@@ -200,7 +205,10 @@ class Explorer(widgets.VBox):
         image, truth = study.image(id), study.truth(id)
         maps: list[Array | None] = []  # the label map of each pane
         for pane in self.panes:
-            pane.found = None if pane.source.value in NOT_PREDICTED else study.predict(*pane.place, id)[pane.source.value]
+            found = {} if pane.source.value in NOT_PREDICTED else study.predict(*pane.place, id)
+            if found and pane.source.value not in found:
+                raise ValueError(f"{study.names[pane.run.value]} has no {pane.source.value}; it has {', '.join(found)}")
+            pane.found = found.get(pane.source.value)
             maps.append(pane.found.label if pane.found else truth if pane.source.value == "truth" else None)
         for pane, other in zip(self.panes, maps[::-1], strict=True):
             self._fill(pane, other, id, image, truth, threshold)
@@ -233,9 +241,8 @@ class Explorer(widgets.VBox):
         source, name, palette = pane.source.value, pane.layer.value, self.study.palette
         pane.image, pane.mask, pane.colours, pane.key = image, None, palette, ()
         if source in VIEWS:
-            views, own, partner = self.study.views(*pane.place, id, self.draws)
-            pane.image = views[source]
-            if source == VIEWS[-1] and not own.all():
+            pane.image, own, partner = self.study.view(source, *pane.place, id, self.draws)
+            if not own.all():
                 pane.mask, pane.colours = np.where(own, IGNORE, 0).astype(np.uint8), MARK
                 pane.key = [(_colour(MARK[0]), f"CutMix: pasted from {partner}")]
             elif source == "partner":
@@ -266,9 +273,9 @@ class Explorer(widgets.VBox):
         size = np.nansum(counts, 0)
         rows = [
             {"index": int(c), "name": self.study.data.classes[c], "colour": _colour(self.study.palette[c]), "cells": [_text(v[c]) for v in columns]}
-            for c in np.argsort(-size, kind="stable") if size[c] > 0
+            for c in np.argsort(-size, kind="stable") if size[c] > 0 or c == self.canvas.isolated
         ]  # fmt: skip
-        absent = [name for c, name in enumerate(self.study.data.classes) if not size[c] > 0]
+        absent = [name for c, name in enumerate(self.study.data.classes) if not size[c] > 0 and c != self.canvas.isolated]
         return {
             "legend": rows,
             "absent": f"not here: {', '.join(absent) if len(absent) <= 12 else f'{len(absent)} classes'}" if absent else "",
@@ -318,14 +325,23 @@ class Explorer(widgets.VBox):
         """Other runs have other checkpoints and predictors; what was chosen stays where it exists there."""
         checkpoints = self.study.checkpoints(pane.run.value)
         last, before, source = [*checkpoints.values()][-1], pane.checkpoint.value, pane.source.value
-        names = self.study.predictors(pane.run.value, last)
         self.changing = True
-        pane.checkpoint.options = list(checkpoints.items())
-        pane.checkpoint.value = before if before in checkpoints.values() else last
-        pane.source.options = ["image", "truth", *names, *VIEWS]
-        pane.source.value = source if source in pane.source.options else labeler(names)
-        self.changing = False
-        self.draw()
+        try:
+            pane.checkpoint.options = list(checkpoints.items())
+            pane.checkpoint.value = before if before in checkpoints.values() else last
+            names = self.study.predictors(pane.run.value, pane.checkpoint.value)
+            pane.source.options = ["image", "truth", *names, *VIEWS]
+            pane.source.value = source if source in pane.source.options else labeler(names)
+        finally:
+            self.changing = False
+        self._look()
+
+    def _look(self, *_: Any) -> None:
+        """Draw; where images are ordered or filtered by what a pane predicts, find them anew first."""
+        if self.changing or (self.sort.value == "file order" and self.present.value < 0):
+            self.draw()
+        else:
+            self.find()
 
     def find(self, *_: Any) -> None:
         """Order and filter the images; what needs predictions of them all goes on in the background, image by image, until the next call."""

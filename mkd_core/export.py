@@ -19,7 +19,9 @@ MULTIPLE = 32  # of free image sides: the stride of the deepest encoders
 
 
 @torch.no_grad()
-def export(run: str | Path, out: str | Path = "", *, predictor: str = "", step: int | None = None, overwrite: bool = False) -> list[Path]:
+def export(
+    run: str | Path, out: str | Path = "", *, predictor: str = "", step: int | str | None = None, overwrite: bool = False
+) -> list[Path]:
     """Write <predictor>.pt2 and <predictor>.json to `out` or, without it, to the run folder; returns both. run .. step: see Predictor.
 
     The program maps (B, 3, H, W) float32, preprocessed as the JSON says, to logits (B, C, H, W). B is free; H and W are free multiples of

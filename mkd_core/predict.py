@@ -33,14 +33,14 @@ class Predictor:
 
     run        a run folder, or the id of one under runs/
     name       one of the method's predictors, or "mean", their averaged probabilities; default: the first, which the record reports
-    step       of a checkpoint-<step>.pt that the run kept; default: the last, checkpoint.pt
+    step       "best" (of the reported predictor's evaluations), or of a checkpoint-<step>.pt that the run kept; default: the last
     protocol   "whole", "long512" or "sliding" (engine.probabilities) with the run's crop as window; default: the run's own, where "whole"
                becomes "sliding" for images of more than LARGE pixels
 
     ValueError for a run, predictor, checkpoint, protocol or device that does not exist, or is damaged.
     """
 
-    def __init__(self, run: str | Path, name: str = "", step: int | None = None, protocol: str = "", device: str = "auto"):
+    def __init__(self, run: str | Path, name: str = "", step: int | str | None = None, protocol: str = "", device: str = "auto"):
         self.folder, self.device = _run_folder(run), pick_device(device)
         self.config = read_config(self.folder)
         self.protocol = protocol and choose("protocol", protocol, ("whole", "long512", "sliding"))
@@ -92,20 +92,20 @@ class Predictor:
 
 
 def predict(
-    run: str | Path, images: Sequence[str | Path], out: str | Path, *, predictor: str = "", step: int | None = None, protocol: str = "",
+    run: str | Path, images: Sequence[str | Path], out: str | Path | None = None, *, predictor: str = "", step: int | str | None = None, protocol: str = "",
     device: str = "auto", overwrite: bool = False, quiet: bool = False,
 ) -> list[Path]:  # fmt: skip
     """Predict images, given as files or as folders with all below them; returns the masks written. run .. device: see Predictor.
 
-    For each image: out/masks/<name>.png (class indices, the data set's colours as palette), out/overlays/<name>.png and
+    out: default runs/predictions/<run>. For each image: out/masks/<name>.png (class indices, the data set's colours as palette), out/overlays/<name>.png and
     out/confidence/<name>.png (8 bits, 255 = certain); <name> is its path below the deepest folder that holds all of them. Sizes are those
     of the stored pixels: EXIF orientation is not applied.
 
     Checked before the first prediction: DataError that names every image that cannot be read; ValueError where files would be overwritten,
     unless that is wanted. A file appears whole or not at all; an error such as a full disk leaves those that were finished.
     """
-    out, progress = _absolute(out), Progress("predict", quiet)
-    model = Predictor(run, predictor, step, protocol, device)
+    model, progress = Predictor(run, predictor, step, protocol, device), Progress("predict", quiet)
+    out = _absolute(records.RUNS / "predictions" / model.folder.name if out is None else out)
     files = _named(_find(images, out))
     made = {name: [out / kind / name for kind in ("masks", "confidence", "overlays")] for name in files}
     _check([path for paths in made.values() for path in paths], files.values(), overwrite, progress)
@@ -123,7 +123,7 @@ def predict(
 
 def pseudo_label(
     run: str | Path, out: str | Path, images: Sequence[str | Path] = (), *, threshold: float = 0.95, predictor: str = "",
-    step: int | None = None, protocol: str = "", device: str = "auto", overwrite: bool = False, quiet: bool = False,
+    step: int | str | None = None, protocol: str = "", device: str = "auto", overwrite: bool = False, quiet: bool = False,
 ) -> pd.DataFrame:  # fmt: skip
     """Write pseudo-labels of `images`, or of the run's unlabeled ones, as a `folder` data set: open_dataset("folder", out, val="").
 

@@ -27,7 +27,7 @@ from .data.base import IGNORE
 from .data.splits import load_split
 from .engine import load_method, make_batch, pick_device, probabilities, seed_step
 from .figures import to_image
-from .methods import METHODS, Method
+from .methods import METHODS, Batch, Method
 from .metrics import confusion_matrix, miou
 from .models import SegNet
 
@@ -299,18 +299,21 @@ class Study:
     def miou(self, found: Prediction, truth: Array) -> float:
         return miou(confusion_matrix(torch.from_numpy(found.label), torch.from_numpy(truth), len(self.data.classes)))
 
-    def views(self, run: int, checkpoint: str, id: str, draw: int) -> tuple[dict[str, Array], Array, str]:
-        """Draw number `draw` of the run's augmentation: images by the names of VIEWS, each (h, w, 3) uint8; the CutMix mask (h, w) bool, True
-        where the image keeps its own pixels; the partner's id. The method itself makes a step's losses on the image and its partner, and what
-        its first student is fed for the image last is what the student sees (the weak view where that is nothing, as with SupOnly)."""
+    def view(self, name: str, run: int, checkpoint: str, id: str, draw: int) -> tuple[Array, Array, str]:
+        """One of VIEWS in draw number `draw` of the run's augmentation: (h, w, 3) uint8; the CutMix mask (h, w) bool, True where the image
+        keeps its own pixels; the partner's id.
+
+        What the student sees: the method itself makes a step's losses on the image and its partner, and what its first student is fed for
+        the image last is shown; the weak view where that is nothing, as with SupOnly.
+        """
         return self.cache.get(
-            (self._key(run, checkpoint), id, draw),
-            lambda: self._views(run, checkpoint, id, draw),
-            lambda found: sum(view.nbytes for view in found[0].values()) + found[1].nbytes,
+            (self._key(run, checkpoint), id, draw, name),
+            lambda: self._view(name, run, checkpoint, id, draw),
+            lambda found: found[0].nbytes + found[1].nbytes,
         )
 
-    def _views(self, run: int, checkpoint: str, id: str, draw: int) -> tuple[dict[str, Array], Array, str]:
-        config, method = self.configs[run], copy.deepcopy(self.method(run, checkpoint)).train()  # losses change banks and BatchNorm
+    def _view(self, name: str, run: int, checkpoint: str, id: str, draw: int) -> tuple[Array, Array, str]:
+        config, method = self.configs[run], self.method(run, checkpoint)
         rng = np.random.default_rng([config.seed, draw])
         others = [i for i in self.sets.get("unlabeled", ()) if i != id]
         if not others:
@@ -324,18 +327,24 @@ class Study:
         images, unknown, valid = crops((id, partner), (None, None))
         known = rng.choice(self.sets["labeled"], 2).tolist()
         x, y, _ = crops(known, [self.data.label(i) for i in known])
-        student = next(net for net in method.predictors.values() if isinstance(net, SegNet))
-        fed: list[Tensor] = []
-        student.encoder.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0].detach()) if torch.is_grad_enabled() else None)
         with torch.random.fork_rng():
             seed_step(config.seed, draw)
             batch = make_batch((x, y, images, valid, unknown), config, max(1, method.views), self.device)
-            method(batch, 1.0)
-        unlabeled = ([row for row in rows if not any(torch.equal(row, labeled) for labeled in batch.x)] for rows in reversed(fed))
-        seen = next(filter(None, unlabeled), batch.weak)[0]
-        pasted = [(seen[None] == torch.stack([view[k] for view in (batch.weak, *batch.strong)])).all(1).any(0) for k in (0, 1)]
-        pictures = [np.round(255 * to_image(view)).astype(np.uint8) for view in (batch.weak[0], batch.strong[0][0], batch.weak[1], seen)]
-        return dict(zip(VIEWS, pictures, strict=True)), (pasted[0] | ~pasted[1]).cpu().numpy(), partner
+            shown = {"weak view": batch.weak[0], "strong view": batch.strong[0][0], "partner": batch.weak[1]}
+            view = shown[name] if name in shown else _fed(copy.deepcopy(method), batch)
+        pasted = [(view[None] == torch.stack([of[k] for of in (batch.weak, *batch.strong)])).all(1).any(0) for k in (0, 1)]
+        own = (pasted[0] | ~pasted[1]).cpu().numpy() if name == VIEWS[-1] else np.ones(config.crop, bool)
+        return np.round(255 * to_image(view)).astype(np.uint8), own, partner
+
+
+def _fed(method: Method, batch: Batch) -> Tensor:
+    """(3, H, W): what the first student of a method, which this changes, is fed with gradient for the first unlabeled image, the last time."""
+    student = next(net for net in method.predictors.values() if isinstance(net, SegNet))
+    fed: list[Tensor] = []
+    student.encoder.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0].detach()) if torch.is_grad_enabled() else None)
+    method.train()(batch, 1.0)
+    unlabeled = ([row for row in rows if not any(torch.equal(row, labeled) for labeled in batch.x)] for rows in reversed(fed))
+    return next(filter(None, unlabeled), batch.weak)[0]
 
 
 def newest_runs(place: Path | None = None) -> list[Path]:
@@ -348,4 +357,4 @@ def newest_runs(place: Path | None = None) -> list[Path]:
             continue
     alike = [(c.dataset, c.root, c.dataset_options, c.split, c.seed, c.steps) for c in found.values()]
     same = [folder for folder, what in zip(found, alike, strict=True) if what == alike[0]]
-    return sorted(same, key=lambda folder: -list(METHODS).index(found[folder].method))
+    return sorted(same, key=lambda folder: ["mkd", "cps", *METHODS].index(found[folder].method))

@@ -159,6 +159,7 @@ def check_equal(place, runs):
         assert not {p.name for p in run.folder.iterdir()} - {
             "10_run.ipynb",
             "checkpoint.pt",
+            "checkpoint-best.pt",
             "config.json",
             "history.jsonl",
             "lock",

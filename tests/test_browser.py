@@ -406,11 +406,10 @@ def test_views_and_saving(seen, study, place):
     id = study.sets["unlabeled"][0]
     seen.choose("A shows", "weak view")
     seen.choose("B shows", "what the student sees")
-    views, *_ = study.views(0, "checkpoint.pt", id, 0)
-    assert np.array_equal(seen.array(".mkd-pane0 .mkd-image"), views["weak view"])
-    assert np.array_equal(seen.mask(1) == 255, study.views(1, "checkpoint.pt", id, 0)[1])
+    assert np.array_equal(seen.array(".mkd-pane0 .mkd-image"), study.view("weak view", 0, "checkpoint.pt", id, 0)[0])
+    assert np.array_equal(seen.mask(1) == 255, study.view("what the student sees", 1, "checkpoint.pt", id, 0)[1])
     seen.press("redraw views")
-    assert np.array_equal(seen.array(".mkd-pane0 .mkd-image"), study.views(0, "checkpoint.pt", id, 1)[0]["weak view"])
+    assert np.array_equal(seen.array(".mkd-pane0 .mkd-image"), study.view("weak view", 0, "checkpoint.pt", id, 1)[0])
     seen.choose("A shows", "teacher 1")
     seen.choose("B shows", "student 1")
     for suffix in ("", "-2"):

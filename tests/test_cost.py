@@ -6,15 +6,18 @@ from tiny import config
 from torch import nn
 
 from mkd_core.cost import Step, costs, peak_bytes, replay
+from mkd_core.methods import METHODS
 
 # Batches through an encoder with gradient (students on labeled and unlabeled images) and without (teachers, targets), from the equations.
 PASSES = {
     "supervised": (1, 0), "mean_teacher": (2, 1), "cutmix_seg": (2, 1), "cps": (4, 0), "mkd": (4, 2),
     "st_plus_plus": (2, 0), "cct": (2, 0), "pseudoseg": (2, 1), "simple_baseline": (2, 0),
+    "advsemseg": (2, 0), "gct": (4, 0), "pc2seg": (2, 1), "u2pl": (2, 3),  # U2PL's teacher looks at plain images, and at what the student sees
+    "fixmatch": (3, 0), "unimatch": (4, 0), "speed": (4, 1), "vat": (3, 1), "ps_mt": (2, 2),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", PASSES)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_step_makes_the_passes_that_the_equation_needs(method):
     step = Step(config(method))
     step.passes()

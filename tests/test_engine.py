@@ -45,10 +45,11 @@ def keys_of(c: RunConfig) -> dict:
 
 def outcome(folder: Path) -> tuple[dict, dict, str]:
     """(weights and optimiser state, record without clocks, history) of a finished run."""
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    state, best = (torch.load(folder / name, weights_only=True) for name in ("checkpoint.pt", "checkpoint-best.pt"))
     record = json.loads((folder / "record.json").read_text())
+    assert best["step"] == record["step_best"]
     return (
-        {k: state[k] for k in ("step", "method", "optimizers")},
+        {k: state[k] for k in ("step", "method", "optimizers")} | {"best": best["method"]},
         {k: v for k, v in record.items() if k not in MOVING},
         (folder / "history.jsonl").read_text(),
     )
@@ -81,7 +82,11 @@ def assert_same(a: Path, b: Path, also_config: bool = True) -> None:
 
     equal(state, other)
     assert tensors > 100  # weights, buffers, momenta were there to be compared
-    leftovers = [p.name for p in b.iterdir() if p.name not in ("lock", "config.json", "history.jsonl", "record.json", "checkpoint.pt")]
+    leftovers = [
+        p.name
+        for p in b.iterdir()
+        if p.name not in ("lock", "config.json", "history.jsonl", "record.json", "checkpoint.pt", "checkpoint-best.pt")
+    ]
     assert not leftovers
 
 
@@ -131,6 +136,7 @@ def test_killed_while_writing_is_the_uninterrupted_run(tmp_path):
     # Every child saves its first checkpoint two steps after the one it found.
     for die, step in (
         ("full config.json 0", None), ("half checkpoint 1", None), ("full checkpoint.pt 1", None), ("renamed checkpoint.pt 1", 2),
+        ("full checkpoint-best.pt 0", 2), ("renamed checkpoint-best.pt 0", 2),
         ("half checkpoint 2", 4), ("full history.jsonl 0", 4), ("renamed checkpoint.pt 2", 8), ("full record.json 0", 8),
     ):  # fmt: skip
         process = start(c, tmp_path / "killed", die=die)
@@ -257,7 +263,7 @@ def full_disk(monkeypatch, after: int = 0) -> None:
     monkeypatch.setattr(os, "fsync", fsync)
 
 
-@pytest.mark.parametrize("after", range(7))
+@pytest.mark.parametrize("after", range(8))
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, after):
     """Whichever write fails (config, history, checkpoints, record): no temporary, what was there stays, and the run can go on."""
     c = config(steps=4, checkpoint_every=1)
@@ -268,7 +274,9 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, after):
             run(c, tmp_path, quiet=True)
     assert not [*folder.glob(".*")] and not (folder / "record.json").exists()
     if after > 2:
-        assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == after - 2
+        assert (
+            torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == (1, 2, 3, 3, 4)[after - 3]
+        )  # before the fourth comes the best one
     run(c, tmp_path, quiet=True)
     run(c, tmp_path / "whole", quiet=True)
     assert_same(tmp_path / "whole" / c.id, folder)
@@ -579,8 +587,13 @@ def test_checkpoints_stay_at_the_stride_that_was_asked_for(tmp_path):
                    for name, keys in {"kept": {"keep_every": 4}, "plain": {}}.items())  # fmt: skip
     assert kept.id == plain.id and kept.miou == plain.miou
     folder = tmp_path / "kept" / kept.id
-    assert sorted(p.name for p in folder.glob("*checkpoint*")) == ["checkpoint-4.pt", "checkpoint-8.pt", "checkpoint.pt"]
-    assert [p.name for p in (tmp_path / "plain" / plain.id).glob("*checkpoint*")] == ["checkpoint.pt"]
+    assert sorted(p.name for p in folder.glob("*checkpoint*")) == [
+        "checkpoint-4.pt",
+        "checkpoint-8.pt",
+        "checkpoint-best.pt",
+        "checkpoint.pt",
+    ]
+    assert sorted(p.name for p in (tmp_path / "plain" / plain.id).glob("*checkpoint*")) == ["checkpoint-best.pt", "checkpoint.pt"]
     states = [torch.load(folder / name, weights_only=True) for name in ("checkpoint-4.pt", "checkpoint-8.pt", "checkpoint.pt")]
     assert [state["step"] for state in states] == [4, 8, 10]
     loaded = engine.load_method(folder, checkpoint="checkpoint-4.pt").state_dict()

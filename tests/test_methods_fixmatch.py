@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import batch, config, make
+from tiny import batch, make
 from torch import Tensor, nn
 
-from mkd_core import engine
 from mkd_core.augment import beta_box, ratio_box, xor_boxes
-from mkd_core.methods import METHODS, Batch, Method
+from mkd_core.methods import Batch, Method
 
 IGNORE = 255
 SOFT = 0.4  # what sharpened networks at their random start reach on a part of the pixels
@@ -542,22 +541,3 @@ def test_bfloat16_is_close_to_float32(name, monkeypatch):
         results.append(terms)
     for key in results[0]:
         assert results[1][key].item() == pytest.approx(results[0][key].item(), rel=0.25, abs=0.02), key
-
-
-@pytest.mark.parametrize("name", ["fixmatch", "unimatch", "speed", "vat", "ps_mt"])
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(name, tmp_path, monkeypatch):
-    c = config(name, options={"period": 0.3, "threshold": 0.3} if name == "ps_mt" else {"threshold": 0.3}, evaluate_every=0)
-    engine.run(c, tmp_path / "whole", quiet=True)
-    update = METHODS[name].update
-
-    def stop(self: Method, step: int) -> None:
-        update(self, step)
-        if step == 5:  # the last checkpoint is from step 4
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(METHODS[name], "update", stop)
-        engine.run(c, tmp_path / "stopped", quiet=True)
-    engine.run(c, tmp_path / "stopped", quiet=True)
-    whole, stopped = (engine.read_checkpoint(tmp_path / k / c.id / "checkpoint.pt", "cpu")["method"] for k in ("whole", "stopped"))
-    assert whole.keys() == stopped.keys() and all(torch.equal(whole[k], stopped[k]) for k in whole)

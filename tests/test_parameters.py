@@ -220,7 +220,7 @@ def test_a_paper_configuration_trains(name, layouts, tmp_path, monkeypatch):
     config = CONFIGURATIONS[name]
     small = {"root": str(layouts[config.dataset]), "split": "random/2", "crop": (64, 64), "batch": 2, "steps": 3, "evaluate_every": 0}
     machine = {"device": "cpu", "threads": 1, "workers": 0, "log_every": 1, "quality_images": 0}
-    monkeypatch.setattr(engine._Run, "_save", lambda self: None)  # a gigabyte for nothing: checkpoints are tested elsewhere
+    monkeypatch.setattr(engine._Run, "_save", lambda self, name: None)  # a gigabyte for nothing: checkpoints are tested elsewhere
     record = run(RunConfig(**config.model_dump() | small | machine), tmp_path, quiet=True)
     rows = records.history(tmp_path / record.id)
     assert record.status == "done" and len(rows) == 3 and len(record.classes) == {"cityscapes": 19, "coco": 81}.get(config.dataset, 21)

@@ -258,7 +258,8 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(run, tmp_pat
 
 def test_a_run_is_found_by_its_id_and_a_kept_step_by_its_number(run, tmp_path, monkeypatch):
     monkeypatch.setattr(records, "RUNS", run.parent)
-    assert Predictor(run.name, step=6).folder == run
+    assert Predictor(run.name, step=6).folder == Predictor(run.name, step="best").folder == run
+    assert Predictor(run.name, step="best").checkpoint == "checkpoint-best.pt"
     with pytest.raises(ValueError, match=f"did you mean {run.name!r}"):
         Predictor(run.name[:-1])
 

@@ -85,7 +85,7 @@ def child(keys: dict[str, Any], runs: str, delay: float = 0.0, wait: bool = Fals
 
     wait   stop before the last step until killed
     die    "half checkpoint 2": while the second checkpoint is half written; "full record.json 2" and "renamed record.json 2": just before
-           and just after that file or folder, written completely, gets its name, two checkpoints having been saved; "half label 2":
+           and just after that file or folder, written completely, gets its name, two checkpoint.pt having been saved; "half label 2":
            while the second pseudo-label is half written
     limit  largest file in bytes, 0 for none: what a write meets on a full disk
     """
@@ -118,7 +118,7 @@ def child(keys: dict[str, Any], runs: str, delay: float = 0.0, wait: bool = Fals
     save, replace, draw = torch.save, os.replace, Image.Image.save
 
     def dying_save(state: Any, file: Any) -> None:
-        counts["save"] += 1
+        counts["save"] += "best" not in file.name
         save(state, file)
         if die == f"half checkpoint {counts['save']}":
             file.flush()
