@@ -1,7 +1,7 @@
 # make demo: the main job. make test: every test. Both set everything up first. make help lists the rest.
 PY = .venv/bin/python
 MKD = .venv/bin/mkd
-.PHONY: help demo test bench lab viewer lint tidy lock evidence
+.PHONY: help demo test bench lab viewer lint tidy lock
 
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'

@@ -57,7 +57,7 @@ class RunConfig(_Checked):
     arch: Literal[ARCHITECTURES] = "deeplabv3plus"  # type: ignore[valid-type]
     encoder: str = "resnet50"
     weights: str = Field("", description="local file with the encoder's ImageNet weights; '' starts from random ones")
-    channels: int = Field(256, gt=0, description="of the decoder")
+    channels: int = Field(256, gt=0, le=4096, description="of the decoder")
     dropout: float = Field(0.0, ge=0, lt=1)
     norm: Literal["batch", "group"] = "batch"
     bn_momentum: float = Field(0.1, gt=0, le=1)
@@ -81,7 +81,7 @@ class RunConfig(_Checked):
     evaluate_every: int = Field(0, ge=0, description="steps; 0: at the end only")
     quality_images: int = Field(64, ge=0, description="unlabeled images with withheld labels on which pseudo-labels are measured")
     # Machine: not part of the id.
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1 ...")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of torch; 0: its own choice")
     workers: int = Field(0, ge=0, le=1024, description="loader processes")
     checkpoint_every: int = Field(1_000, gt=0)

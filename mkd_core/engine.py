@@ -57,10 +57,15 @@ class NonFiniteLoss(RuntimeError):
 
 def build_net(config: RunConfig, num_classes: int, arch: str | None = None) -> SegNet:
     """A freshly initialised network, the encoder from config.weights where given. Two calls differ in what is random."""
-    net = SegNet(
-        num_classes, arch=arch or config.arch, encoder=config.encoder, channels=config.channels, dropout=config.dropout,
-        norm=config.norm, bn_momentum=config.bn_momentum,
-    )  # fmt: skip
+    try:
+        net = SegNet(
+            num_classes, arch=arch or config.arch, encoder=config.encoder, channels=config.channels, dropout=config.dropout,
+            norm=config.norm, bn_momentum=config.bn_momentum,
+        )  # fmt: skip
+    except (AssertionError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:  # of smp, timm and torch
+        raise ValueError(
+            f"{arch or config.arch} on the encoder {config.encoder} cannot be built: {type(error).__name__} {error}"
+        ) from error
     if config.weights:
         load_encoder(net, config.weights)
     return net
@@ -70,6 +75,8 @@ def build_method(config: RunConfig, num_classes: int) -> Method:
     """The method with networks initialised from the seed: the first network is the same for every method."""
     seed_step(config.seed, -1)
     method = METHODS[config.method](partial(build_net, config, num_classes), **config.options)
+    if min(config.crop) < method.min_side:
+        raise ValueError(f"{config.method} needs a crop of at least {method.min_side} x {method.min_side} pixels; got {config.crop}")
     if config.batch < method.min_batch:
         raise ValueError(
             f"{config.method} with these options needs a batch of at least {method.min_batch} (its images need a partner); got {config.batch}"
@@ -368,6 +375,7 @@ def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Rec
     if found := records.load(folder):
         if found.id != config.id or found.status != "done":
             raise ValueError(f"{folder / 'record.json'} is the record of another run ({found.id}, {found.status}); delete it")
+        _refuse_other_images(config, found, folder)
         return found
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -381,6 +389,22 @@ def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Rec
                         folder.rmdir()
     except Timeout as error:
         raise Busy(f"another process is at run {config.id} (it holds {folder / 'lock'}); wait for it or stop it") from error
+
+
+def _refuse_other_images(config: RunConfig, record: Record, folder: Path) -> None:
+    """An id does not name the folder of the data: other images under the same names and lists are another run. Absent data prove nothing."""
+    try:
+        dataset = open_dataset(config.dataset, config.root, **config.dataset_options)
+        split = load_split(dataset, config.split, config.seed)
+    except DataError:
+        return
+    now = {"labeled images": split.sha256, "unlabeled images": split.sha256_unlabeled, "number of evaluated images": len(dataset.val)}
+    then = record.split["sha256"], record.split["sha256_unlabeled"], record.evaluated["images"]
+    if changed := [what for (what, value), old in zip(now.items(), then, strict=True) if value != old]:
+        raise ValueError(
+            f"{folder} holds the record of a run with other data ({', '.join(changed)}) than {config.root or config.dataset} has now; "
+            f"delete it, or keep the new runs apart (MKD_RUNS)"
+        )
 
 
 def is_busy(folder: Path) -> bool:
@@ -598,6 +622,7 @@ class _Run:
         )  # fmt: skip
         confusion, _ = measure(self.dataset.val)
         found: dict[str, Any] = {"miou": {name: miou(c) for name, c in confusion.items()}}
+        found["confusion"] = next(iter(confusion.values())).tolist()  # (truth, prediction), of the reported predictor
         found["iou"] = {name: [None if math.isnan(v) else v for v in iou(c).tolist()] for name, c in confusion.items()}
         if self.withheld:
             _, quality = measure(self.withheld, quality=QUALITY_THRESHOLD)

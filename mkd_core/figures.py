@@ -436,10 +436,11 @@ def _heat(table: ArrayLike, classes: Sequence[str], form: str, colours: str, xla
     return figure
 
 
-def confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
+def confusion(matrix: ArrayLike, classes: Sequence[str]) -> Figure:
     """(C, C) counts by (truth, prediction), shown in percent of each true class."""
-    shares = 100 * matrix.double() / matrix.sum(1, keepdim=True).clamp_min(1)
-    return _heat(shares.cpu().numpy(), classes, ".0f", "Blues", "prediction", "ground truth", "% of the true class's pixels")
+    counts = np.asarray(matrix, float)
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    return _heat(shares, classes, ".0f", "Blues", "prediction", "ground truth", "% of the true class's pixels")
 
 
 def table_heat(table: Tensor, classes: Sequence[str]) -> Figure:

@@ -109,7 +109,7 @@ def load_encoder(net: SegNet, weights: str) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"{weights} holds no plain tensors (only weights_only=True loads; nothing is unpickled): {str(error)[:200]}"
+            f"{weights} holds no plain tensors (only weights_only=True loads; nothing is unpickled): {type(error).__name__}"
         ) from error
     own = list(net.encoder.state_dict())
     if isinstance(net.encoder, TimmUniversalEncoder) and isinstance(state, dict):

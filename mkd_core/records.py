@@ -141,7 +141,11 @@ def dump(cells: Rows | Cells, path: Path) -> None:
 def read_cells(path: str | Path) -> dict[str, dict[str, list[Record]]]:
     """Row -> column -> records of a records.jsonl file, in its order."""
     cells: dict[str, dict[str, list[Record]]] = {}
-    for line in map(json.loads, Path(path).read_text().splitlines()):
+    for number, text in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is cut or damaged: {error}") from error
         if not line.keys() >= {"row", "column"}:
             raise ValueError(f"{path}: a record without its row and column; `dump` writes both")
         row, title = line.pop("row"), line.pop("column")

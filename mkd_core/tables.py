@@ -23,6 +23,7 @@ from .choices import choose
 from .records import ROOT, Cells, Record, Rows, as_cells, write_atomically
 
 PUBLISHED = ROOT / "parameters" / "published"
+VAL = {"voc": 1449, "voc_aug": 1449, "cityscapes": 500, "coco": 5000}  # images that published numbers are measured on
 BOLD, QUOTED = "font-weight: bold;", "font-style: italic;"
 
 
@@ -164,7 +165,8 @@ def table(cells: Rows | Cells, published: Published | None = None) -> Table:
     their own. Refused where a column's records were not measured alike: other data sets, evaluation protocols or evaluated images, or,
     seed by seed, other labeled images; or where a column's runs are not what the published one is.
     """
-    cells = as_cells(cells)
+    if not (cells := as_cells(cells)):
+        raise ValueError("a table needs at least one row")
     titles = list(dict.fromkeys(title for of in cells.values() for title in of))
     columns = {title: {row: list(of.get(title, ())) for row, of in cells.items()} for title in titles}
     quoted = {title: published for title in titles if published and title in published.columns}
@@ -271,6 +273,9 @@ def _refuse_unlike(title: str, rows: Rows, source: Published | None) -> None:
     for seed in {r.seed for r in records}:
         if len({r.split["sha256"] for r in records if r.seed == seed}) > 1:
             raise ValueError(f"{where}, different labeled images (split hashes) for seed {seed}")
+        for dataset in {r.config["dataset"] for r in records}:  # VOC and VOCAug share a column
+            if len({r.split.get("sha256_unlabeled") for r in records if r.seed == seed and r.config["dataset"] == dataset}) > 1:
+                raise ValueError(f"{where}, different unlabeled images (split hashes) for seed {seed}")
     if source is None:
         return
     theirs = source.columns[title]
@@ -285,6 +290,12 @@ def _refuse_unlike(title: str, rows: Rows, source: Published | None) -> None:
                     f"row {row!r} of {where} holds a run on {' '.join(ours)}, that of {source.title} is "
                     f"{dataset} {theirs.split} {theirs.backbone}: give it another title"
                 )
+            counts = {"labeled": (r.split["labeled"], theirs.labeled), "evaluated": (r.evaluated["images"], VAL[dataset])}
+            for what, (mine, published) in counts.items():
+                if mine != published:
+                    raise ValueError(
+                        f"row {row!r} of {where} holds a run with {mine} {what} images, {source.title} has {published}: give it another title"
+                    )
 
 
 def _is(backbone: str, encoder: str) -> bool:

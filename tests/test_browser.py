@@ -402,6 +402,72 @@ def test_pixel_class_and_modes(seen, study):
     )
 
 
+def test_pane_b_has_the_same_controls(seen, study):
+    id = study.sets["unlabeled"][0]
+    seen.choose("B run", "mkd")
+    check(seen, study, id, b=(0, "checkpoint.pt", "student 1"))
+    seen.slide("B weights", "ArrowLeft")
+    check(seen, study, id, b=(0, "checkpoint-10.pt", "student 1"))
+    seen.choose("B as", "confidence")
+    check(seen, study, id, b=(0, "checkpoint-10.pt", "student 1"), layers=("pseudo-labels", "confidence"))
+    seen.choose("B as", "pseudo-labels")
+    seen.choose("B run", "cps")
+    seen.page.get_by_role("button", name="look again", exact=True).click()  # nothing new: all stays as it is
+    seen.page.wait_for_timeout(500)
+    check(seen, study, id, b=(1, "checkpoint-10.pt", "student 1"))
+    seen.slide("B weights", "ArrowRight")
+    check(seen, study, id)
+
+
+def test_the_curve_is_accuracy_against_coverage_and_its_dot_is_now(seen, study):
+    """Points in the drawing's units against those of the kernel's own function, which is tested against a loop over pixels."""
+    found, truth = study.predict(0, "checkpoint.pt", study.sets["unlabeled"][0])["teacher 1"], study.truth(study.sets["unlabeled"][0])
+    known = truth != 255
+    right = (found.label == truth)[known]
+    for presses in (0, 4):
+        seen.slide("T", "ArrowLeft", presses)
+        kept = (found.confidence >= np.float32(T - 0.01 * presses))[known]
+        drawn = seen.page.locator(".mkd-curve path.pane0").get_attribute("d")
+        points = np.array([pair.split() for pair in re.split("[ML]", drawn)[1:]], float)
+        assert abs(points[:, 0].max() - 36 - 252) < 0.2, "at threshold 0 every pixel is kept"
+        low = float(seen.page.locator(".mkd-curve text[text-anchor=end]").first.text_content())
+        dot = seen.page.locator(".mkd-curve circle.pane0")
+        x, y = (float(dot.get_attribute(name)) for name in ("cx", "cy"))
+        assert abs((x - 36) / 2.52 - 100 * kept.mean()) < 0.1
+        assert abs(100 - (y - 14) * (100 - low) / 136 - 100 * right[kept].mean()) < 0.1
+        assert np.abs(points - (x, y)).max(1).min() < 8, "the dot lies on the curve"
+    seen.slide("T", "ArrowRight", 4)
+
+
+def test_a_class_filters_keys_move_and_a_click_holds_a_pixel(seen, study):
+    seen.choose("images", "labeled")
+    ids = study.sets["labeled"]
+    found = {i: study.predict(0, "checkpoint.pt", i)["teacher 1"].label for i in ids}
+    rarest = min(range(5), key=lambda c: sum((label == c).any() for label in found.values()) or 99)
+    hits = [i for i in ids if (found[i] == rarest).any()]
+    seen.control("shows").locator("select").select_option(study.data.classes[rarest])
+    seen.page.wait_for_function("n => document.querySelectorAll('.mkd-strip button').length === n", arg=len(hits))
+    assert seen.page.locator(".mkd-strip button").evaluate_all("all => all.map((b) => b.title)") == hits
+    seen.control("shows").locator("select").select_option("any class")
+    seen.page.wait_for_function("n => document.querySelectorAll('.mkd-strip button').length === n", arg=len(ids))
+    seen.choose("images", "unlabeled")
+    seen.page.locator(".mkd-explorer").focus()
+    seen.after(lambda: seen.page.keyboard.press("ArrowRight"))
+    check(seen, study, study.sets["unlabeled"][1])
+    seen.after(lambda: seen.page.keyboard.press("r"))
+    assert seen.page.locator(".mkd-strip button.mkd-on").get_attribute("title") in study.sets["unlabeled"]
+    picture = seen.page.locator(".mkd-pane0 .mkd-picture")
+    box = picture.bounding_box()
+    seen.after(lambda: picture.click(position={"x": 0.2 * box["width"], "y": 0.2 * box["height"]}))
+    held = seen.text(".mkd-readout")
+    picture.hover(position={"x": 0.8 * box["width"], "y": 0.8 * box["height"]})
+    seen.page.wait_for_timeout(300)
+    assert seen.text(".mkd-readout") == held
+    picture.click(position={"x": 0.8 * box["width"], "y": 0.8 * box["height"]})
+    seen.after(lambda: seen.control("image").locator(".noUi-handle").press("Home"))
+    check(seen, study, study.sets["unlabeled"][0])
+
+
 def test_views_and_saving(seen, study, place):
     id = study.sets["unlabeled"][0]
     seen.choose("A shows", "weak view")

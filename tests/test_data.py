@@ -429,6 +429,17 @@ def test_check_of_lists(own):
     assert check(data, Split("mine", (), ("u.png",), "", ""), deep=False).problems == ("the labeled list is empty",)
 
 
+def test_one_picture_under_two_names_is_found(own):
+    (own / "linked.png").symlink_to(own / "v.png")
+    data = open_dataset("folder", str(own))
+    problems = check(data, Split("mine", ("linked.png",), ("u.png",), "", ""), deep=False).problems
+    assert "1 images (linked.png) of the validation set in training" in problems
+    for name in (str(own / "v.png"), "../v.png"):
+        (own / "val.txt").write_text(f"{name} v_mask.png")
+        with pytest.raises(DataError, match="val.txt, line 1: .*names are relative to it"):
+            open_dataset("folder", str(own))
+
+
 def test_check_of_generated_data():
     data = open_dataset("shapes", train_size=4, val_size=2)
     report = check(data, load_split(data, "full"))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tiny import CLASSES, batch, build, child, config, gradients, make
 from torch import Tensor, nn
 
@@ -599,3 +600,40 @@ def test_checkpoints_stay_at_the_stride_that_was_asked_for(tmp_path):
     loaded = engine.load_method(folder, checkpoint="checkpoint-4.pt").state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in states[0]["method"].items())
     assert any(not torch.equal(loaded[key], value) for key, value in states[1]["method"].items())
+
+
+def test_a_record_of_other_images_under_the_same_names_is_not_handed_out(tmp_path):
+    """The id does not hold the folder of the data; what lies there is compared with the record."""
+
+    def data(place: Path, count: int) -> RunConfig:
+        ids, lists = [f"2007_{k:06d}" for k in range(count)], place / "ImageSets/Segmentation"
+        for folder in (place / "JPEGImages", place / "SegmentationClass", lists):
+            folder.mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        for id in ids:
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)).save(place / f"JPEGImages/{id}.jpg")
+            Image.fromarray(rng.integers(0, 21, (32, 32)).astype(np.uint8)).save(place / f"SegmentationClass/{id}.png")
+        for name, part in {"train": ids[:-2], "val": ids[-2:]}.items():
+            (lists / f"{name}.txt").write_text("\n".join(part))
+        return config(dataset="voc", root=str(place), dataset_options={}, split="random/2", steps=1, batch=2)
+
+    first = data(tmp_path / "a", 8)
+    record = run(first, tmp_path, quiet=True)
+    assert run(first, tmp_path, quiet=True) == record
+    other = first.model_copy(update={"root": str(tmp_path / "b")})
+    assert other.id == first.id
+    assert run(other, tmp_path, quiet=True) == record  # absent data prove nothing
+    data(tmp_path / "b", 9)
+    with pytest.raises(ValueError, match=r"other data \((labeled images, )?unlabeled images\).*MKD_RUNS"):
+        run(other, tmp_path, quiet=True)
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [({"encoder": "tu-hrnet_w18_small"}, "deeplabv3plus on the encoder tu-hrnet_w18_small cannot be built"),
+     ({"method": "gct", "crop": (16, 16)}, "gct needs a crop of at least 32 x 32"), ({"method": "advsemseg", "crop": (16, 48)}, "needs a crop of")],
+    ids=str,
+)  # fmt: skip
+def test_networks_that_cannot_work_are_refused_before_training(keys, words):
+    with pytest.raises(ValueError, match=words):
+        engine.prepare(config(**keys))

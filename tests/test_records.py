@@ -93,6 +93,9 @@ def test_cells_come_back_in_their_order_missing_ones_too(tmp_path):
     path.write_text(found[0].model_dump_json() + "\n")
     with pytest.raises(ValueError, match="without its row and column"):
         read_cells(path)
+    path.write_text(found[0].model_dump_json()[:50])
+    with pytest.raises(ValueError, match="records.jsonl, line 1 is cut or damaged"):
+        read_cells(path)
 
 
 def test_history_leaves_out_the_line_that_is_being_written(tmp_path):

@@ -24,6 +24,7 @@ def on(title: str, miou: float, seed: int = 0, name: str = "table4", **keys):
     column = source.columns[title]
     config = record().config | {"dataset": source.dataset, "encoder": column.backbone.lower().replace("-", "")}
     split = {"name": column.split, "sha256": f"{column.split}, seed {seed}", "labeled": column.labeled, "unlabeled": 1}
+    keys = {"evaluated": {"images": 1449, "set": "val"}} | keys
     return record(config=config | keys.pop("config", {}), split=split, miou=miou, seed=seed, **keys)
 
 
@@ -53,6 +54,20 @@ def test_a_column_refuses_what_was_not_measured_alike(keys, words):
             table({"a": {column: [record()]}, "b": {column: [record(**keys)]}})
     table({"a": {"1/16": [record()]}, "b": {"1/8": [record(**keys)]}})  # two columns may differ
     table({"a": [record()], "b": [record()]})
+
+
+@pytest.mark.parametrize(
+    "keys, words", [({"evaluated": {"images": 6, "set": "val"}}, "6 evaluated images.* 1449"),
+                    ({"split": {"name": "cps/1_16", "sha256": "", "labeled": 5}}, "5 labeled images.* 662")], ids=str)  # fmt: skip
+def test_no_difference_from_the_paper_on_fewer_images(keys, words):
+    title = "1/16 (662)"
+    with pytest.raises(ValueError, match=words):
+        table({"MKD": {title: [on(title, 50.0).model_copy(update=keys)]}}, published("table4"))
+
+
+def test_a_column_refuses_other_unlabeled_images_of_one_data_set():
+    with pytest.raises(ValueError, match="different unlabeled images"):
+        table({row: [record(split=record().split | {"sha256_unlabeled": row})] for row in "ab"})
 
 
 def test_a_seed_counts_once():
@@ -99,7 +114,7 @@ def test_the_papers_number_stands_in_a_column_of_its_own(made):
     assert [*text["1/8 (1323)", "mIoU"]] == ["75.0", "missing", "missing"] and [*text["1/8 (1323)", "difference"]] == ["-0.8", "", ""]
     for form in (made.markdown(), made.html(), made.latex()):
         assert "quoted, not measured here" in form and "doi:10.1145/3581783.3611906" in form and "copied, not run" in form
-    assert "voc_aug random/6, 662 labeled images, resnet101, from scratch, 6 steps, 6 images evaluated (whole)" in made.parts[1].heading
+    assert "voc_aug random/6, 662 labeled images, resnet101, from scratch, 6 steps, 1449 images evaluated (whole)" in made.parts[1].heading
 
 
 def test_the_best_of_ours_is_bold_in_every_form(made):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -106,7 +107,13 @@ def _list_problems(dataset: SegDataset, split: Split) -> list[str]:
     reused = split.name == "full" or set(split.labeled) == set(dataset.train)  # all are labeled, so all serve as unlabeled too
     if not reused and (overlap := sorted(set(split.labeled) & set(split.unlabeled))):
         problems.append(f"{some(overlap, 'images')} both labeled and unlabeled")
-    if leak := sorted({*split.labeled, *split.unlabeled} & set(dataset.val)):
+
+    def picture(id: str) -> str:  # by links, one may have two names
+        file = dataset.files(id)[0]
+        return os.path.realpath(file) if file else id
+
+    val = set(map(picture, dataset.val))
+    if leak := sorted(id for id in {*split.labeled, *split.unlabeled} if picture(id) in val):
         problems.append(f"{some(leak, 'images')} of the validation set in training")
     return problems
 

@@ -30,6 +30,8 @@ class AdvSemSeg(Method):
     2.5e-4).
     """
 
+    min_side = 32  # of its critic
+
     def __init__(
         self, build: Build, *, adversarial: Weight = 0.01, adversarial_unlabeled: Weight = 0.001, weight: Weight = 0.1,
         threshold: Share = 0.2, start: Share = 0.25, critic_lr: Weight = 1e-4, width: PositiveCount = 64,

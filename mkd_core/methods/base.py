@@ -46,6 +46,7 @@ class Method(nn.Module):
     unlabeled    False: no unlabeled image is loaded (U = 0) before a stage has pseudo-labels for them
     views        how many strong colour views of each unlabeled image it wants
     min_batch    the smallest unlabeled batch it accepts (2 where images need a partner)
+    min_side     the smallest side of a crop that it accepts
     stages       where in progress a further stage begins (self-training): before it `relabel` is called, learning rate and optimiser start anew
     forward      (terms, stats): weighted loss terms, which the loop only sums, and scalars that are only logged
     update       called after optimiser step number `step` (the first is 1): teachers
@@ -55,6 +56,7 @@ class Method(nn.Module):
     unlabeled = True
     views = 0
     min_batch = 1
+    min_side = 1
     stages: tuple[float, ...] = ()
 
     def forward(self, batch: Batch, progress: float) -> tuple[Terms, Terms]:

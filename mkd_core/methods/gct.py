@@ -29,6 +29,8 @@ class GCT(Method):
     rate follows the run's schedule (theirs: constant by oversight).
     """
 
+    min_side = 32  # of its critic
+
     def __init__(
         self, build: Build, *, weight: Weight = 100.0, correction: Weight = 1.0, detection: Weight = 10.0, threshold: Share = 0.6,
         rampup: Share = 0.09, critic_lr: Weight = 1e-4, width: PositiveCount = 64, joint: bool = False,
