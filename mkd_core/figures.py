@@ -315,7 +315,8 @@ def curves(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Fi
             points = [(row["step"], _of_labeler(row[key], part)) for run in runs for row in run if key in row]
             if points:
                 spread = pd.DataFrame(points, columns=["step", "value"]).astype(float).groupby("step")["value"].agg(["mean", "min", "max"])
-                seeds = f" ({len(runs)} seeds)" if len(runs) > 1 else ""
+                known = sum(any(key in row for row in run) for run in runs)  # a record may have come without its history
+                seeds = f" ({known if known == len(runs) else f'{known} of {len(runs)}'} seeds)" if len(runs) > 1 else ""
                 ax.plot(spread.index, spread["mean"], label=name + seeds, markersize=3, **look[name])
                 ax.fill_between(spread.index, spread["min"], spread["max"], color=look[name]["color"], alpha=0.18, linewidth=0)
         ax.set(xlabel="step", ylabel=ylabel)
