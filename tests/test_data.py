@@ -434,10 +434,11 @@ def test_one_picture_under_two_names_is_found(own):
     data = open_dataset("folder", str(own))
     problems = check(data, Split("mine", ("linked.png",), ("u.png",), "", ""), deep=False).problems
     assert "1 images (linked.png) of the validation set in training" in problems
-    for name in (str(own / "v.png"), "../v.png"):
-        (own / "val.txt").write_text(f"{name} v_mask.png")
-        with pytest.raises(DataError, match="val.txt, line 1: .*names are relative to it"):
-            open_dataset("folder", str(own))
+    around = Split("mine", (f"../{own.name}/v.png",), ("u.png",), "", "")
+    assert "of the validation set in training" in " ".join(check(data, around, deep=False).problems)
+    (own / "val.txt").write_text(f"{own / 'v.png'} v_mask.png")
+    with pytest.raises(DataError, match="val.txt, line 1: .*v.png is absolute; names are relative to"):
+        open_dataset("folder", str(own))
 
 
 def test_check_of_generated_data():

@@ -63,8 +63,8 @@ class Folder(FileDataset):
     def _pair(self, line: str, place: str) -> tuple[str, str | None]:
         fields = line.split("\t") if "\t" in line else self._split_at_space(line)
         fields = [posixpath.normpath(field.strip()) for field in fields if field.strip()]  # "./a.png" and "a.png" are one image
-        if absolute := [field for field in fields if field.startswith(("/", "../"))]:
-            raise DataError(f"{place}: {absolute[0]} is not below {self.root}; names are relative to it")
+        if absolute := [field for field in fields if field.startswith("/")]:
+            raise DataError(f"{place}: {absolute[0]} is absolute; names are relative to {self.root}")
         if len(fields) > 2:
             raise DataError(f"{place}: expected 'image mask' or 'image', got {line!r}; part names that hold spaces by a tab")
         return fields[0], fields[1] if len(fields) == 2 else None
