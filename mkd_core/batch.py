@@ -111,11 +111,8 @@ def plan(runs: Sequence[Run], slots: int) -> str:
         if state != "done":
             alike = [r for r in known if all(str(r.config.get(k)) == run.value(k) for k in ALIKE)]
             alike = [r for r in alike if str(r.config["options"]) == run.value("options")] or alike  # CPS with CutMix makes more passes
-            hours = (
-                statistics.median(r.seconds / r.config["steps"] for r in alike) * (run.config.steps - run.step) / 3600
-                if alike
-                else float("nan")
-            )
+            rate = statistics.median(r.seconds / r.config["steps"] for r in alike) if alike else float("nan")
+            hours = rate * (run.config.steps - run.step) / 3600
             text = (f"from step {run.step:,}, " if run.step else "") + (f"{hours:.2f} h" if alike else "unknown time")
             total += hours
         lines.append(f"{state:8} {run!s:40} {run.folder.name}  {text}".rstrip())

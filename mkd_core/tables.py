@@ -23,7 +23,6 @@ from .choices import choose
 from .records import ROOT, Cells, Record, Rows, as_cells, write_atomically
 
 PUBLISHED = ROOT / "parameters" / "published"
-VAL = {"voc": 1449, "voc_aug": 1449, "cityscapes": 500, "coco": 5000}  # images that published numbers are measured on
 BOLD, QUOTED = "font-weight: bold;", "font-style: italic;"
 
 
@@ -278,6 +277,8 @@ def _refuse_unlike(title: str, rows: Rows, source: Published | None) -> None:
                 raise ValueError(f"{where}, different unlabeled images (split hashes) for seed {seed}")
     if source is None:
         return
+    from .data.splits import published_count  # not at the top: tables without published numbers do not wait for torch
+
     theirs = source.columns[title]
     for row, runs in rows.items():
         about = source.rows.get(row)
@@ -290,7 +291,10 @@ def _refuse_unlike(title: str, rows: Rows, source: Published | None) -> None:
                     f"row {row!r} of {where} holds a run on {' '.join(ours)}, that of {source.title} is "
                     f"{dataset} {theirs.split} {theirs.backbone}: give it another title"
                 )
-            counts = {"labeled": (r.split["labeled"], theirs.labeled), "evaluated": (r.evaluated["images"], VAL[dataset])}
+            counts = {
+                "labeled": (r.split["labeled"], theirs.labeled),
+                "evaluated": (r.evaluated["images"], published_count(f"{dataset}/val")),
+            }
             for what, (mine, published) in counts.items():
                 if mine != published:
                     raise ValueError(

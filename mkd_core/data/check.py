@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -108,9 +109,13 @@ def _list_problems(dataset: SegDataset, split: Split) -> list[str]:
     if not reused and (overlap := sorted(set(split.labeled) & set(split.unlabeled))):
         problems.append(f"{some(overlap, 'images')} both labeled and unlabeled")
 
+    folder = cache(os.path.realpath)  # there are few of them, and files by the hundred thousand
+
     def picture(id: str) -> str:  # by links, one may have two names
         file = dataset.files(id)[0]
-        return os.path.realpath(file) if file else id
+        if file is None:
+            return id
+        return os.path.realpath(file) if os.path.islink(file) else os.path.join(folder(file.parent), file.name)
 
     val = set(map(picture, dataset.val))
     if leak := sorted(id for id in {*split.labeled, *split.unlabeled} if picture(id) in val):

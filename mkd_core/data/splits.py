@@ -108,6 +108,11 @@ def published_splits(dataset: str) -> dict[str, int]:
     return {name: count for name, (count, _, _) in _lists().get(dataset, {}).items()}
 
 
+def published_count(key: str) -> int:
+    """How many images the published set "<data set>/train" or "<data set>/val" has."""
+    return _lists()["sets"][key][0]
+
+
 def as_published(key: str, ids: Sequence[str]) -> bool | None:
     """Whether `ids` are the published set "voc/train", "voc/val", ...; None where there is none of that name."""
     if key not in _lists()["sets"]:
