@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,6 +27,7 @@ from . import records
 from .choices import choose
 from .config import Grid, RunConfig
 from .engine import Busy, is_busy, pick_device, prepare
+from .models import weights_file
 
 NOTEBOOK = records.ROOT / "notebooks/10_run.ipynb"
 PAUSE = 3.0  # seconds before a run that failed, or that another process is at, is looked at again
@@ -40,7 +42,10 @@ class Run:
     row: str
     column: str
     config: RunConfig
-    folder: Path
+
+    @cached_property
+    def folder(self) -> Path:
+        return records.RUNS / self.config.id
 
     def __str__(self) -> str:
         return ", ".join(part for part in (self.row, self.column, f"seed {self.config.seed}") if part)
@@ -62,12 +67,7 @@ class Run:
 
 def expand(grid: Grid) -> list[Run]:
     """Every run of the grid, in the order of its rows, columns and seeds."""
-    return [
-        Run(row, column, config, records.RUNS / config.id)
-        for row, columns in grid.cells.items()
-        for column, configs in columns.items()
-        for config in configs
-    ]
+    return [Run(row, column, config) for row, columns in grid.cells.items() for column, configs in columns.items() for config in configs]
 
 
 def select(runs: Sequence[Run], only: Mapping[str, Sequence[Any]]) -> list[Run]:
@@ -89,15 +89,24 @@ def parse_slots(text: str) -> list[str]:
 
 
 def check(runs: Sequence[Run]) -> None:
-    """DataError or ValueError for the first run whose data, split or method cannot work, or where runs cannot be kept, before any has begun."""
+    """ValueError with every fault of weights, data, splits and methods, and where runs cannot be kept, before any has begun."""
     place = next(folder for folder in (records.RUNS, *records.RUNS.parents) if folder.exists())
     if runs and not (place.is_dir() and os.access(place, os.W_OK)):
         raise ValueError(f"{place} is no folder that can be written: runs are kept in {records.RUNS}, or in what MKD_RUNS names")
+    faults: dict[str, list[Run]] = {}
     for run in runs:
-        try:
-            prepare(run.config)
-        except ValueError as error:
-            raise ValueError(f"{run}: {error}") from error
+        for look in (lambda c: c.weights and weights_file(c.weights), prepare):
+            try:
+                look(run.config)
+            except ValueError as error:
+                faults.setdefault(str(error), []).append(run)
+    if faults:
+        raise ValueError("\n".join(f"{found[0]}{_others(found)}: {fault}" for fault, found in faults.items()))
+
+
+def _others(runs: Sequence[Run]) -> str:
+    others = len(dict.fromkeys(runs)) - 1
+    return f" and {others} more" if others else ""
 
 
 def plan(runs: Sequence[Run], slots: int) -> str:
@@ -105,17 +114,19 @@ def plan(runs: Sequence[Run], slots: int) -> str:
     known = _readable_records()
     lines, counts, total = [], Counter[str](), 0.0
     for run in runs:
-        state = "done" if run.done else "running" if is_busy(run.folder) else "to run"
+        named = run.config.has_weights  # the hash of the weights is part of the id
+        state = "to run" if not named else "done" if run.done else "running" if is_busy(run.folder) else "to run"
         counts[state] += 1
         text = ""
         if state != "done":
             alike = [r for r in known if all(str(r.config.get(k)) == run.value(k) for k in ALIKE)]
             alike = [r for r in alike if str(r.config["options"]) == run.value("options")] or alike  # CPS with CutMix makes more passes
             rate = statistics.median(r.seconds / r.config["steps"] for r in alike) if alike else float("nan")
-            hours = rate * (run.config.steps - run.step) / 3600
-            text = (f"from step {run.step:,}, " if run.step else "") + (f"{hours:.2f} h" if alike else "unknown time")
+            step = run.step if named else 0
+            hours = rate * (run.config.steps - step) / 3600
+            text = (f"from step {step:,}, " if step else "") + (f"{hours:.2f} h" if alike else "unknown time")
             total += hours
-        lines.append(f"{state:8} {run!s:40} {run.folder.name}  {text}".rstrip())
+        lines.append(f"{state:8} {run!s:40} {run.folder.name if named else '(its weights are missing)'}  {text}".rstrip())
     summary = f"{counts['done']} done, {counts['running']} running now, {counts['to run']} to run"
     if counts["done"] < len(runs):
         spread = f", {total / slots:.1f} h on {slots} slots" if slots > 1 else ""

@@ -26,6 +26,9 @@ NOT_IDENTITY = {"root", "device", "threads", "workers", "checkpoint_every", "kee
 # are older than this number.
 RESULTS = 1
 
+# Options younger than some runs, with the value that those runs had: left out of the id at that value.
+YOUNGER = {"mkd": {"fda_ramp": "cosine", "law": "xor"}}
+
 
 class _Checked(BaseModel):
     """A model whose faults are told in our words, not in pydantic's."""
@@ -143,10 +146,17 @@ class RunConfig(_Checked):
         return self
 
     @property
+    def has_weights(self) -> bool:
+        """Whether the weights file is there, or none is asked for; ValueError from `id` where not."""
+        return not self.weights or Path(self.weights).expanduser().is_file()
+
+    @property
     def id(self) -> str:
         """Readable prefix and a hash of all that can change the result: `shapes-random_32-mkd-s0-1f2e3d4c`."""
         identity = self.model_dump(mode="json", exclude=NOT_IDENTITY)
         identity["weights"] = file_sha256(self.weights) if self.weights else ""
+        young = YOUNGER.get(self.method, {}).items()
+        identity["options"] = {name: value for name, value in self.options.items() if (name, value) not in young}
         if RESULTS > 1:
             identity["results"] = RESULTS
         if self.dataset == "folder":  # its lists tell one folder from another, wherever it lies
@@ -209,7 +219,7 @@ class Grid(_Checked):
             raise ValueError("seed stands in `seeds`, not among the keys of the runs")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"a seed is given twice: {self.seeds}")
-        ids = [config.id for configs in self.runs.values() for config in configs]
+        ids = [config.id for configs in self.runs.values() for config in configs if config.has_weights]  # else: a plan without the file
         if twice := {i for i in ids if ids.count(i) > 1}:
             raise ValueError(f"two rows are the same run: {', '.join(sorted(twice))}")
         return self

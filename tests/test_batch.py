@@ -331,6 +331,18 @@ def test_the_plan_says_what_is_done_running_and_to_run_and_how_long(place, capsy
     assert not any(run.folder.exists() for run in rest)
 
 
+def test_a_dry_run_needs_neither_weights_nor_data_to_show_its_plan(place, capsys):
+    """What is missing is said below it, each fault once; a real batch stops there too."""
+    command = ["batch", str(place / "tiny.yaml"), "common.weights=no.pth", "common.dataset=voc", "common.dataset_options={}"]
+    for words in (["--dry-run"], []):
+        assert main([*command, *words]) == 2
+        out, err = capsys.readouterr()
+        assert out.count("(its weights are missing)") == 4 and "0 done, 0 running now, 4 to run; expected hours unknown" in out
+        assert err.count("MKD, seed 0 and 3 more: weights file no.pth does not exist") == 1
+        assert err.count("MKD, seed 0 and 3 more: data set 'voc' needs root") == 1
+    assert not (place / "runs").exists()
+
+
 def test_the_runs_that_only_chooses(place):
     values = yaml.safe_load((place / "tiny.yaml").read_text())
     values["columns"] = {"small": {"lr": 0.01}, "large": {"lr": 1.0, "options": {}}}

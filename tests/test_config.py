@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import json
+from pathlib import Path
 
 import pytest
 from tiny import config
 
-from mkd_core.config import Grid, RunConfig
+from mkd_core.config import YOUNGER, Grid, RunConfig
 from mkd_core.data import open_dataset
 from mkd_core.engine import build_method
 from mkd_core.methods import METHODS
+
+FIGURES = Path(__file__).parents[1] / "figures"
 
 
 @pytest.mark.parametrize(
@@ -152,6 +155,22 @@ def test_the_id_changes_with_all_that_matters(tmp_path):
     from mkd_core.config import NOT_IDENTITY
 
     assert set(RunConfig.model_fields) == set(DIFFERENT) | NOT_IDENTITY | {"options"}
+
+
+@pytest.mark.parametrize("path", sorted(FIGURES.glob("*/records.jsonl")), ids=lambda path: path.parent.name)
+def test_the_id_of_a_committed_run_is_still_its_own(path):
+    """An option that is added must not rename the runs that people have."""
+    for record in map(json.loads, path.read_text().splitlines()):
+        c = RunConfig(**record["config"] | {"weights": "", "root": ""})
+        again = RunConfig(**c.model_dump(mode="json"))
+        assert again.id == c.id and (record["config"]["dataset"] != "shapes" or c.id == record["id"])
+
+
+def test_a_younger_option_is_in_the_id_once_it_is_used():
+    ids = {config("mkd", options=options).id for options in ({}, {"law": "half"}, {"fda_ramp": "linear"}, {"law": "xor"})}
+    assert len(ids) == 3
+    for method, options in YOUNGER.items():
+        assert {name: RunConfig(method=method).options[name] for name in options} == options  # the default is what older runs had
 
 
 def test_weights_are_known_by_content(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from tiny import CLASSES, batch, build, gradients, make
 from torch import Tensor, nn
 
+from mkd_core import augment
 from mkd_core.ema import EMA
 from mkd_core.methods import METHODS, Batch, Method
 from mkd_core.models import SegNet
@@ -42,6 +44,7 @@ CASES: dict[str, tuple[str, dict]] = {
     "mkd both": ("mkd", {"threshold": SOFT, "select": "both", "denominator": "valid"}),
     "mkd labeled": ("mkd", {"threshold": SOFT, "on_labeled": True, "stride": 4}),
     "mkd teacher eval": ("mkd", {"threshold": 0.0, "teacher_mode": "eval", "ema_buffers": "all"}),
+    "mkd beta": ("mkd", {"threshold": SOFT, "law": "beta", "fda": 1.0, "fda_ramp": "linear"}),
     "mkd pspnet": ("mkd", {"threshold": SOFT, "arch2": "pspnet", "fda": 1.0}),
     "advsemseg": ("advsemseg", {"threshold": SOFT, "start": 0.5, "width": 16}),
     "gct": ("gct", {"width": 16}),
@@ -485,6 +488,35 @@ def eye_table(seen: list, channels: int) -> Tensor:
     net.classifier = nn.Conv2d(channels, CLASSES, 1)
     net.classifier.weight.data.copy_(torch.eye(CLASSES, channels)[:, :, None, None])
     return one_shot_table(net, seen, 1.0)
+
+
+def test_the_strength_of_fda_grows_as_asked_for():
+    """Every ramp at a moment is the constant one of that moment's strength."""
+
+    def terms(progress: float, **options: Any) -> list[float]:
+        method = sharpen(make("mkd", threshold=0.0, **options))
+        torch.manual_seed(7)
+        return [term.item() for term in method(batch(), progress)[0].values()]
+
+    for progress in (0.0, 0.3, 0.9):
+        for name, share in (("linear", progress), ("cosine", (1 - math.cos(math.pi * progress)) / 2), ("constant", 1.0)):
+            assert terms(progress, fda=2.0, fda_ramp=name) == pytest.approx(terms(0.1, fda=2.0 * share, fda_ramp="constant")), name
+    assert terms(0.3, fda=2.0, fda_ramp="linear") != pytest.approx(terms(0.3, fda=2.0))
+
+
+def test_the_law_draws_the_mask_of_images_and_labels(monkeypatch):
+    """Under one mask all laws are one method; each asks for its own."""
+    mask = augment.xor_boxes(3, (32, 32))
+    drawn: list[str] = []
+    for name in ("xor_boxes", "half_box", "ratio_box", "beta_box"):
+        monkeypatch.setattr(f"mkd_core.methods.mkd.{name}", lambda *args, name=name, **kwargs: drawn.append(name) or mask)
+    found = [
+        [t.item() for t in sharpen(make("mkd", threshold=0.0, law=law))(batch(), 0.5)[0].values()]
+        for law in ("xor", "half", "ratio", "beta")
+    ]
+    assert drawn == ["xor_boxes", "half_box", "ratio_box", "beta_box"] and found[0] == found[1] == found[2] == found[3]
+    with pytest.raises(ValueError, match="boxes belongs to law='xor'"):
+        make("mkd", law="half", boxes=1)
 
 
 def test_denominator_valid_counts_the_pixels_inside_the_image(monkeypatch):

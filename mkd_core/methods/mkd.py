@@ -7,12 +7,13 @@ L_ss = sum_i CE(s_i(strong), argmax s_j(strong)), j != i                        
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..augment import mix, xor_boxes
+from ..augment import beta_box, half_box, mix, ratio_box, xor_boxes
 from ..data.base import IGNORE
 from ..ema import EMA
 from ..losses import confidence, cosine, cross_entropy, masked_mean, pseudo_label, ramp
@@ -28,11 +29,14 @@ class MKD(Method):
       alpha      weight of L_st, mutual mean teachers (released code 1.5); 0: no teachers at work
       sda        strong colour and CutMix for the students; False: everybody sees the weak view, nothing is mixed
       threshold  T of knowledge selection (paper 0.95); 0: off. `select` places it: "st" (paper), "ss" or "both" (Table 5)
-      fda        lambda_0 of feature augmentation, reached by a cosine (released code 1.5); 0: off
+      fda        lambda_0 of feature augmentation (released code 1.5); 0: off
+    fda_ramp     how lambda grows to lambda_0 over training: "cosine" (released code), "linear" (ISDA), "constant"; the paper does not say
     mutual       False: each teacher labels for its own student, the "naive MT" that the paper reports as unstable
     arch2        architecture of the second branch, student and teacher (Table 6: "pspnet"); None: as the first
     decay        EMA cap, Eq. (1)'s gamma: not in the paper, 0.6 in the released code; 0.99 is our choice
-    boxes        of the CutMix mask (released code 3)
+    boxes        of the CutMix mask (released code 3); 0: no CutMix
+    law          of the CutMix mask: "xor" of the boxes (CPS, released code), or one box as U2PL ("half" the area, on half the batches),
+                 UniMatch ("ratio", on half the images) or PS-MT ("beta") draw it
     rampup       alpha and beta grow as (progress / rampup)^2 (our choice for networks from scratch; 0: constant, as published)
     stride       of the loss grid of L_st and L_ss: 1 full resolution (paper says nothing), 8 as released
     on_labeled   L_st and L_ss on labeled pixels too (released code; the paper's superscript u says no)
@@ -51,8 +55,10 @@ class MKD(Method):
 
     def __init__(
         self, build: Build, *, alpha: Weight = 1.5, beta: Weight = 1.0, sda: bool = True, threshold: Share = 0.95,
-        select: Literal["st", "ss", "both"] = "st", fda: Weight = 0.0, mutual: bool = True,
-        arch2: Literal["deeplabv3plus", "pspnet"] | None = None, decay: Share = 0.99, boxes: Count = 3, rampup: Share = 0.0,
+        select: Literal["st", "ss", "both"] = "st", fda: Weight = 0.0,
+        fda_ramp: Literal["cosine", "linear", "constant"] = "cosine", mutual: bool = True,
+        arch2: Literal["deeplabv3plus", "pspnet"] | None = None, decay: Share = 0.99, boxes: Count = 3,
+        law: Literal["xor", "half", "ratio", "beta"] = "xor", rampup: Share = 0.0,
         stride: Literal[1, 2, 4, 8, 16] = 1, on_labeled: bool = False, ignore_padding: bool = True,
         denominator: Literal["selected", "valid"] = "selected", fda_label: Literal["target", "own"] = "target",
         fda_on_teacher: bool = False, target_after_fda: bool = False, teacher_mode: TeacherMode = "train",
@@ -61,12 +67,14 @@ class MKD(Method):
         super().__init__()
         if fda_label == "target" and (fda_on_teacher or target_after_fda):
             raise ValueError("mkd: fda_on_teacher and target_after_fda need fda_label='own': a target cannot depend on itself")
+        if law != "xor" and boxes != 3:
+            raise ValueError(f"mkd: boxes belongs to law='xor', law={law!r} has a box of its own; got boxes={boxes}")
         self.students = nn.ModuleList([build(), build(arch=arch2) if arch2 else build()])
         self.teachers = nn.ModuleList([EMA(s, decay, buffers=ema_buffers, mode=teacher_mode) for s in self.students if alpha])
         nets = [*self.students, *(t.module for t in self.teachers)][: 4 if fda_on_teacher else 2]
         self.moments = nn.ModuleList([ClassMoments(*net.classifier.weight.shape[:2]) for net in nets if fda])
-        self.alpha, self.beta, self.threshold, self.select, self.fda = alpha, beta, threshold, select, fda
-        self.sda, self.mutual, self.boxes, self.rampup, self.stride = sda, mutual, boxes, rampup, stride
+        self.alpha, self.beta, self.threshold, self.select, self.fda, self.fda_ramp = alpha, beta, threshold, select, fda, fda_ramp
+        self.sda, self.mutual, self.boxes, self.law, self.rampup, self.stride = sda, mutual, boxes, law, rampup, stride
         self.on_labeled, self.ignore_padding, self.denominator = on_labeled, ignore_padding, denominator
         self.fda_label, self.fda_on_teacher, self.target_after_fda = fda_label, fda_on_teacher, target_after_fda
         self.joint = joint
@@ -75,7 +83,8 @@ class MKD(Method):
     def forward(self, batch: Batch, progress: float) -> tuple[Terms, Terms]:
         size = batch.weak.shape[-2:]
         grid = torch.Size(side // self.stride for side in size)
-        mask = xor_boxes(len(batch.weak), size, batch.weak.device, self.boxes) if self.sda else None
+        draw = {"xor": partial(xor_boxes, boxes=self.boxes), "half": half_box, "ratio": ratio_box, "beta": beta_box}[self.law]
+        mask = draw(len(batch.weak), size, batch.weak.device) if self.sda else None
         strong = batch.weak if mask is None else mix(batch.strong[0], mask)
         inside = self._inside(batch, mask, grid)
 
@@ -95,7 +104,8 @@ class MKD(Method):
         labeler = ([3, 2] if self.mutual else [2, 3]) if self.alpha else [1, 0]  # who labels for student 0 and 1
 
         # FDA: the logits of a pixel of class c rise by row c of its network's table.
-        strength, logits, tables, y = self.fda * cosine(progress), list(raw), [], nearest(batch.y, grid)
+        logits, tables, y = list(raw), [], nearest(batch.y, grid)
+        strength = self.fda * {"cosine": cosine(progress), "linear": progress, "constant": 1.0}[self.fda_ramp]
         for i, moments in enumerate(self.moments):
             label = labels[i] if self.fda_label == "own" else targets[labeler[i]]
             moments.update(*looks[i].pixels([y, label[-len(strong) :]], grid))

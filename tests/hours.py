@@ -1,0 +1,47 @@
+"""GPU-hours of parameter files, reckoned: python tests/hours.py parameters/paper/*.yaml
+
+A step costs its encoder passes (three for one with gradient, one for one without), in units of one image of 513 x 513 pixels. The throughput is
+that of UniMatch's published training logs (VOC, lists of U2PL, crop 513, two GPUs of unknown kind with 4 labeled and 4 unlabeled images each,
+float32): 0.36 s a step with ResNet-50, 0.477 s with ResNet-101, and 4 passes with gradient and 1 without in its released code.
+Its log on Cityscapes (ResNet-101, crop 801, four GPUs of 2 + 2, 0.60 to 0.65 s) differs from that by 3 to 11 %.
+Xception-65 is taken for a ResNet-101; MobileNetV2 for a ResNet-50, which is several times its size: an upper bound.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import cache
+from pathlib import Path
+
+from test_parameters import runs
+
+from mkd_core.config import RunConfig
+from mkd_core.cost import Step
+
+UNIMATCH = (3 * 4 + 1) * 4  # image passes of its step on one GPU: the labeled 4, the unlabeled 4 weak, strong, strong, and mixed
+SECONDS = {"resnet50": 0.36, "mobilenet_v2": 0.36, "resnet101": 0.477, "tu-xception65": 0.477}
+
+
+@cache
+def passes(method: str, options: str, pspnet: bool) -> float:
+    """Of a step, per image of the labeled batch, counted on a small network."""
+    encoder = "mobilenet_v2" if pspnet else "tu-test_resnet"
+    step = Step(RunConfig(method=method, options=json.loads(options), encoder=encoder, channels=16, crop=(128, 128), batch=4, device="cpu"))
+    step.passes()
+    gradient, plain = step.encoded
+    first = step.method.stages[0] if step.method.stages else 0  # the labeled images alone
+    return first * 3 + (1 - first) * (3 * gradient + plain)
+
+
+def hours(config: RunConfig) -> float:
+    rate = UNIMATCH / SECONDS[config.encoder]
+    images = config.steps * config.batch * config.crop[0] * config.crop[1] / 513**2
+    return images * passes(config.method, json.dumps(config.options), bool(config.options.get("arch2"))) / rate / 3600
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        every = runs(Path(name))
+        mkd = next((f", {hours(c):.1f} a run of MKD ({c.encoder})" for c in every if c.method == "mkd"), "")
+        print(f"{name}: {sum(map(hours, every)):,.1f} GPU-hours, {len(every)} runs{mkd}")
