@@ -12,8 +12,8 @@ help:
 demo: .venv/.ok  ## SupOnly, co-training and MKD on the embedded data set, on this CPU; results in runs/demo
 	$(MKD) run notebooks/00_quickstart.ipynb -f parameters/demo/00_quickstart.yaml --out runs/demo --html
 
-test: .venv/.ok  ## all tests, notebooks included
-	$(PY) -m pytest
+test: .venv/.ok  ## all tests, notebooks included, a file at a time on each core
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 bench: .venv/.ok  ## speed and memory of the parts, as ratios
 	$(PY) tests/bench.py

@@ -26,8 +26,7 @@ import torch
 from . import records
 from .choices import choose
 from .config import Grid, RunConfig
-from .engine import Busy, is_busy, pick_device, prepare
-from .models import weights_file
+from .engine import Busy, faults, is_busy, pick_device
 
 NOTEBOOK = records.ROOT / "notebooks/10_run.ipynb"
 PAUSE = 3.0  # seconds before a run that failed, or that another process is at, is looked at again
@@ -93,20 +92,9 @@ def check(runs: Sequence[Run]) -> None:
     place = next(folder for folder in (records.RUNS, *records.RUNS.parents) if folder.exists())
     if runs and not (place.is_dir() and os.access(place, os.W_OK)):
         raise ValueError(f"{place} is no folder that can be written: runs are kept in {records.RUNS}, or in what MKD_RUNS names")
-    faults: dict[str, list[Run]] = {}
-    for run in runs:
-        for look in (lambda c: c.weights and weights_file(c.weights), prepare):
-            try:
-                look(run.config)
-            except ValueError as error:
-                faults.setdefault(str(error), []).append(run)
-    if faults:
-        raise ValueError("\n".join(f"{found[0]}{_others(found)}: {fault}" for fault, found in faults.items()))
-
-
-def _others(runs: Sequence[Run]) -> str:
-    others = len(dict.fromkeys(runs)) - 1
-    return f" and {others} more" if others else ""
+    if found := faults([run.config for run in runs]):
+        named = ((runs[of[0]], f" and {len(of) - 1} more" * (len(of) > 1), fault) for fault, of in found.items())
+        raise ValueError("\n".join(f"{first}{others}: {fault}" for first, others, fault in named))
 
 
 def plan(runs: Sequence[Run], slots: int) -> str:

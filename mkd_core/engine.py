@@ -41,7 +41,7 @@ from .data.splits import Split, load_split
 from .data.stream import Steps, Stream
 from .methods import METHODS, Batch, Method
 from .metrics import PseudoLabelQuality, confusion_matrix, iou, miou
-from .models import SegNet, file_sha256, load_encoder, resize
+from .models import SegNet, file_sha256, load_encoder, resize, weights_file
 from .records import Record
 
 QUALITY_THRESHOLD = 0.95  # MKD's T: pseudo-label quality is reported at it and at 0
@@ -86,17 +86,58 @@ def build_method(config: RunConfig, num_classes: int) -> Method:
 
 def prepare(config: RunConfig, deep: bool = False, progress: Callable[[int, int], None] | None = None) -> tuple[SegDataset, Split, Method]:
     """Data set, split and method of a run, after all that can be found wrong with them (DataError, ValueError); deep: opens every file."""
-    dataset = open_dataset(config.dataset, config.root, **config.dataset_options)
-    split = load_split(dataset, config.split, config.seed)
+    dataset, split = _open(config)
     method = build_method(config, len(dataset.classes))
+    _check_data(config, dataset, split, method.min_batch, deep, progress)
+    return dataset, split, method
+
+
+def faults(configs: Sequence[RunConfig]) -> dict[str, list[int]]:
+    """What is wrong with weights, data, splits and methods of runs that have not begun: each fault once, with the positions of its runs.
+
+    As `prepare` of each, but equal networks are built once and equal data looked through once: a table's columns share the former, its rows
+    the latter.
+    """
+    networks = {"method", "options", "arch", "encoder", "weights", "channels", "dropout", "norm", "bn_momentum", "crop", "batch"}
+    data = {"dataset", "root", "dataset_options", "split", "seed", "batch"}
+    found: dict[str, list[int]] = {}
+    built: dict[tuple[int, str], int] = {}
+    sound: set[tuple[int, str]] = set()
+    for i, config in enumerate(configs):
+        try:
+            if config.weights:
+                weights_file(config.weights)
+        except ValueError as error:
+            found.setdefault(str(error), []).append(i)
+        try:
+            dataset, split = _open(config)
+            key = len(dataset.classes), config.model_dump_json(include=networks)
+            if key not in built:
+                built[key] = build_method(config, len(dataset.classes)).min_batch
+            if (lists := (built[key], config.model_dump_json(include=data))) not in sound:
+                _check_data(config, dataset, split, built[key])
+                sound.add(lists)
+        except ValueError as error:
+            found.setdefault(str(error), [])
+            found[str(error)] += [i] * (i not in found[str(error)])
+    return found
+
+
+def _open(config: RunConfig) -> tuple[SegDataset, Split]:
+    dataset = open_dataset(config.dataset, config.root, **config.dataset_options)
+    return dataset, load_split(dataset, config.split, config.seed)
+
+
+def _check_data(
+    config: RunConfig, dataset: SegDataset, split: Split, min_batch: int, deep: bool = False, progress: Callable[[int, int], None] | None = None
+) -> None:  # fmt: skip
     if not dataset.val:
         raise DataError(f"data set {config.dataset!r} names no images to evaluate. {dataset.where}")
-    if method.min_batch > 1 and (found := len(split.unlabeled)) < config.batch:
+    if min_batch > 1 and (found := len(split.unlabeled)) < config.batch:
         raise DataError(
             f"{config.method} pairs the images of a batch: split {config.split} has {found} unlabeled ones, batch is {config.batch}"
         )
     check(dataset, split, deep, progress).raise_if_bad()
-    return dataset, split, method
 
 
 def load_method(run: RunConfig | str | Path, device: torch.device | str = "cpu", checkpoint: str = "checkpoint.pt") -> Method:
@@ -394,8 +435,7 @@ def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Rec
 def _refuse_other_images(config: RunConfig, record: Record, folder: Path) -> None:
     """An id does not name the folder of the data: other images under the same names and lists are another run. Absent data prove nothing."""
     try:
-        dataset = open_dataset(config.dataset, config.root, **config.dataset_options)
-        split = load_split(dataset, config.split, config.seed)
+        dataset, split = _open(config)
     except DataError:
         return
     now = {"labeled images": split.sha256, "unlabeled images": split.sha256_unlabeled, "number of evaluated images": len(dataset.val)}
@@ -427,8 +467,8 @@ def run_all(configs: Sequence[RunConfig], slots: int = 1, runs: Path | None = No
         raise ValueError(f"slots must be at least 1; got {slots}")
     place = runs or records.RUNS
     missing = [config for config in configs if not records.load(place / config.id)]
-    for config in missing:  # what is wrong with the last is found before the first has trained
-        prepare(config)
+    if bad := faults(missing):  # what is wrong with the last is found before the first has trained
+        raise ValueError("\n".join(bad))
     if slots == 1 or len(missing) < 2:
         return [run(config, runs) for config in configs]
     show, started = Progress(f"{len(missing)} runs"), time.monotonic()

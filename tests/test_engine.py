@@ -637,3 +637,15 @@ def test_a_record_of_other_images_under_the_same_names_is_not_handed_out(tmp_pat
 def test_networks_that_cannot_work_are_refused_before_training(keys, words):
     with pytest.raises(ValueError, match=words):
         engine.prepare(config(**keys))
+
+
+def test_the_faults_of_a_table_are_found_once_and_equal_networks_built_once(monkeypatch):
+    built: list[str] = []
+    monkeypatch.setattr(engine, "build_method", lambda config, classes: built.append(config.method) or METHODS[config.method])
+    table = [config(method, split=split, seed=seed) for method in ("mkd", "cps") for split in ("random/6", "random/30") for seed in (0, 1)]
+    found = engine.faults([*table, config(weights="no.pth")])
+    assert sorted(built) == ["cps", "mkd", "supervised"]
+    assert list(found.values()) == [[2, 3, 6, 7], [8]]
+    draw, weights = found
+    assert "30 labeled images wanted" in draw and "weights file no.pth does not exist" in weights
+    assert not engine.faults(table[:2])
