@@ -25,7 +25,7 @@ import torch
 
 from . import records
 from .choices import choose
-from .config import Grid, RunConfig
+from .config import YOUNGER, Grid, RunConfig
 from .engine import Busy, faults, is_busy, pick_device
 
 NOTEBOOK = records.ROOT / "notebooks/10_run.ipynb"
@@ -102,19 +102,20 @@ def plan(runs: Sequence[Run], slots: int) -> str:
     known = _readable_records()
     lines, counts, total = [], Counter[str](), 0.0
     for run in runs:
-        named = run.config.has_weights  # the hash of the weights is part of the id
+        named = run.config.named
         state = "to run" if not named else "done" if run.done else "running" if is_busy(run.folder) else "to run"
         counts[state] += 1
         text = ""
         if state != "done":
             alike = [r for r in known if all(str(r.config.get(k)) == run.value(k) for k in ALIKE)]
-            alike = [r for r in alike if str(r.config["options"]) == run.value("options")] or alike  # CPS with CutMix makes more passes
+            young = YOUNGER.get(run.config.method, {})
+            alike = [r for r in alike if young | r.config["options"] == run.config.options] or alike  # CPS with CutMix makes more passes
             rate = statistics.median(r.seconds / r.config["steps"] for r in alike) if alike else float("nan")
             step = run.step if named else 0
             hours = rate * (run.config.steps - step) / 3600
             text = (f"from step {step:,}, " if step else "") + (f"{hours:.2f} h" if alike else "unknown time")
             total += hours
-        lines.append(f"{state:8} {run!s:40} {run.folder.name if named else '(its weights are missing)'}  {text}".rstrip())
+        lines.append(f"{state:8} {run!s:40} {run.folder.name if named else '(no id: its weights or lists are missing)'}  {text}".rstrip())
     summary = f"{counts['done']} done, {counts['running']} running now, {counts['to run']} to run"
     if counts["done"] < len(runs):
         spread = f", {total / slots:.1f} h on {slots} slots" if slots > 1 else ""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, get_type_hints
 
-from pydantic import ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 
 def choose(kind: str, name: str, allowed: Iterable[str]) -> str:
@@ -37,14 +38,19 @@ def check_options(owner: str, make: Callable[..., Any], options: Mapping[str, An
 def complete_options(owner: str, make: Callable[..., Any], options: Mapping[str, Any], skip: str) -> dict[str, Any]:
     """Options with the constructor's defaults filled in, checked against its type hints: 1, 1.0 and "1.0" are one weight."""
     check_options(owner, make, options, skip={skip})
+    try:
+        return _model(owner, make, skip)(**options).model_dump(mode="json")
+    except ValidationError as error:
+        raise ValueError(f"{owner}, {faults(error, 'option ')}") from error
+
+
+@cache
+def _model(owner: str, make: Callable[..., Any], skip: str) -> type[BaseModel]:
+    """The options of a constructor as a pydantic model, made once: a table asks for it hundreds of times."""
     hints = get_type_hints(make.__init__, include_extras=True)  # type: ignore[misc]
     parameters = inspect.signature(make).parameters.values()
     fields: dict[str, Any] = {p.name: (hints[p.name], ... if p.default is p.empty else p.default) for p in parameters if p.name != skip}
-    try:
-        model = create_model(owner, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
-        return model(**options).model_dump(mode="json")
-    except ValidationError as error:
-        raise ValueError(f"{owner}, {faults(error, 'option ')}") from error
+    return create_model(owner, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
 
 
 def faults(error: ValidationError, prefix: str = "") -> str:

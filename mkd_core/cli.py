@@ -449,7 +449,7 @@ def _batch(words: argparse.Namespace) -> int:
     runs = batch.select(every, only)
     slots = batch.parse_slots(words.slots) if words.engine == "local" else [""] * len(runs)
     print(batch.plan(runs, len(slots) if words.engine == "local" else 0), flush=True)
-    batch.check([run for run in runs if not (run.config.has_weights and run.done)])
+    batch.check([run for run in runs if not (run.config.named and run.done)])
     if words.dry_run:
         return 0
     failed: dict[batch.Run, str] = {}

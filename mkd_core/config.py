@@ -146,9 +146,10 @@ class RunConfig(_Checked):
         return self
 
     @property
-    def has_weights(self) -> bool:
-        """Whether the weights file is there, or none is asked for; ValueError from `id` where not."""
-        return not self.weights or Path(self.weights).expanduser().is_file()
+    def named(self) -> bool:
+        """Whether the files that `id` takes in are there: the weights, a folder's lists."""
+        weights = not self.weights or Path(self.weights).expanduser().is_file()
+        return weights and (self.dataset != "folder" or Path(self.root).expanduser().is_dir())
 
     @property
     def id(self) -> str:
@@ -219,7 +220,7 @@ class Grid(_Checked):
             raise ValueError("seed stands in `seeds`, not among the keys of the runs")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"a seed is given twice: {self.seeds}")
-        ids = [config.id for configs in self.runs.values() for config in configs if config.has_weights]  # else: a plan without the file
+        ids = [config.id for configs in self.runs.values() for config in configs if config.named]  # else: a plan without the files
         if twice := {i for i in ids if ids.count(i) > 1}:
             raise ValueError(f"two rows are the same run: {', '.join(sorted(twice))}")
         return self

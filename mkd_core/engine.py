@@ -96,30 +96,34 @@ def faults(configs: Sequence[RunConfig]) -> dict[str, list[int]]:
     """What is wrong with weights, data, splits and methods of runs that have not begun: each fault once, with the positions of its runs.
 
     As `prepare` of each, but equal networks are built once and equal data looked through once: a table's columns share the former, its rows
-    the latter.
+    the latter. Where weights or data are missing, the method is built all the same, from random weights and for two classes.
     """
     networks = {"method", "options", "arch", "encoder", "weights", "channels", "dropout", "norm", "bn_momentum", "crop", "batch"}
-    data = {"dataset", "root", "dataset_options", "split", "seed", "batch"}
+    data = {"dataset", "root", "dataset_options", "split", "seed"}
     found: dict[str, list[int]] = {}
-    built: dict[tuple[int, str], int] = {}
-    sound: set[tuple[int, str]] = set()
+    looked: dict[tuple[Any, ...], tuple[Any, str]] = {}
+
+    def once(i: int, look: Callable[[], Any], *key: Any) -> Any:
+        """What `look` returns, or None with its fault noted for run i; not called again for the same key."""
+        if key not in looked:
+            try:
+                looked[key] = look(), ""
+            except ValueError as error:
+                looked[key] = None, str(error)
+        value, fault = looked[key]
+        if fault and i not in (places := found.setdefault(fault, [])):
+            places.append(i)
+        return value
+
     for i, config in enumerate(configs):
-        try:
-            if config.weights:
-                weights_file(config.weights)
-        except ValueError as error:
-            found.setdefault(str(error), []).append(i)
-        try:
-            dataset, split = _open(config)
-            key = len(dataset.classes), config.model_dump_json(include=networks)
-            if key not in built:
-                built[key] = build_method(config, len(dataset.classes)).min_batch
-            if (lists := (built[key], config.model_dump_json(include=data))) not in sound:
-                _check_data(config, dataset, split, built[key])
-                sound.add(lists)
-        except ValueError as error:
-            found.setdefault(str(error), [])
-            found[str(error)] += [i] * (i not in found[str(error)])
+        if config.weights and not once(i, partial(weights_file, config.weights), config.weights):
+            config = config.model_copy(update={"weights": ""})
+        images, nets = config.model_dump_json(include=data), config.model_dump_json(include=networks)
+        opened = once(i, partial(_open, config), images)
+        classes = len(opened[0].classes) if opened else 2
+        min_batch = once(i, lambda c=config, n=classes: build_method(c, n).min_batch, config.dataset, nets)  # type: ignore[misc]
+        if opened and min_batch:
+            once(i, partial(_check_data, config, opened[0], opened[1], min_batch), images, min_batch > 1 and config.batch)
     return found
 
 

@@ -438,8 +438,9 @@ def _heat(table: ArrayLike, classes: Sequence[str], form: str, colours: str, xla
 
 
 def confusion(matrix: ArrayLike, classes: Sequence[str]) -> Figure:
-    """(C, C) counts by (truth, prediction), shown in percent of each true class."""
+    """(C, C) counts by (truth, prediction), or (n, C, C) of n runs, which are added up; shown in percent of each true class."""
     counts = np.asarray(matrix, float)
+    counts = counts.reshape(-1, *counts.shape[-2:]).sum(0)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     return _heat(shares, classes, ".0f", "Blues", "prediction", "ground truth", "% of the true class's pixels")
 

@@ -3,8 +3,9 @@
 A step costs its encoder passes (three for one with gradient, one for one without), in units of one image of 513 x 513 pixels. The throughput is
 that of UniMatch's published training logs (VOC, lists of U2PL, crop 513, two GPUs of unknown kind with 4 labeled and 4 unlabeled images each,
 float32): 0.36 s a step with ResNet-50, 0.477 s with ResNet-101, and 4 passes with gradient and 1 without in its released code.
-Its log on Cityscapes (ResNet-101, crop 801, four GPUs of 2 + 2, 0.60 to 0.65 s) differs from that by 3 to 11 %.
-Xception-65 is taken for a ResNet-101; MobileNetV2 for a ResNet-50, which is several times its size: an upper bound.
+Its other logs are slower for the same passes and pixels: 1.1 times (Cityscapes, ResNet-101, crop 801, four GPUs of 2 + 2 images, 0.60 to 0.65 s),
+2.8 times (ResNet-50 there, 1.23 s), 6 to 8 times (VOC, crop 321, four GPUs of 2 + 2: 0.47 to 0.50 s and 0.66 to 0.72 s). So: an order of magnitude.
+Xception-65 is taken for a ResNet-101, MobileNetV2 for a ResNet-50, which is several times its size.
 """
 
 from __future__ import annotations
@@ -43,5 +44,7 @@ def hours(config: RunConfig) -> float:
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         every = runs(Path(name))
+        if unknown := {c.encoder for c in every} - SECONDS.keys():
+            sys.exit(f"{name}: no published throughput is known for {', '.join(unknown)}; known: {', '.join(SECONDS)}")
         mkd = next((f", {hours(c):.1f} a run of MKD ({c.encoder})" for c in every if c.method == "mkd"), "")
         print(f"{name}: {sum(map(hours, every)):,.1f} GPU-hours, {len(every)} runs{mkd}")

@@ -319,10 +319,18 @@ def test_the_plan_says_what_is_done_running_and_to_run_and_how_long(place, capsy
     first, second, *rest = expect(place, "MKD", "SupOnly")
     record = engine.run(first.config, quiet=True)
     records.save(record.model_copy(update={"seconds": 8 * 3600.0}), first.folder)
+    # Of runs alike those with equal options count, here one from before MKD had these two.
+    other = first.config.model_copy(update={"options": first.config.options | {"sda": False}})
+    older = {name: value for name, value in first.config.options.items() if name not in ("law", "fda_ramp")}
+    for options, hours in ((other.options, 2), (other.options, 2), (older, 4)):
+        config = first.config.model_dump(mode="json") | {"options": options}
+        folder = records.RUNS / f"{hours} {len(list(records.RUNS.iterdir()))}"
+        folder.mkdir()
+        records.save(record.model_copy(update={"id": folder.name, "config": config, "seconds": hours * 3600.0}), folder)
     second.folder.mkdir()
     assert main(["batch", str(place / "tiny.yaml"), "--dry-run", "--only", "row=MKD"]) == 0
     text = capsys.readouterr().out
-    assert "1 done, 0 running now, 1 to run; about 8.0 h" in text and first.config.id in text
+    assert "1 done, 0 running now, 1 to run; about 6.0 h" in text and first.config.id in text
     with FileLock(second.folder / "lock"):
         assert main(["batch", str(place / "tiny.yaml"), "--dry-run", "--slots", "cpu,cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -337,7 +345,9 @@ def test_a_dry_run_needs_neither_weights_nor_data_to_show_its_plan(place, capsys
     for words in (["--dry-run"], []):
         assert main([*command, *words]) == 2
         out, err = capsys.readouterr()
-        assert out.count("(its weights are missing)") == 4 and "0 done, 0 running now, 4 to run; expected hours unknown" in out
+        assert (
+            out.count("(no id: its weights or lists are missing)") == 4 and "0 done, 0 running now, 4 to run; expected hours unknown" in out
+        )
         assert err.count("MKD, seed 0 and 3 more: weights file no.pth does not exist") == 1
         assert err.count("MKD, seed 0 and 3 more: data set 'voc' needs root") == 1
     assert not (place / "runs").exists()

@@ -157,13 +157,11 @@ def test_the_id_changes_with_all_that_matters(tmp_path):
     assert set(RunConfig.model_fields) == set(DIFFERENT) | NOT_IDENTITY | {"options"}
 
 
-@pytest.mark.parametrize("path", sorted(FIGURES.glob("*/records.jsonl")), ids=lambda path: path.parent.name)
-def test_the_id_of_a_committed_run_is_still_its_own(path):
+@pytest.mark.parametrize("folder", ["00_quickstart", "03_methods", "30_table4_components"])
+def test_the_id_of_a_committed_run_is_still_its_own(folder):
     """An option that is added must not rename the runs that people have."""
-    for record in map(json.loads, path.read_text().splitlines()):
-        c = RunConfig(**record["config"] | {"weights": "", "root": ""})
-        again = RunConfig(**c.model_dump(mode="json"))
-        assert again.id == c.id and (record["config"]["dataset"] != "shapes" or c.id == record["id"])
+    found = [json.loads(line) for line in (FIGURES / folder / "records.jsonl").read_text().splitlines()]
+    assert len(found) > 10 and all(RunConfig(**record["config"]).id == record["id"] for record in found)
 
 
 def test_a_younger_option_is_in_the_id_once_it_is_used():

@@ -173,6 +173,8 @@ def test_tables_are_annotated():
     figure = figures.confusion(torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), CLASSES)
     assert [t.get_text() for t in figure.axes[0].texts] == ["75", "25", "0", "0", "100", "0", "0", "0", "0"]
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == list(CLASSES)
+    figure = figures.confusion([[[3, 1], [0, 2]], [[1, 3], [0, 0]]], CLASSES[:2])  # two runs
+    assert [t.get_text() for t in figure.axes[0].texts] == ["50", "50", "0", "100"]
 
 
 def test_figure1_names_every_loss_and_network():

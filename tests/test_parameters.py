@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 
 from mkd_core import METHODS, Grid, RunConfig, engine, load_split, open_dataset, records, run
+from mkd_core.cli import main
 from mkd_core.config import NOT_IDENTITY
 from mkd_core.data import DATASETS
 from mkd_core.data.splits import published_splits
@@ -49,6 +50,18 @@ def cell(stem: str, row: str, column: str, tier: str = "paper") -> RunConfig:
 
 def recipe(name: str) -> RunConfig:
     return RunConfig(**yaml.safe_load((PARAMETERS / f"recipes/{name}.yaml").read_text()))
+
+
+@pytest.mark.parametrize("stem", PAPER)
+def test_a_dry_run_plans_the_full_protocol_without_its_files(stem, monkeypatch, capsys):
+    """The networks themselves are built by the tests that train below."""
+    monkeypatch.setattr(engine, "build_method", lambda config, classes: METHODS[config.method])
+    assert main(["batch", str(PAPER[stem]), "--dry-run"]) == 2
+    out, err = capsys.readouterr()
+    count = len(runs(PAPER[stem]))
+    assert len(out.splitlines()) == count + 1 and f"0 done, 0 running now, {count} to run" in out
+    faults = err.removeprefix("mkd batch: ").splitlines()
+    assert all("weights file" in fault or "is not a folder" in fault for fault in faults) and 2 <= len(faults) <= 4, err
 
 
 @each_file
