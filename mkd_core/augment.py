@@ -304,7 +304,10 @@ def ratio_box(
     pixels = torch.empty(batch, 1).uniform_(*area) * height * width
     ratio = 0.3 + (1 / 0.3 - 0.3) * (torch.arange(128) + torch.rand(batch, 128)) / 128
     extents = torch.stack(((pixels * ratio).sqrt(), (pixels / ratio).sqrt()), -1).floor()  # (batch, 128, 2): height, width
-    room = (torch.tensor([height, width]) - extents + 1).clamp_min(0)
+    sides = torch.tensor(size)
+    none_fits = ~(extents <= sides).all(-1).any(1)[:, None, None]  # a box of that area has no place in a long crop: it is cut off
+    extents = torch.where(none_fits, torch.minimum(extents, sides), extents)
+    room = (sides - extents + 1).clamp_min(0)
     chosen = torch.multinomial(room.prod(-1), 1)[..., None].expand(-1, -1, 2)
     start = (torch.rand(batch, 1, 2) * room.gather(1, chosen)).floor()
     extent = extents.gather(1, chosen) * (torch.rand(batch, 1, 1) < probability)

@@ -109,7 +109,9 @@ def plan(runs: Sequence[Run], slots: int) -> str:
         if state != "done":
             alike = [r for r in known if all(str(r.config.get(k)) == run.value(k) for k in ALIKE)]
             young = YOUNGER.get(run.config.method, {})
-            alike = [r for r in alike if young | r.config["options"] == run.config.options] or alike  # CPS with CutMix makes more passes
+            alike = [
+                r for r in alike if young | r.config.get("options", {}) == run.config.options
+            ] or alike  # CPS with CutMix makes more passes
             rate = statistics.median(r.seconds / r.config["steps"] for r in alike) if alike else float("nan")
             step = run.step if named else 0
             hours = rate * (run.config.steps - step) / 3600
@@ -144,7 +146,7 @@ def execute(config: dict[str, Any], notebook: str, folder: str, where: str, thre
     if is_busy(Path(folder)):
         return "busy", ""
     environment = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ | {"MKD_RUNS": str(Path(folder).parent)}
-    values = [f"{key}={json.dumps(value)}" for key, value in config.items()]
+    values = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in config.items()]
     process = subprocess.Popen(
         ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "mkd_core.cli", "run", notebook, "-o", folder, *values],
         cwd=where, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -269,7 +269,7 @@ def execute(notebook: Path, parameters: dict[str, Any], folder: Path, html: bool
     try:
         with _shown_progress():
             papermill.execute_notebook(
-                str(notebook), str(temporary), parameters=parameters, progress_bar=False, cwd=os.getcwd(),
+                _literal(notebook), _literal(temporary), parameters=parameters, progress_bar=False, cwd=os.getcwd(),
                 kernel_name="python3", stdout_file=sys.stdout, stderr_file=sys.stderr,
             )  # fmt: skip
         os.replace(temporary, out)
@@ -283,8 +283,8 @@ def execute(notebook: Path, parameters: dict[str, Any], folder: Path, html: bool
     return [out, *([_to_html(out)] if html else [])]
 
 
-def _refuse_unknown(notebook: Path, parameters: dict[str, Any]) -> None:
-    """ValueError where the notebook does not exist or has no such parameter: papermill would only log it."""
+def _refuse_unknown(notebook: Path, parameters: dict[str, Any]) -> Collection[str]:
+    """The notebook's parameters; ValueError where it does not exist or has no such parameter: papermill would only log it."""
     import papermill
 
     if not notebook.is_file():
@@ -293,6 +293,7 @@ def _refuse_unknown(notebook: Path, parameters: dict[str, Any]) -> None:
     known = papermill.inspect_notebook(str(notebook))
     for name in parameters:
         choose(f"parameter of {notebook.name}", name, known)
+    return known
 
 
 @contextmanager
@@ -320,6 +321,11 @@ def _shown_progress() -> Iterator[None]:
             over.set()
             thread.join()
             del os.environ["MKD_PROGRESS"]
+
+
+def _literal(path: Path) -> str:
+    """papermill fills its parameters into {braces} of a path; none is meant."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 class NotebookFailed(RuntimeError):
@@ -375,7 +381,10 @@ def _check(words: argparse.Namespace) -> int:
         from .data.voc import download
 
         download(words.dataset, words.root)
-    dataset = open_dataset(words.dataset, words.root, **parse_values(words.pairs))
+    options = parse_values(words.pairs)
+    if clash := options.keys() & {"root", "name"}:
+        raise ValueError(f"{clash.pop()} is no option of a data set; the folder is given by --root DIR")
+    dataset = open_dataset(words.dataset, words.root, **options)
     split = load_split(dataset, words.split, words.seed)
 
     def progress(done: int, total: int) -> None:
@@ -418,7 +427,7 @@ def _options(words: argparse.Namespace) -> dict[str, Any]:
 
 def _batch(words: argparse.Namespace) -> int:
     from . import batch
-    from .config import Grid
+    from .config import Grid, RunConfig
     from .records import ROOT
     from .tables import published
 
@@ -435,17 +444,20 @@ def _batch(words: argparse.Namespace) -> int:
     parameters = merge(read_parameters(words.file), parse_values([*words.pairs, *seeds]))
     if parameters.get("published"):  # what the table's notebook would refuse when all has run
         published(parameters["published"])
-    if words.out and words.out.exists() and not words.out.is_dir():
-        raise ValueError(f"--out {words.out} is not a folder")
+    for name, out in (("--out", words.out), ("out:", parameters.get("out"))):
+        if out and not (place := next(p for p in (ROOT / out, *(ROOT / out).parents) if p.exists())).is_dir():
+            raise ValueError(f"{name} {out} cannot be made: {place} is not a folder")
     table = ROOT / "notebooks" / f"{words.file.stem}.ipynb"
-    if table.is_file():
-        _refuse_unknown(table, parameters)
+    if table.is_file() and "columns" in _refuse_unknown(table, parameters) and "columns" not in parameters:
+        raise ValueError(f"{words.file} has no `columns`, and {table.name} would take its own; for a single one: columns: {{TITLE: {{}}}}")
     for key in parameters if not table.is_file() else ():
         choose(f"key of {words.file} (there is no {table.name} to take it)", key, Grid.model_fields)
     every = batch.expand(Grid(**{key: value for key, value in parameters.items() if key in Grid.model_fields}))
     only: dict[str, list[Any]] = {}
-    for key, value in (item for pair in words.only for item in parse_values([pair]).items()):
-        only.setdefault(key, []).append(value)
+    for pair in words.only:
+        (key, value), text = parse_values([pair]).popitem(), pair.partition("=")[2]
+        as_written = key in ("row", "column") or any(text == run.value(key) for run in every if key in RunConfig.model_fields)
+        only.setdefault(key, []).append(text if as_written else value)
     runs = batch.select(every, only)
     slots = batch.parse_slots(words.slots) if words.engine == "local" else [""] * len(runs)
     print(batch.plan(runs, len(slots) if words.engine == "local" else 0), flush=True)

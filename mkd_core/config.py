@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,7 +68,7 @@ class RunConfig(_Checked):
     # Views.
     crop: tuple[int, int] = Field((512, 512), description="height, width; multiples of 16")
     scale: tuple[float, float] = Field((0.5, 2.0), description="range of the random scale")
-    base: int = Field(0, ge=0, le=16_384, description="0: scale the native size; else the long side becomes scale * base")
+    base: int = Field(0, ge=0, le=16_384, description="0: scale the native size; else, from 16 on, the long side becomes scale * base")
     strong: Literal[tuple(STRONG)] = "one_of"  # type: ignore[valid-type]
     weak_photometric: bool = Field(False, description="colour distortion in the weak view and on labeled images (released MKD)")
     # Optimisation.
@@ -141,6 +142,8 @@ class RunConfig(_Checked):
             raise ValueError(
                 "batch must be at least 2: BatchNorm cannot normalise a single image (DeepLabV3+ pools to 1 x 1); or norm='group'"
             )
+        if 0 < self.base < 16:
+            raise ValueError(f"base must be 0, or the long side of an image in pixels, at least 16; got {self.base}")
         if self.keep_every % self.checkpoint_every:
             raise ValueError(f"keep_every must be a multiple of checkpoint_every ({self.checkpoint_every}); got {self.keep_every}")
         return self
@@ -148,8 +151,8 @@ class RunConfig(_Checked):
     @property
     def named(self) -> bool:
         """Whether the files that `id` takes in are there: the weights, a folder's lists."""
-        weights = not self.weights or Path(self.weights).expanduser().is_file()
-        return weights and (self.dataset != "folder" or Path(self.root).expanduser().is_dir())
+        weights = not self.weights or os.path.isfile(os.path.expanduser(self.weights))
+        return weights and (self.dataset != "folder" or os.path.isdir(os.path.expanduser(self.root)))
 
     @property
     def id(self) -> str:
@@ -161,7 +164,7 @@ class RunConfig(_Checked):
         if RESULTS > 1:
             identity["results"] = RESULTS
         if self.dataset == "folder":  # its lists tell one folder from another, wherever it lies
-            root, options = Path(self.root).expanduser().resolve(), self.dataset_options
+            root, options = Path(os.path.expanduser(self.root)).resolve(), self.dataset_options
             names = [options["train"], options["val"], "classes.txt", f"{self.split}/labeled.txt", f"{self.split}/unlabeled.txt"]
             identity["root"] = root.name
             identity["lists"] = [file_sha256(root / name) for name in names if name and (root / name).is_file()]
@@ -220,7 +223,12 @@ class Grid(_Checked):
             raise ValueError("seed stands in `seeds`, not among the keys of the runs")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"a seed is given twice: {self.seeds}")
-        ids = [config.id for configs in self.runs.values() for config in configs if config.named]  # else: a plan without the files
-        if twice := {i for i in ids if ids.count(i) > 1}:
-            raise ValueError(f"two rows are the same run: {', '.join(sorted(twice))}")
+        places: dict[str, list[str]] = {}
+        for row, columns in self.cells.items():
+            for column, configs in columns.items():
+                for config in configs if all(c.named for c in configs) else ():  # else: a plan without the files
+                    places.setdefault(config.id, []).append(", ".join(filter(None, (row, column))))
+        for run, of in places.items():
+            if len(of) > 1:
+                raise ValueError(f"two rows are the same run: {' and '.join(map(repr, of))} are {run}")
         return self

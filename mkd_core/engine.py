@@ -81,7 +81,16 @@ def build_method(config: RunConfig, num_classes: int) -> Method:
         raise ValueError(
             f"{config.method} with these options needs a batch of at least {method.min_batch} (its images need a partner); got {config.batch}"
         )
+    stage_marks(config, method)
     return method
+
+
+def stage_marks(config: RunConfig, method: Method) -> list[int]:
+    """Steps at which the stages of a method begin, and the last step."""
+    marks = [0, *(round(share * config.steps) for share in method.stages), config.steps]
+    if any(start >= end for start, end in pairwise(marks)):
+        raise ValueError(f"{config.method} trains in {len(marks) - 1} stages; {config.steps} steps are too few for them")
+    return marks
 
 
 def prepare(config: RunConfig, deep: bool = False, progress: Callable[[int, int], None] | None = None) -> tuple[SegDataset, Split, Method]:
@@ -98,7 +107,7 @@ def faults(configs: Sequence[RunConfig]) -> dict[str, list[int]]:
     As `prepare` of each, but equal networks are built once and equal data looked through once: a table's columns share the former, its rows
     the latter. Where weights or data are missing, the method is built all the same, from random weights and for two classes.
     """
-    networks = {"method", "options", "arch", "encoder", "weights", "channels", "dropout", "norm", "bn_momentum", "crop", "batch"}
+    networks = {"method", "options", "arch", "encoder", "weights", "channels", "dropout", "norm", "bn_momentum", "crop", "batch", "steps"}
     data = {"dataset", "root", "dataset_options", "split", "seed"}
     found: dict[str, list[int]] = {}
     looked: dict[tuple[Any, ...], tuple[Any, str]] = {}
@@ -403,7 +412,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>; got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>; got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name} asked for, but torch sees {torch.cuda.device_count()} GPUs")
@@ -532,9 +541,7 @@ class _Run:
         self.labeled = self.stream(self.dataset, self.split.labeled, name="labeled", labeled=True)
         unlabeled = self.stream(self.dataset, self.split.unlabeled, name="unlabeled", labeled=False, block=config.batch)
         self.steps = Steps(self.labeled, unlabeled if self.method.unlabeled else None, config.batch)
-        self.marks = [0, *(round(share * config.steps) for share in self.method.stages), config.steps]
-        if any(start >= end for start, end in pairwise(self.marks)):
-            raise ValueError(f"{config.method} trains in {len(self.marks) - 1} stages; {config.steps} steps are too few for them")
+        self.marks = stage_marks(config, self.method)
         withheld = [i for i in self.split.unlabeled if self.dataset.has_label(i)]
         rng = np.random.default_rng(config.seed)
         self.withheld = [withheld[i] for i in sorted(rng.permutation(len(withheld))[: config.quality_images])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ def export(
     model = Predictor(run, predictor, step, device="cpu")
     if len(model.nets) > 1:
         raise ValueError("'mean' is several networks, a program holds one: name it")
-    folder = Path(out).expanduser() if str(out) else model.folder
+    folder = Path(os.path.expanduser(out)) if str(out) else model.folder
     program, about = (folder / f"{model.name.replace(' ', '_')}{suffix}" for suffix in (".pt2", ".json"))
     refuse_existing([program, about], overwrite)
     folder.mkdir(parents=True, exist_ok=True)

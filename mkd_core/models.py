@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from functools import cache
 from pathlib import Path
 
@@ -111,14 +112,15 @@ def load_encoder(net: SegNet, weights: str) -> None:
         raise ValueError(
             f"{weights} holds no plain tensors (only weights_only=True loads; nothing is unpickled): {type(error).__name__}"
         ) from error
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{weights} does not fit the encoder: it holds no tensors by name")
     own = list(net.encoder.state_dict())
-    if isinstance(net.encoder, TimmUniversalEncoder) and isinstance(state, dict):
+    if isinstance(net.encoder, TimmUniversalEncoder):
         state = _from_timm(own, state)
     try:
         net.encoder.load_state_dict(state)
     except (RuntimeError, KeyError, AttributeError, TypeError) as error:
-        given = list(state) if isinstance(state, dict) else []
-        missing, unknown = [k for k in own if k not in given], [k for k in given if k not in own]
+        missing, unknown = [k for k in own if k not in state], [k for k in state if k not in own]
         raise ValueError(
             f"{weights} does not fit the encoder: {len(missing)} of its {len(own)} tensors are missing, first {missing[:5]}; {len(unknown)} in the "
             f"file are unknown to it, first {unknown[:5]}. {str(error)[-200:] if not missing and not unknown else ''}"
@@ -150,8 +152,8 @@ def _sha256(path: Path, changed: int, size: int) -> str:
 
 def weights_file(path: str | Path) -> Path:
     """The path, if there is such a file."""
-    if not (found := Path(path).expanduser()).is_file():
+    if not (found := Path(os.path.expanduser(path))).is_file():
         raise ValueError(
-            f"weights file {path} does not exist; give a local .pth or .safetensors file of the encoder, or '' for random weights"
+            f"weights file {path} {'is no file' if found.exists() else 'does not exist'}; give a local .pth or .safetensors file of the encoder, or '' for random weights"
         )
     return found

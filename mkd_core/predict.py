@@ -177,7 +177,7 @@ def pseudo_label(
 
 
 def _run_folder(run: str | Path) -> Path:
-    for folder in (Path(run).expanduser(), records.RUNS / run):
+    for folder in (Path(os.path.expanduser(run)), records.RUNS / run):
         if (folder / "config.json").is_file():
             return folder
     known = sorted(path.parent.name for path in records.RUNS.glob("*/config.json"))
@@ -197,7 +197,7 @@ def _classes(config: RunConfig, folder: Path) -> tuple[list[str], Array]:
 def _absolute(path: str | Path) -> Path:
     if path == "":
         raise ValueError("an empty path: name a file or a folder")
-    return Path(os.path.abspath(Path(path).expanduser()))
+    return Path(os.path.abspath(os.path.expanduser(path)))
 
 
 def _relative(file: Path, folder: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 ROOT = Path(__file__).resolve().parents[1]  # notebooks and papermill start in different folders; the project root is where the package lies
-RUNS = Path(os.environ.get("MKD_RUNS") or ROOT / "runs").expanduser().resolve()
+RUNS = Path(os.path.expanduser(os.environ.get("MKD_RUNS") or ROOT / "runs")).resolve()
 
 
 def folder(name: str | Path) -> Path:
@@ -91,9 +91,11 @@ def load(folder: str | Path) -> Record | None:
 def history(folder: str | Path) -> list[dict[str, Any]]:
     """Rows of history.jsonl; a line that is still being written is left out."""
     path = Path(folder) / "history.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
     try:
-        return [json.loads(line) for line in lines]
+        rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+        if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+            raise ValueError("a row without a step")
+        return rows
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); delete it, and a run that goes on writes it anew from its checkpoint") from error
 

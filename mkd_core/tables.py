@@ -147,8 +147,12 @@ class Table:
 
     def latex(self) -> str:
         """Needs booktabs and multirow."""
-        notes = [re.sub(r"([&%$#_{}])", r"\\\1", note) for note in self.notes]
-        return "\n\n".join([*(part.styler("latex").to_latex(hrules=True, convert_css=True) for part in self.parts), *notes])
+        parts = [part.styler("latex").set_caption(_latex(part.heading)).to_latex(hrules=True, convert_css=True) for part in self.parts]
+        return "\n\n".join([*parts, *map(_latex, self.notes)])
+
+
+def _latex(text: str) -> str:
+    return re.sub(r"([&%$#_{}])", r"\\\1", text)
 
 
 def save(table: Table, folder: Path) -> None:

@@ -323,3 +323,11 @@ def test_mix_mixes_images_labels_confidences_and_validity_alike():
     assert torch.equal(mix(label / 200, mask), mixed / 200)
     assert torch.equal(mix(label > 100, mask), mixed > 100) and mix(label > 100, mask).dtype == torch.bool
     assert 0 < mask.sum() < mask.numel()
+
+
+@pytest.mark.parametrize("size", [(32, 320), (320, 32), (16, 16)])
+def test_the_box_of_unimatch_in_long_crops(size):
+    """Where no box of the area and ratio fits, it is cut off; never more than its area."""
+    torch.manual_seed(0)
+    outside = augment.ratio_box(200, size, probability=1.0).float().mean((1, 2))
+    assert outside.min() >= 0.6 and (outside < 1).float().mean() > 0.9

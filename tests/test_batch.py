@@ -384,6 +384,8 @@ def test_the_runs_that_only_chooses(place):
         (["rows={A: {method: mkd}, B: {method: mdk}}"], "B, seed 0: there is no method 'mdk'; did you mean 'mkd'"),
         (["published=tabel4"], "did you mean 'table4'"),
         (["-o", __file__], "test_batch.py is not a folder"),
+        (["-o", f"{__file__}/below"], "test_batch.py is not a folder"),
+        (["rows={A: {method: mkd}, B: {method: mkd}}"], "two rows are the same run: 'A' and 'B'"),
         (["colums={}"], "did you mean 'columns'"),
     ],
 )
@@ -392,6 +394,20 @@ def test_refused_before_anything_runs(place, monkeypatch, capsys, words, said):
     assert main(["batch", str(place / "tiny.yaml"), *words]) == 2
     assert said in capsys.readouterr().err
     assert not (place / "runs").exists()
+
+
+def test_names_are_taken_as_they_are_written(place, capsys):
+    """What YAML would read otherwise, in rows and columns; braces and pictographs in paths."""
+    values = yaml.safe_load((place / "tiny.yaml").read_text())
+    values |= {"rows": {"1_16": {"method": "mkd"}, "MKD # 2": {"method": "cps"}, "MKD": {"method": "supervised"}}, "seeds": [0]}
+    (place / "tiny.yaml").write_text(yaml.safe_dump(values))
+    for name in values["rows"]:
+        assert main(["batch", str(place / "tiny.yaml"), "--dry-run", "--only", f"row={name}"]) == 0
+        assert f"to run   {name}, seed 0 " in (out := capsys.readouterr().out) and "1 to run" in out
+    out = place / "odd {x} \N{FOX FACE}"
+    words = ["steps=1", "dataset=voc", "dataset_options={}", "root=\N{FOX FACE}"]
+    assert main(["run", str(place / "10_run.ipynb"), "-o", str(out), *words]) == 1
+    assert "\N{FOX FACE} is not a folder" in capsys.readouterr().err
 
 
 def test_a_runs_folder_that_cannot_be_made_is_refused(place, monkeypatch, capsys):

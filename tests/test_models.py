@@ -199,6 +199,14 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     assert sum(torch.equal(before[k], v) for k, v in net.encoder.state_dict().items()) >= len(before) - 1
 
 
+def test_weights_without_names_or_a_folder_are_refused(tmp_path):
+    torch.save({0: torch.zeros(1)}, tmp_path / "numbers.pth")
+    for encoder, path, word in (("tu-test_resnet", tmp_path / "numbers.pth", "no tensors by name"), ("resnet18", tmp_path, "is no file"),
+                                ("resnet18", "~nosuchuser/w.pth", "~nosuchuser/w.pth does not exist")):  # fmt: skip
+        with pytest.raises(ValueError, match=word):
+            load_encoder(SegNet(CLASSES, encoder=encoder, channels=16), str(path))
+
+
 def test_weights_file_missing_or_cut_short(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         load_encoder(build(), str(tmp_path / "no.pth"))

@@ -104,6 +104,13 @@ def test_history_leaves_out_the_line_that_is_being_written(tmp_path):
     assert history(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
+@pytest.mark.parametrize("content", [b"{}\n", b"5\n", b"\xff\n", b"{\n"])
+def test_a_damaged_history_is_named(tmp_path, content):
+    (tmp_path / "history.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match="history.jsonl is damaged"):
+        history(tmp_path)
+
+
 def test_a_score_that_does_not_exist_survives_the_disk(tmp_path):
     """Where nothing could be scored (every validation pixel ignored), the record is still readable."""
     nothing = record(miou=float("nan"))

@@ -352,6 +352,12 @@ def test_own_lists_are_all_that_is_needed(own):
     assert split.labeled == ("a.png",) and split.unlabeled == ("c.png", "d.png")
 
 
+def test_own_lists_may_be_called_random(own):
+    (own / "random").mkdir()
+    (own / "half").rename(own / "random/mine")
+    assert load_split(open_dataset("folder", own, classes=3), "random/mine").labeled == ("a.png",)
+
+
 def test_misspelt_folder_is_guessed(own):
     with pytest.raises(ValueError, match="no folder split 'hlaf'; did you mean 'half'"):
         load_split(open_dataset("folder", own, classes=3), "hlaf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -123,7 +124,7 @@ def find_root(name: str, root: str | Path, folders: Sequence[str], where: str, b
     """The first of root / below that holds one of `folders` (or just exists); DataError that says what was expected."""
     if not str(root):
         raise DataError(f"data set {name!r} needs root, the folder that holds {' or '.join(folders) or 'the files'}. {where}")
-    path = Path(root).expanduser()
+    path = Path(os.path.expanduser(root))
     for candidate in below:
         if any((path / candidate / folder).is_dir() for folder in folders or ("",)):
             return path / candidate

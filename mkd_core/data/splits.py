@@ -51,14 +51,14 @@ def load_split(dataset: SegDataset, name: str, seed: int = 0) -> Split:
 
     ValueError for a name that does not exist, DataError for lists that are empty, overlap, or leave the training set.
     """
-    own = name != "full" and not name.startswith("random/") and name not in published_splits(dataset.name)
+    wish = re.fullmatch(r"(random/(1_)?([1-9]\d*))(?:@(\d+))?", name)
+    own = name != "full" and not wish and name not in published_splits(dataset.name)
     if own and dataset.root and (dataset.root / name / "labeled.txt").is_file():
         return _from_folder(dataset, name, dataset.root / name)
     if not dataset.train:
         raise DataError(f"data set {dataset.name!r} has no training images under {dataset.root}. {dataset.where}")
     if name == "full":
         return _split(dataset, name, [id for id in dataset.train if _may_be_labeled(dataset, id)])
-    wish = re.fullmatch(r"(random/(1_)?([1-9]\d*))(?:@(\d+))?", name)
     if wish is None:
         return _published_split(dataset, name)
     stem, fraction, size, fixed = wish.groups()
@@ -195,7 +195,7 @@ def _fetch(file: str) -> str:
     address = _lists()["sources"][source]
     try:
         if mirror := os.environ.get("MKD_SPLITS"):
-            local = Path(mirror).expanduser() / address["mirror"] / path
+            local = Path(os.path.expanduser(mirror)) / address["mirror"] / path
             zipped = local.with_name(local.name + ".gz")
             return gzip.decompress(zipped.read_bytes()).decode() if zipped.is_file() else read_text(local)
         url, sha256 = f"{address['url']}/{path}", _lists()["files"][file]
