@@ -6,6 +6,7 @@ run that was killed goes on from its last checkpoint and ends with the same weig
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import multiprocessing
@@ -452,12 +453,29 @@ def _refuse_other_images(config: RunConfig, record: Record, folder: Path) -> Non
     except DataError:
         return
     now = {"labeled images": split.sha256, "unlabeled images": split.sha256_unlabeled, "number of evaluated images": len(dataset.val)}
-    then = record.split["sha256"], record.split["sha256_unlabeled"], record.evaluated["images"]
+    then = [record.split["sha256"], record.split["sha256_unlabeled"], record.evaluated["images"]]
+    if (before := record.split.get("files")) and (found := file_sizes(dataset, split)):  # records from before they were kept have none
+        now["sizes of files"] = found
+        then.append(before)
     if changed := [what for (what, value), old in zip(now.items(), then, strict=True) if value != old]:
         raise ValueError(
             f"{folder} holds the record of a run with other data ({', '.join(changed)}) than {config.root or config.dataset} has now; "
             f"delete it, or keep the new runs apart (MKD_RUNS)"
         )
+
+
+def file_sizes(dataset: SegDataset, split: Split) -> str:
+    """Hex sha256 of the sizes in bytes of every image and mask of a run on one's own folder: cheap, and others under the same names show.
+
+    "" where a file is missing, and for the paper's data sets, whose names say what is in them.
+    """
+    digest = hashlib.sha256()
+    for id in (*split.labeled, *split.unlabeled, *dataset.val) if dataset.name == "folder" else ():
+        for file in filter(None, dataset.files(id)):
+            if not file.is_file():
+                return ""
+            digest.update(f"{file.stat().st_size}\n".encode())
+    return digest.hexdigest() if dataset.name == "folder" else ""
 
 
 def is_busy(folder: Path) -> bool:
@@ -754,6 +772,7 @@ class _Run:
                 "sha256_unlabeled": split.sha256_unlabeled,
                 "labeled": len(split.labeled),
                 "unlabeled": len(split.unlabeled),
+                "files": file_sizes(self.dataset, split),
             },
             weights={"name": Path(config.weights).name, "sha256": file_sha256(config.weights)}
             if config.weights

@@ -629,6 +629,31 @@ def test_a_record_of_other_images_under_the_same_names_is_not_handed_out(tmp_pat
         run(other, tmp_path, quiet=True)
 
 
+def test_a_record_of_a_folder_of_the_same_name_and_lists_is_not_handed_out(tmp_path):
+    """a/photos and b/photos have the same lists and, since the root is no part of it, the same id: the sizes of the files differ."""
+    configs = []
+    for seed, place in enumerate((tmp_path / "a/photos", tmp_path / "b/photos")):
+        place.mkdir(parents=True)
+        rng = np.random.default_rng(seed)
+        for name in "uvwx":
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)).save(place / f"{name}.png")
+            Image.fromarray(np.kron(rng.integers(0, 2, (2 + 2 * seed, 4)), np.ones((16 - 8 * seed, 8))).astype(np.uint8)).save(
+                place / f"{name}_.png"
+            )
+        for name, ids in {"train": "uvw", "val": "x"}.items():
+            (place / f"{name}.txt").write_text("".join(f"{id}.png {id}_.png\n" for id in ids))
+        own = {"dataset": "folder", "dataset_options": {"classes": ["no", "yes"]}, "split": "random/2"}
+        configs.append(config(**own, root=str(place), steps=1, batch=2))
+    first, other = configs
+    assert first.id == other.id
+    record = run(first, tmp_path, quiet=True)
+    assert run(first, tmp_path, quiet=True) == record and len(record.split["files"]) == 64
+    with pytest.raises(ValueError, match=r"other data \(sizes of files\) than .*b/photos"):
+        run(other, tmp_path, quiet=True)
+    (tmp_path / "b/photos/u.png").unlink()
+    assert run(other, tmp_path, quiet=True) == record  # absent data prove nothing
+
+
 @pytest.mark.parametrize(
     "keys, words",
     [({"encoder": "tu-hrnet_w18_small"}, "deeplabv3plus on the encoder tu-hrnet_w18_small cannot be built"),
