@@ -49,15 +49,20 @@ class Run:
     def __str__(self) -> str:
         return ", ".join(part for part in (self.row, self.column, f"seed {self.config.seed}") if part)
 
+    @cached_property
+    def named(self) -> bool:
+        """Whether it has a folder: without the files that the id takes in it has not begun."""
+        return self.config.named
+
     @property
     def done(self) -> bool:
-        record = records.load(self.folder)
+        record = records.load(self.folder) if self.named else None
         return record is not None and record.id == self.folder.name
 
     @property
     def step(self) -> int:
         """The last step in its history, 0 where it has none."""
-        rows = records.history(self.folder)
+        rows = records.history(self.folder) if self.named else []
         return rows[-1]["step"] if rows else 0
 
     def value(self, key: str) -> str:
@@ -89,7 +94,7 @@ def parse_slots(text: str) -> list[str]:
 
 def check(runs: Sequence[Run]) -> None:
     """ValueError with every fault of weights, data, splits and methods, and where runs cannot be kept, before any has begun."""
-    place = next(folder for folder in (records.RUNS, *records.RUNS.parents) if folder.exists())
+    place = records.nearest(records.RUNS)
     if runs and not (place.is_dir() and os.access(place, os.W_OK)):
         raise ValueError(f"{place} is no folder that can be written: runs are kept in {records.RUNS}, or in what MKD_RUNS names")
     if found := faults([run.config for run in runs]):
@@ -102,22 +107,22 @@ def plan(runs: Sequence[Run], slots: int) -> str:
     known = _readable_records()
     lines, counts, total = [], Counter[str](), 0.0
     for run in runs:
-        named = run.config.named
-        state = "to run" if not named else "done" if run.done else "running" if is_busy(run.folder) else "to run"
+        state = "done" if run.done else "running" if run.named and is_busy(run.folder) else "to run"
         counts[state] += 1
         text = ""
         if state != "done":
             alike = [r for r in known if all(str(r.config.get(k)) == run.value(k) for k in ALIKE)]
             young = YOUNGER.get(run.config.method, {})
-            alike = [
-                r for r in alike if young | r.config.get("options", {}) == run.config.options
-            ] or alike  # CPS with CutMix makes more passes
+            # CPS with CutMix makes more passes than without.
+            alike = [r for r in alike if young | r.config.get("options", {}) == run.config.options] or alike
             rate = statistics.median(r.seconds / r.config["steps"] for r in alike) if alike else float("nan")
-            step = run.step if named else 0
+            step = run.step
             hours = rate * (run.config.steps - step) / 3600
             text = (f"from step {step:,}, " if step else "") + (f"{hours:.2f} h" if alike else "unknown time")
             total += hours
-        lines.append(f"{state:8} {run!s:40} {run.folder.name if named else '(no id: its weights or lists are missing)'}  {text}".rstrip())
+        lines.append(
+            f"{state:8} {run!s:40} {run.folder.name if run.named else '(no id: its weights or lists are missing)'}  {text}".rstrip()
+        )
     summary = f"{counts['done']} done, {counts['running']} running now, {counts['to run']} to run"
     if counts["done"] < len(runs):
         spread = f", {total / slots:.1f} h on {slots} slots" if slots > 1 else ""

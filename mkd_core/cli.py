@@ -428,7 +428,7 @@ def _options(words: argparse.Namespace) -> dict[str, Any]:
 def _batch(words: argparse.Namespace) -> int:
     from . import batch
     from .config import Grid, RunConfig
-    from .records import ROOT
+    from .records import ROOT, nearest
     from .tables import published
 
     wants = {"dask": ("--address", words.address), "slurm": ("--resources", words.resources)}
@@ -444,8 +444,8 @@ def _batch(words: argparse.Namespace) -> int:
     parameters = merge(read_parameters(words.file), parse_values([*words.pairs, *seeds]))
     if parameters.get("published"):  # what the table's notebook would refuse when all has run
         published(parameters["published"])
-    for name, out in (("--out", words.out), ("out:", parameters.get("out"))):
-        if out and not (place := next(p for p in (ROOT / out, *(ROOT / out).parents) if p.exists())).is_dir():
+    for name, out in (("--out", words.out and words.out.absolute()), ("out:", ROOT / str(parameters.get("out", "")))):
+        if out and not (place := nearest(out)).is_dir():
             raise ValueError(f"{name} {out} cannot be made: {place} is not a folder")
     table = ROOT / "notebooks" / f"{words.file.stem}.ipynb"
     if table.is_file() and "columns" in _refuse_unknown(table, parameters) and "columns" not in parameters:
@@ -455,13 +455,13 @@ def _batch(words: argparse.Namespace) -> int:
     every = batch.expand(Grid(**{key: value for key, value in parameters.items() if key in Grid.model_fields}))
     only: dict[str, list[Any]] = {}
     for pair in words.only:
-        (key, value), text = parse_values([pair]).popitem(), pair.partition("=")[2]
-        as_written = key in ("row", "column") or any(text == run.value(key) for run in every if key in RunConfig.model_fields)
-        only.setdefault(key, []).append(text if as_written else value)
+        key, equals, text = pair.partition("=")
+        written = key in ("row", "column") or (key in RunConfig.model_fields and any(text == run.value(key) for run in every))
+        only.setdefault(key, []).append(text if equals and written else parse_values([pair])[key])
     runs = batch.select(every, only)
     slots = batch.parse_slots(words.slots) if words.engine == "local" else [""] * len(runs)
     print(batch.plan(runs, len(slots) if words.engine == "local" else 0), flush=True)
-    batch.check([run for run in runs if not (run.config.named and run.done)])
+    batch.check([run for run in runs if not run.done])
     if words.dry_run:
         return 0
     failed: dict[batch.Run, str] = {}

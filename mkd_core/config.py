@@ -226,7 +226,7 @@ class Grid(_Checked):
         places: dict[str, list[str]] = {}
         for row, columns in self.cells.items():
             for column, configs in columns.items():
-                for config in configs if all(c.named for c in configs) else ():  # else: a plan without the files
+                for config in filter(lambda c: c.named, configs):  # others are planned without their files
                     places.setdefault(config.id, []).append(", ".join(filter(None, (row, column))))
         for run, of in places.items():
             if len(of) > 1:

@@ -25,6 +25,11 @@ def folder(name: str | Path) -> Path:
     return path
 
 
+def nearest(path: Path) -> Path:
+    """The path itself, or of the folders above it the first that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
 class Record(BaseModel):
     """The result of one run, plain JSON. mIoU and IoU in percent; `miou` is the last step's, never the best's."""
 

@@ -115,7 +115,8 @@ class Part:
     style: pd.DataFrame
 
     def styler(self, escape: str) -> Styler:
-        styler = self.text.style.apply(lambda _: self.style, axis=None).format(escape=escape).set_caption(self.heading)
+        styler = self.text.style.apply(lambda _: self.style, axis=None).format(escape=escape)
+        styler = styler.set_caption(_latex(self.heading) if escape == "latex" else self.heading)
         return styler.format_index(escape=escape, axis=0).format_index(escape=escape, axis=1)
 
 
@@ -147,7 +148,7 @@ class Table:
 
     def latex(self) -> str:
         """Needs booktabs and multirow."""
-        parts = [part.styler("latex").set_caption(_latex(part.heading)).to_latex(hrules=True, convert_css=True) for part in self.parts]
+        parts = [part.styler("latex").to_latex(hrules=True, convert_css=True) for part in self.parts]
         return "\n\n".join([*parts, *map(_latex, self.notes)])
 
 
