@@ -761,6 +761,8 @@ class _Run:
             predictors=last["miou"],
             predictors_best={name: max(row["miou"][name] for row in evaluations) for name in last["miou"]},
             pseudo_labels=last.get("pseudo_labels"),
+            evaluations=[{key: row[key] for key in ("step", "miou", "pseudo_labels") if key in row} for row in evaluations],
+            confusion=last["confusion"],
             seconds=round(self.seconds, 2),
             images_per_second=round(self._images(config.steps) / self.seconds_training, 2),
             peak_memory_mb=round(memory, 1),

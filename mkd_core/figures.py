@@ -298,24 +298,23 @@ def bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], ylabel: st
 
 
 @styled
-def curves(histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Figure:
+def curves(rows: Rows) -> Figure:
     """mIoU against step for each method, mean and min .. max over its runs (seeds); and what became of the pseudo-labels.
 
-    histories[method] is one list of history rows a run. The first panel shows the reported (first) predictor; the others the labeler (the
-    first teacher, else the first predictor), where withheld labels exist: share of pixels with confidence >= T, and accuracy of those.
+    The first panel shows the reported (first) predictor; the others the labeler (the first teacher, else the first predictor), where
+    withheld labels exist: share of pixels with confidence >= T, and accuracy of those.
     """
     panels = [("mIoU (%)", "miou", "")]
-    measured = any("pseudo_labels" in row for runs in histories.values() for run in runs for row in run)
-    if measured:
+    if any("pseudo_labels" in found for records in rows.values() for r in records for found in r.evaluations):
         panels += [("pixels kept (%)", "pseudo_labels", "kept"), ("accuracy of kept pixels (%)", "pseudo_labels", "accuracy")]
-    tall = 2.9 + 0.08 * max(0, len(histories) - 4)  # room for the legend
-    figure, look = Picture(figsize=(0.6 + 2.9 * len(panels), tall), layout="constrained"), looks(histories)
+    tall = 2.9 + 0.08 * max(0, len(rows) - 4)  # room for the legend
+    figure, look = Picture(figsize=(0.6 + 2.9 * len(panels), tall), layout="constrained"), looks(rows)
     for ax, (ylabel, key, part) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for name, runs in histories.items():
-            points = [(row["step"], _of_labeler(row[key], part)) for run in runs for row in run if key in row]
+        for name, runs in rows.items():
+            points = [(found["step"], _of_labeler(found[key], part)) for run in runs for found in run.evaluations if key in found]
             if points:
                 spread = pd.DataFrame(points, columns=["step", "value"]).astype(float).groupby("step")["value"].agg(["mean", "min", "max"])
-                known = sum(any(key in row for row in run) for run in runs)  # a record may have come without its history
+                known = sum(any(key in found for found in run.evaluations) for run in runs)  # old records are without them
                 seeds = f" ({known if known == len(runs) else f'{known} of {len(runs)}'} seeds)" if len(runs) > 1 else ""
                 ax.plot(spread.index, spread["mean"], label=name + seeds, markersize=3, **look[name])
                 ax.fill_between(spread.index, spread["min"], spread["max"], color=look[name]["color"], alpha=0.18, linewidth=0)
@@ -416,6 +415,30 @@ def class_iou(rows: Rows, over: str = "") -> Figure:
     ax.hlines(np.arange(len(classes) - 1) + 0.5, *ax.get_xlim(), color=LIGHT, linewidth=0.6)
     _legend(figure, ax)
     return figure
+
+
+def of_table(cells: Cells, title: str, against: str = "") -> dict[str, Figure]:
+    """The pictures of a table, by the names of their files; none where no run of the column `title` is done.
+
+    curves, classes (IoU minus that of the row `against`, where it ran) and the confusion of the first row are this column's; labels, mIoU
+    against the number of labeled images, is over the columns of the same encoder and the same family of lists (‡ marks U2PL's).
+    """
+    ran = {row: list(of[title]) for row, of in cells.items() if of.get(title)}
+    if not ran:
+        return {}
+    pictures = {"curves": curves(ran)} if any(r.evaluations for found in ran.values() for r in found) else {}
+    pictures["classes"] = class_iou(ran, over=against if against in ran else "")
+    first = next(iter(ran.values()))
+    if counts := [r.confusion for r in first if r.confusion]:
+        pictures["confusion"] = confusion(counts, first[0].classes)
+    encoder = first[0].config["encoder"]
+    alike = {
+        row: {t: [r for r in found if r.config["encoder"] == encoder] for t, found in of.items() if ("‡" in t) == ("‡" in title)}
+        for row, of in cells.items()
+    }
+    if len({r.split["labeled"] for of in alike.values() for found in of.values() for r in found}) > 1:
+        pictures["labels"] = label_counts(alike)
+    return pictures
 
 
 # Tables over classes.

@@ -46,6 +46,8 @@ class Record(BaseModel):
     predictors: dict[str, float]  # mIoU of each, last step
     predictors_best: dict[str, float]
     pseudo_labels: dict[str, Any] | None  # quality against withheld labels, last step
+    evaluations: list[dict[str, Any]] = []  # one an evaluation: step, mIoU and pseudo-label quality of each predictor; [] in old records
+    confusion: list[list[int]] = []  # pixels by (truth, prediction), first predictor, last step; [] in old records
     seconds: float  # training and evaluation, all parts of an interrupted run together
     images_per_second: float  # labeled and unlabeled, training alone
     peak_memory_mb: float  # of the GPU during the run, or of the whole process on a CPU

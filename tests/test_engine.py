@@ -543,6 +543,8 @@ def test_the_record_tells_what_was_measured(tmp_path):
     assert record.miou == pytest.approx(np.nanmean([np.nan if v is None else v for v in record.iou]))
     assert len(record.iou) == len(record.classes) == 5 and record.evaluated["images"] == 6 and record.protocol == "whole"
     assert record.split["labeled"] == 6 and record.split["unlabeled"] == 18 and len(record.split["sha256"]) == 64
+    assert record.evaluations == [{key: row[key] for key in ("step", "miou", "pseudo_labels")} for row in evaluations]
+    assert record.evaluations[-1]["pseudo_labels"] == record.pseudo_labels and record.confusion == evaluations[-1]["confusion"]
     assert record.pseudo_labels and [*record.pseudo_labels] == names and record.pseudo_labels["student 1"]["threshold"] == 0.95
     assert record.status == "done" and record.seconds > 0 and record.peak_memory_mb > 0 and record.images_per_second > 0
     assert RunConfig(**record.config).id == record.id == c.id  # the record states the whole configuration

@@ -16,11 +16,11 @@ PALETTE = np.array([[0, 0, 0], [255, 0, 0], [0, 0, 255]], np.uint8)
 CLASSES = ("none", "red", "blue")
 
 
-def rows(values, accuracy=80.0):
+def trained(values, accuracy=80.0, **keys):
     quality = {"kept": 10.0, "accuracy": accuracy, "accuracy_all": 50.0}
     labels = {"student 1": {}, "teacher 1": quality}
     found = [{"step": 10 * i, "miou": {"student 1": value}, "pseudo_labels": labels} for i, value in enumerate(values, 1)]
-    return [*found, {"step": 99, "loss": 1.0}]  # rows without evaluation are skipped
+    return record(evaluations=found, **keys)
 
 
 def test_an_image_survives_normalisation():
@@ -67,7 +67,7 @@ def test_figure2_has_the_papers_rows_and_states_its_rule(columns):
 
 
 def test_curves_show_every_method_with_its_band():
-    figure = figures.curves({"CPS": [rows([40, 50])], "MKD": [rows([40, 60]), rows([50, 70])]})
+    figure = figures.curves({"CPS": [trained([40, 50])], "MKD": [trained([40, 60]), trained([50, 70])]})
     assert [ax.get_ylabel() for ax in figure.axes] == ["mIoU (%)", "pixels kept (%)", "accuracy of kept pixels (%)"]
     np.testing.assert_allclose(figure.axes[0].lines[1].get_ydata(), [45, 65])
     band = figure.axes[0].collections[1].get_paths()[0].vertices[:, 1]
@@ -76,9 +76,30 @@ def test_curves_show_every_method_with_its_band():
 
 
 def test_curves_survive_what_was_not_measured():
-    assert len(figures.curves({"MKD": [[{"step": 1, "miou": {"student 1": 3.0}}]]}).axes) == 1
-    nothing_kept = figures.curves({"MKD": [rows([40, 50], accuracy=None)]})
+    assert len(figures.curves({"MKD": [record(evaluations=[{"step": 1, "miou": {"student 1": 3.0}}])]}).axes) == 1
+    nothing_kept = figures.curves({"MKD": [trained([40, 50], accuracy=None)]})
     assert np.isnan(nothing_kept.axes[2].lines[0].get_ydata()).all()
+    some = figures.curves({"MKD": [trained([40, 50]), record()]})  # one of a version that kept no evaluations
+    assert "MKD (1 of 2 seeds)" in [t.get_text() for t in some.legends[0].texts]
+
+
+def test_a_table_has_the_pictures_that_its_records_allow():
+    def at(labeled, encoder="resnet50", **keys):
+        split = {"name": "s", "sha256": "", "labeled": labeled, "unlabeled": 9}
+        return record(split=split, config=record().config | {"encoder": encoder}, **keys)
+
+    counts = [[3, 1], [0, 4]]
+    cells = {"MKD": {"92": [at(92, confusion=counts), at(92, confusion=counts)], "183": [at(183)], "183 ‡": [at(183)], "none": []}, "SupOnly": {"92": [at(92)]}}
+    pictures = figures.of_table(cells, "92", against="SupOnly")
+    assert [*pictures] == ["classes", "confusion", "labels"]
+    assert "minus SupOnly" in pictures["classes"].axes[0].get_xlabel()
+    assert "25" in [t.get_text() for t in pictures["confusion"].axes[0].texts]  # of both runs: 2 of 8 pixels of x
+    assert [t.get_text() for t in pictures["labels"].axes[0].get_xticklabels()] == ["92", "183"]
+    assert [*figures.of_table(cells | {"MKD": cells["MKD"] | {"92": [trained([40, 50])]}}, "92")] == ["curves", "classes"]
+    # Other families of lists and other encoders are not joined to a line; a column without runs has no picture.
+    assert [*figures.of_table(cells, "183 ‡")] == ["classes"]
+    assert [*figures.of_table({"MKD": {"92": [at(92)], "183": [at(183, "resnet101")]}}, "92")] == ["classes"]
+    assert figures.of_table(cells, "none") == {}
 
 
 METHODS = ["SupOnly", "MT", "CutMix-Seg", "CPS", "CPS with CutMix", "MKD", "MKD (released)", "CCT", "GCT", "VAT", "AdvSemSeg", "PseudoSeg", "PC2Seg",
