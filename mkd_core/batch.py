@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
+from zipfile import is_zipfile
 
 import torch
 
@@ -97,6 +98,12 @@ def check(runs: Sequence[Run]) -> None:
     place = records.nearest(records.RUNS)
     if runs and not (place.is_dir() and os.access(place, os.W_OK)):
         raise ValueError(f"{place} is no folder that can be written: runs are kept in {records.RUNS}, or in what MKD_RUNS names")
+    for run in runs:
+        checkpoint = run.folder / "checkpoint.pt" if run.named else None
+        if checkpoint and run.folder.exists() and not run.folder.is_dir():
+            raise ValueError(f"{run}: {run.folder} is a file, and would be its folder")
+        if checkpoint and checkpoint.is_file() and not is_zipfile(checkpoint):  # torch's format; a whole file is read by the run alone
+            raise ValueError(f"{run}: {checkpoint} is damaged; delete it and the run starts anew")
     if found := faults([run.config for run in runs]):
         named = ((runs[of[0]], f" and {len(of) - 1} more" * (len(of) > 1), fault) for fault, of in found.items())
         raise ValueError("\n".join(f"{first}{others}: {fault}" for first, others, fault in named))

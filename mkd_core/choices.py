@@ -38,10 +38,14 @@ def check_options(owner: str, make: Callable[..., Any], options: Mapping[str, An
 def complete_options(owner: str, make: Callable[..., Any], options: Mapping[str, Any], skip: str) -> dict[str, Any]:
     """Options with the constructor's defaults filled in, checked against its type hints: 1, 1.0 and "1.0" are one weight."""
     check_options(owner, make, options, skip={skip})
+    hints = get_type_hints(make.__init__)  # type: ignore[misc]
+    for name, value in options.items():
+        if isinstance(value, bool) and hints[name] is not bool:  # pydantic takes true for 1
+            raise ValueError(f"{owner}, option {name!r}: true and false are no values of it; got {value}")
     try:
         return _model(owner, make, skip)(**options).model_dump(mode="json")
     except ValidationError as error:
-        raise ValueError(f"{owner}, {faults(error, 'option ')}") from error
+        raise ValueError(f"{owner}, {spell_out(error, 'option ')}") from error
 
 
 @cache
@@ -53,7 +57,7 @@ def _model(owner: str, make: Callable[..., Any], skip: str) -> type[BaseModel]:
     return create_model(owner, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
 
 
-def faults(error: ValidationError, prefix: str = "") -> str:
+def spell_out(error: ValidationError, prefix: str = "") -> str:
     """Every fault that pydantic found, in our words where they are ours: "crop: input should be a valid integer; got 'wide'"."""
 
     def text(e: Any) -> str:

@@ -192,10 +192,7 @@ def parse_values(pairs: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"expected key=value, got {pair!r}")
         if key in values:
             raise ValueError(f"{key} is given twice")
-        try:
-            values[key] = _numbers(yaml.load(text, _Once))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{key}: {text!r} is not YAML ({error})") from error
+        values[key] = _parse(text, f"{key}: {text!r}")
     return values
 
 
@@ -217,13 +214,19 @@ def read_parameters(file: Path) -> dict[str, Any]:
     """A YAML file of parameters; ValueError unless it is a mapping."""
     if not file.is_file():
         raise ValueError(f"parameters file {file} does not exist")
-    try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _Once) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML: {error}") from error
+    values = _parse(file.read_bytes(), str(file)) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold `name: value` lines, it holds a {type(values).__name__}")
-    return _numbers(values)
+    return values
+
+
+def _parse(text: str | bytes, place: str) -> Any:
+    try:
+        return _numbers(yaml.load(text, _Once))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{place} is not YAML: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{place}: a value stands inside itself (an anchor and its alias)") from None
 
 
 class _Once(yaml.SafeLoader):
@@ -425,11 +428,22 @@ def _options(words: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(words, name) for name in ("predictor", "step", "protocol", "device", "overwrite")}
 
 
+def _refuse_late(parameters: dict[str, Any]) -> None:
+    """ValueError for what a table's notebook would refuse when all has run."""
+    from .tables import published
+
+    if parameters.get("published"):
+        published(parameters["published"])
+    if parameters.get("shown") and isinstance(columns := parameters.get("columns"), dict):
+        choose("column to be shown", parameters["shown"], columns)
+    if type(slots := parameters.get("slots", 1)) is not int or slots < 1:
+        raise ValueError(f"slots must be a number from 1 on; got {slots!r}")
+
+
 def _batch(words: argparse.Namespace) -> int:
     from . import batch
     from .config import Grid, RunConfig
     from .records import ROOT, nearest
-    from .tables import published
 
     wants = {"dask": ("--address", words.address), "slurm": ("--resources", words.resources)}
     for engine, (option, given) in wants.items():
@@ -442,8 +456,7 @@ def _batch(words: argparse.Namespace) -> int:
     resources = read_parameters(words.resources) if words.resources else None
     seeds = [f"seeds=[{words.seeds}]"] if words.seeds is not None else []
     parameters = merge(read_parameters(words.file), parse_values([*words.pairs, *seeds]))
-    if parameters.get("published"):  # what the table's notebook would refuse when all has run
-        published(parameters["published"])
+    _refuse_late(parameters)
     for name, out in (("--out", words.out and words.out.absolute()), ("out:", ROOT / str(parameters.get("out", "")))):
         if out and not (place := nearest(out)).is_dir():
             raise ValueError(f"{name} {out} cannot be made: {place} is not a folder")

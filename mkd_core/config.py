@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import segmentation_models_pytorch as smp
 import timm
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
 
 from .augment import STRONG
-from .choices import choose, complete_options, faults
+from .choices import choose, complete_options, spell_out
 from .data import DATASETS
+from .data.base import local
 from .methods import METHODS
 from .models import ARCHITECTURES, file_sha256
 
@@ -38,7 +39,7 @@ class _Checked(BaseModel):
         try:
             super().__init__(**keys)
         except ValidationError as error:
-            raise ValueError(faults(error)) from None
+            raise ValueError(spell_out(error)) from None
 
 
 class RunConfig(_Checked):
@@ -97,8 +98,9 @@ class RunConfig(_Checked):
     def _known_keys(cls, data: Any) -> Any:
         for key, value in data.items() if isinstance(data, dict) else ():
             choose("RunConfig key", key, cls.model_fields)
-            if isinstance(value, bool) and cls.model_fields[key].annotation in (int, float):
-                raise ValueError(f"{key} must be a number; got {value}")
+            inner = value if isinstance(value, list | tuple) else [value]
+            if cls.model_fields[key].annotation is not bool and any(isinstance(v, bool) for v in inner):  # pydantic takes true for 1
+                raise ValueError(f"{key} cannot be true or false; got {value}")
         return data
 
     @field_validator("dataset")
@@ -151,8 +153,8 @@ class RunConfig(_Checked):
     @property
     def named(self) -> bool:
         """Whether the files that `id` takes in are there: the weights, a folder's lists."""
-        weights = not self.weights or os.path.isfile(os.path.expanduser(self.weights))
-        return weights and (self.dataset != "folder" or os.path.isdir(os.path.expanduser(self.root)))
+        weights = not self.weights or os.path.isfile(local(self.weights))
+        return weights and (self.dataset != "folder" or os.path.isdir(local(self.root)))
 
     @property
     def id(self) -> str:
@@ -164,7 +166,7 @@ class RunConfig(_Checked):
         if RESULTS > 1:
             identity["results"] = RESULTS
         if self.dataset == "folder":  # its lists tell one folder from another, wherever it lies
-            root, options = Path(os.path.expanduser(self.root)).resolve(), self.dataset_options
+            root, options = local(self.root).resolve(), self.dataset_options
             names = [options["train"], options["val"], "classes.txt", f"{self.split}/labeled.txt", f"{self.split}/unlabeled.txt"]
             identity["root"] = root.name
             identity["lists"] = [file_sha256(root / name) for name in names if name and (root / name).is_file()]
@@ -197,7 +199,7 @@ class Grid(_Checked):
     common: dict[str, Any]
     rows: dict[str, dict[str, Any]] = Field(min_length=1)
     columns: dict[str, dict[str, Any]] = Field({"": {}}, min_length=1)
-    seeds: list[int] = Field(min_length=1)
+    seeds: list[StrictInt] = Field(min_length=1)
 
     @property
     def cells(self) -> dict[str, dict[str, list[RunConfig]]]:

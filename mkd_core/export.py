@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from torch.export import Dim
 
 from .augment import MEAN, STD, normalise
+from .data.base import local
 from .models import file_sha256
 from .predict import Predictor, refuse_existing
 from .records import write_atomically
@@ -34,7 +34,7 @@ def export(
     model = Predictor(run, predictor, step, device="cpu")
     if len(model.nets) > 1:
         raise ValueError("'mean' is several networks, a program holds one: name it")
-    folder = Path(os.path.expanduser(out)) if str(out) else model.folder
+    folder = local(out) if str(out) else model.folder
     program, about = (folder / f"{model.name.replace(' ', '_')}{suffix}" for suffix in (".pt2", ".json"))
     refuse_existing([program, about], overwrite)
     folder.mkdir(parents=True, exist_ok=True)

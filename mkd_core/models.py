@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from segmentation_models_pytorch.encoders.timm_universal import TimmUniversalEncoder
 from torch import Tensor, nn
+
+from .data.base import local
 
 ARCHITECTURES = ("deeplabv3plus", "pspnet")
 
@@ -152,7 +153,7 @@ def _sha256(path: Path, changed: int, size: int) -> str:
 
 def weights_file(path: str | Path) -> Path:
     """The path, if there is such a file."""
-    if not (found := Path(os.path.expanduser(path))).is_file():
+    if not (found := local(path)).is_file():
         raise ValueError(
             f"weights file {path} {'is no file' if found.exists() else 'does not exist'}; give a local .pth or .safetensors file of the encoder, or '' for random weights"
         )

@@ -19,7 +19,7 @@ from .augment import normalise
 from .choices import choose
 from .config import RunConfig, read_config
 from .data import DATASETS, IGNORE, DataError, load_split, open_dataset
-from .data.base import colormap, read_image, some
+from .data.base import colormap, local, read_image, some
 from .engine import Progress, load_method, pick_device, probabilities, starts
 from .figures import Array, overlay, to_image
 from .models import nearest, resize
@@ -177,7 +177,7 @@ def pseudo_label(
 
 
 def _run_folder(run: str | Path) -> Path:
-    for folder in (Path(os.path.expanduser(run)), records.RUNS / run):
+    for folder in (local(run), records.RUNS / run):
         if (folder / "config.json").is_file():
             return folder
     known = sorted(path.parent.name for path in records.RUNS.glob("*/config.json"))
@@ -197,7 +197,7 @@ def _classes(config: RunConfig, folder: Path) -> tuple[list[str], Array]:
 def _absolute(path: str | Path) -> Path:
     if path == "":
         raise ValueError("an empty path: name a file or a folder")
-    return Path(os.path.abspath(os.path.expanduser(path)))
+    return Path(os.path.abspath(local(path)))
 
 
 def _relative(file: Path, folder: Path) -> str:

@@ -133,6 +133,7 @@ class Table:
         for part in self.parts:
             frame = part.text.mask(part.style == BOLD, "**" + part.text + "**") if part.heading else part.text
             frame.columns = [", ".join(c) if isinstance(c, tuple) else c for c in frame.columns]
+            frame = frame.rename(index=_piped, columns=_piped)
             numbers = [pd.to_numeric(frame[c], errors="coerce").notna().all() for c in frame]
             align = ["left", *("right" if number else "left" for number in numbers)]
             texts += [part.heading] * bool(part.heading) + [frame.to_markdown(disable_numparse=True, colalign=align)]
@@ -150,6 +151,10 @@ class Table:
         """Needs booktabs and multirow."""
         parts = [part.styler("latex").to_latex(hrules=True, convert_css=True) for part in self.parts]
         return "\n\n".join([*parts, *map(_latex, self.notes)])
+
+
+def _piped(text: str) -> str:
+    return text.replace("|", r"\|")  # it parts the cells of Markdown
 
 
 def _latex(text: str) -> str:

@@ -44,7 +44,20 @@ def held(*args):
 engine.build_method = held
 run(RunConfig(**{name: globals()[name] for name in RunConfig.model_fields}))
 """
-SAME = {"status", "config", "miou", "miou_best", "step_best", "iou", "predictors", "predictors_best", "pseudo_labels", "split"}
+SAME = {
+    "status",
+    "config",
+    "miou",
+    "miou_best",
+    "step_best",
+    "iou",
+    "predictors",
+    "predictors_best",
+    "pseudo_labels",
+    "evaluations",
+    "confusion",
+    "split",
+}
 
 
 def keys(**more):
@@ -383,6 +396,8 @@ def test_the_runs_that_only_chooses(place):
         (["common.dataset=folder", "common.dataset_options={}", "common.root=nowhere"], "nowhere"),
         (["rows={A: {method: mkd}, B: {method: mdk}}"], "B, seed 0: there is no method 'mdk'; did you mean 'mkd'"),
         (["published=tabel4"], "did you mean 'table4'"),
+        (["columns={small: {}}", "shown=smal"], "did you mean 'small'"),
+        (["slots=0"], "slots must be a number from 1 on; got 0"),
         (["-o", __file__], "test_batch.py is not a folder"),
         (["-o", f"{__file__}/below"], "test_batch.py is not a folder"),
         (["rows={A: {method: mkd}, B: {method: mkd}}"], "two rows are the same run: 'A' and 'B'"),
@@ -415,6 +430,19 @@ def test_a_runs_folder_that_cannot_be_made_is_refused(place, monkeypatch, capsys
     monkeypatch.setattr(records, "RUNS", place / "tiny.yaml/runs")
     assert main(["batch", str(place / "tiny.yaml")]) == 2
     assert f"{place / 'tiny.yaml'} is no folder that can be written" in capsys.readouterr().err
+
+
+def test_what_lies_where_a_run_is_kept_is_looked_at_before_any_runs(place, monkeypatch, capsys):
+    monkeypatch.setattr(batch, "execute", lambda *args: pytest.fail("it ran"))
+    first, second = expect(place, "MKD")[:2]
+    first.folder.mkdir(parents=True)
+    (first.folder / "checkpoint.pt").write_bytes(b"PK half")
+    assert main(["batch", str(place / "tiny.yaml"), "--dry-run"]) == 2
+    assert f"MKD, seed 0: {first.folder / 'checkpoint.pt'} is damaged; delete it" in capsys.readouterr().err
+    (first.folder / "checkpoint.pt").unlink()
+    second.folder.write_text("")
+    assert main(["batch", str(place / "tiny.yaml"), "--dry-run"]) == 2
+    assert f"MKD, seed 1: {second.folder} is a file" in capsys.readouterr().err
 
 
 def test_records_of_other_work_stop_no_plan(place):

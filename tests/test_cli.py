@@ -30,7 +30,14 @@ def test_values_are_yaml_and_scientific_notation_is_a_number():
 
 
 @pytest.mark.parametrize(
-    ("pairs", "word"), [(["lr"], "key=value"), (["a=1", "a=2"], "twice"), (["a=[1"], "not YAML"), (["a={b: 1, b: 2}"], "twice")]
+    ("pairs", "word"),
+    [
+        (["lr"], "key=value"),
+        (["a=1", "a=2"], "twice"),
+        (["a=[1"], "not YAML"),
+        (["a={b: 1, b: 2}"], "twice"),
+        (["a=&x {b: *x}"], "inside itself"),
+    ],
 )
 def test_pairs_that_are_wrong(pairs, word):
     with pytest.raises(ValueError, match=word):
@@ -48,7 +55,7 @@ def test_dotted_keys_reach_into_the_files_mappings_and_change_nothing_else():
 @pytest.mark.parametrize(
     ("text", "word"),
     [("- a\n- b\n", "list"), ("a: [1\n", "not YAML"), ("rows:\n  A: 1\n  B: 2\n  A: 3\n", "(?s)p.yaml.*'A' stands twice.*line 4"),
-     ("a: \xe9", "p.yaml is not YAML: 'utf-8'")],
+     ("a: \xe9", "p.yaml is not YAML: unacceptable character"), ("a: &x [*x]\n", "p.yaml: a value stands inside itself")],
 )  # fmt: skip
 def test_parameter_files_that_are_wrong(tmp_path, text, word):
     (tmp_path / "p.yaml").write_text(text, encoding="latin-1")

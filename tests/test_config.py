@@ -47,7 +47,7 @@ def test_unknown_names_are_refused_with_a_guess_and_the_list(keys, words):
     [{"lr": 0}, {"lr": "fast"}, {"lr": -1e-3}, {"steps": 0}, {"steps": 1.5}, {"batch": 0}, {"batch": 1}, {"crop": (500, 512)}, {"crop": (0, 16)},
      {"crop": 512}, {"scale": (2.0, 0.5)}, {"scale": (0.0, 1.0)}, {"seed": -1}, {"dropout": 1.0}, {"bn_momentum": 0}, {"power": -1},
      {"weight_decay": -1}, {"workers": -1}, {"evaluate_every": -5}, {"checkpoint_every": 0}, {"keep_every": -1}, {"keep_every": 1_500}, {"log_every": 0}, {"quality_images": -1},
-     {"channels": 0}, {"base": -1}, {"norm": "layer"}, {"optimizer": "adam"}],
+     {"channels": 0}, {"base": -1}, {"norm": "layer"}, {"optimizer": "adam"}, {"steps": True}, {"scale": (True, 2.0)}, {"root": True}],
     ids=str,
 )  # fmt: skip
 def test_values_out_of_range_are_refused(keys):
@@ -59,7 +59,8 @@ def test_values_out_of_range_are_refused(keys):
 @pytest.mark.parametrize(
     "options",
     [{"alpha": "strong"}, {"select": "ts"}, {"denominator": "vaild"}, {"fda_label": "ownn"}, {"teacher_mode": "trian"}, {"ema_buffers": "some"},
-     {"arch2": "unet"}, {"decay": 1.5}, {"stride": 0}, {"boxes": -1}, {"boxes": 2.5}, {"sda": "maybe"}, {"threshold": 1.5}, {"fda_on_teacher": True}],
+     {"arch2": "unet"}, {"decay": 1.5}, {"stride": 0}, {"boxes": -1}, {"boxes": 2.5}, {"sda": "maybe"}, {"threshold": 1.5}, {"fda_on_teacher": True},
+     {"alpha": True}, {"stride": True}, {"law": "half", "sda": False}, {"fda_ramp": "linear", "fda": 0.0}],
     ids=str,
 )  # fmt: skip
 def test_wrong_values_of_options_are_refused_before_anything_starts(options):
@@ -165,7 +166,7 @@ def test_the_id_of_a_committed_run_is_still_its_own(folder):
 
 
 def test_a_younger_option_is_in_the_id_once_it_is_used():
-    ids = {config("mkd", options=options).id for options in ({}, {"law": "half"}, {"fda_ramp": "linear"}, {"law": "xor"})}
+    ids = {config("mkd", options=options).id for options in ({}, {"law": "half"}, {"fda": 1.0, "fda_ramp": "linear"}, {"law": "xor"})}
     assert len(ids) == 3
     for method, options in YOUNGER.items():
         assert {name: RunConfig(method=method).options[name] for name in options} == options  # the default is what older runs had
@@ -211,7 +212,7 @@ def test_grid():
 @pytest.mark.parametrize(
     ("keys", "word"),
     [
-        ({"steps": True}, "steps must be a number"),
+        ({"steps": True}, "steps cannot be true or false"),
         ({"lr": float("inf")}, "finite"),
         ({"options": {"alpha": float("inf")}}, "finite"),
         ({"scale": [1e-6, 1e-6]}, "scale"),

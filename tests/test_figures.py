@@ -89,7 +89,10 @@ def test_a_table_has_the_pictures_that_its_records_allow():
         return record(split=split, config=record().config | {"encoder": encoder}, **keys)
 
     counts = [[3, 1], [0, 4]]
-    cells = {"MKD": {"92": [at(92, confusion=counts), at(92, confusion=counts)], "183": [at(183)], "183 ‡": [at(183)], "none": []}, "SupOnly": {"92": [at(92)]}}
+    cells = {
+        "MKD": {"92": [at(92, confusion=counts), at(92, confusion=counts)], "183": [at(183)], "183 ‡": [at(183)], "none": []},
+        "SupOnly": {"92": [at(92)]},
+    }
     pictures = figures.of_table(cells, "92", against="SupOnly")
     assert [*pictures] == ["classes", "confusion", "labels"]
     assert "minus SupOnly" in pictures["classes"].axes[0].get_xlabel()

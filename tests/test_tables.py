@@ -127,6 +127,8 @@ def test_the_best_of_ours_is_bold_in_every_form(made):
 def test_text_is_escaped():
     made = table({"a & b <1%>": {"50 %_#": [record()]}})
     assert "a &amp; b &lt;1%&gt;" in made.html() and r"a \& b" in made.latex() and r"50 \%\_\#" in made.latex()
+    text = table({"a | b": {"x": [record()]}, "c": {"x": [record(miou=60.0)]}}).markdown()
+    assert r"| a \| b" in text and "**60.0**" in text
 
 
 def test_no_difference_across_split_families():

@@ -120,11 +120,16 @@ def some(items: Iterable[object], noun: str) -> str:
     return f"{len(names)} {noun} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
 
+def local(path: str | Path) -> Path:
+    """A path as a user writes it, "~" filled in; the home of nobody stays as written, where Path.expanduser raises."""
+    return Path(os.path.expanduser(path))
+
+
 def find_root(name: str, root: str | Path, folders: Sequence[str], where: str, below: Sequence[str] = ("",)) -> Path:
     """The first of root / below that holds one of `folders` (or just exists); DataError that says what was expected."""
     if not str(root):
         raise DataError(f"data set {name!r} needs root, the folder that holds {' or '.join(folders) or 'the files'}. {where}")
-    path = Path(os.path.expanduser(root))
+    path = local(root)
     for candidate in below:
         if any((path / candidate / folder).is_dir() for folder in folders or ("",)):
             return path / candidate

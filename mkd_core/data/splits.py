@@ -19,7 +19,7 @@ import pooch
 import yaml
 
 from ..choices import choose
-from .base import IGNORE, DataError, SegDataset, parse_ids, read_text, some
+from .base import IGNORE, DataError, SegDataset, local, parse_ids, read_text, some
 
 
 @dataclass(frozen=True)
@@ -195,9 +195,9 @@ def _fetch(file: str) -> str:
     address = _lists()["sources"][source]
     try:
         if mirror := os.environ.get("MKD_SPLITS"):
-            local = Path(os.path.expanduser(mirror)) / address["mirror"] / path
-            zipped = local.with_name(local.name + ".gz")
-            return gzip.decompress(zipped.read_bytes()).decode() if zipped.is_file() else read_text(local)
+            plain = local(mirror) / address["mirror"] / path
+            zipped = plain.with_name(plain.name + ".gz")
+            return gzip.decompress(zipped.read_bytes()).decode() if zipped.is_file() else read_text(plain)
         url, sha256 = f"{address['url']}/{path}", _lists()["files"][file]
         return read_text(Path(pooch.retrieve(url, f"sha256:{sha256}", fname=file.replace("/", "_"), path=pooch.os_cache("mkd"))))
     except (OSError, EOFError, ValueError) as error:

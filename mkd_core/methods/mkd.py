@@ -67,6 +67,8 @@ class MKD(Method):
         super().__init__()
         if fda_label == "target" and (fda_on_teacher or target_after_fda):
             raise ValueError("mkd: fda_on_teacher and target_after_fda need fda_label='own': a target cannot depend on itself")
+        if (law != "xor" and not sda) or (fda_ramp != "cosine" and not fda):  # as good as the default, under another id
+            raise ValueError("mkd: law belongs to sda: true, and fda_ramp to an fda above 0")
         if law != "xor" and boxes != 3:
             raise ValueError(f"mkd: boxes belongs to law='xor', law={law!r} has a box of its own; got boxes={boxes}")
         self.students = nn.ModuleList([build(), build(arch=arch2) if arch2 else build()])
