@@ -29,7 +29,7 @@ NOT_IDENTITY = {"root", "device", "threads", "workers", "checkpoint_every", "kee
 RESULTS = 1
 
 # Options younger than some runs, with the value that those runs had: left out of the id at that value.
-YOUNGER = {"mkd": {"fda_ramp": "cosine", "law": "xor"}}
+YOUNGER = {"mkd": {"fda_ramp": "cosine", "fda_detach": True, "law": "xor"}}
 
 
 class _Checked(BaseModel):

@@ -60,7 +60,7 @@ def test_values_out_of_range_are_refused(keys):
     "options",
     [{"alpha": "strong"}, {"select": "ts"}, {"denominator": "vaild"}, {"fda_label": "ownn"}, {"teacher_mode": "trian"}, {"ema_buffers": "some"},
      {"arch2": "unet"}, {"decay": 1.5}, {"stride": 0}, {"boxes": -1}, {"boxes": 2.5}, {"sda": "maybe"}, {"threshold": 1.5}, {"fda_on_teacher": True},
-     {"alpha": True}, {"stride": True}, {"law": "half", "sda": False}, {"fda_ramp": "linear", "fda": 0.0}],
+     {"alpha": True}, {"stride": True}, {"law": "half", "sda": False}, {"fda_ramp": "linear", "fda": 0.0}, {"fda_detach": False}],
     ids=str,
 )  # fmt: skip
 def test_wrong_values_of_options_are_refused_before_anything_starts(options):

@@ -302,10 +302,11 @@ def coarse(label: Tensor, size: Sequence[int]) -> Tensor:
     return label[..., ::k, ::k]
 
 
-def one_shot_table(net: nn.Module, seen: list[tuple[Tensor, Tensor]], strength: float) -> Tensor:
+def one_shot_table(net: nn.Module, seen: list[tuple[Tensor, Tensor]], strength: float, detach: bool = True) -> Tensor:
     """The C x C shifts of Eq. (4) from all (features (N, A), labels (N,)) so far, in float64, entry by entry."""
     features, label = (torch.cat([s[k] for s in seen]) for k in (0, 1))
-    w = net.classifier.weight.detach()[:, :, 0, 0].double()
+    w = net.classifier.weight[:, :, 0, 0].double()
+    w = w.detach() if detach else w
     table = torch.zeros(len(w), len(w), dtype=torch.float64)
     for c in range(len(w)):
         mine = features[label == c].double()
@@ -339,7 +340,7 @@ class Reference:
         return sum(ce(s(b.x), b.y) for s in self.s)
 
     def paper(
-        self, b: Batch, mask: Tensor, *, alpha=1.5, beta=1.0, t_st=0.0, t_ss=0.0, mutual=True, fda=0.0, progress=0.0
+        self, b: Batch, mask: Tensor, *, alpha=1.5, beta=1.0, t_st=0.0, t_ss=0.0, mutual=True, fda=0.0, fda_detach=True, progress=0.0
     ) -> dict[str, Tensor]:
         """Unlabeled pixels inside the image at full resolution; Eq. (2), (3), (4), (7)."""
         size = b.weak.shape[-2:]
@@ -361,7 +362,7 @@ class Reference:
                 features = self.s[i].features(x)
                 small = features.shape[-2:]
                 self.seen[i] += [rows(self.s[i].features(b.x), coarse(b.y, small)), rows(features, coarse(from_teacher[i], small))]
-                table = one_shot_table(self.s[i], self.seen[i], fda * (1 - (math.cos(math.pi * progress) + 1) / 2))
+                table = one_shot_table(self.s[i], self.seen[i], fda * (1 - (math.cos(math.pi * progress) + 1) / 2), fda_detach)
                 assert table.max() > 1e-3  # else nothing is tested
                 z_st, z_ss = add_rows(z[i], from_teacher[i], table), add_rows(z[i], by_student[1 - i], table)
             terms["st"] = terms["st"] + alpha * ce(z_st, from_teacher[i])
@@ -444,6 +445,7 @@ def compare(ours: dict[str, Tensor], reference: dict[str, Tensor], method: Metho
         {"threshold": 0.6, "select": "both"},
         {"threshold": 0.6, "mutual": False},
         {"threshold": 0.6, "fda": 1.5},
+        {"threshold": 0.6, "fda": 1.5, "fda_detach": False},
         {"threshold": 0.0, "fda": 1.5, "mutual": False, "alpha": 0.7, "beta": 0.4},
         {"threshold": 0.6, "fda": 1.5, "arch2": "pspnet"},
     ],
@@ -453,7 +455,7 @@ def test_mkd_paper_recipe_is_the_reference(options, monkeypatch):
     method, mask = sharpen(make("mkd", **options)), fixed_mask(monkeypatch)
     reference = Reference(method)
     select = options.get("select", "st")
-    arguments = {k: v for k, v in options.items() if k in ("alpha", "beta", "mutual", "fda")}
+    arguments = {k: v for k, v in options.items() if k in ("alpha", "beta", "mutual", "fda", "fda_detach")}
     arguments |= {"t_st": options["threshold"] if select != "ss" else 0.0, "t_ss": options["threshold"] if select != "st" else 0.0}
     for step in range(2):  # the second one meets moments that are not empty
         ours, stats = method(batch(step), 0.3 + step / 3)

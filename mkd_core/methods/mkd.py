@@ -31,6 +31,7 @@ class MKD(Method):
       threshold  T of knowledge selection (paper 0.95); 0: off. `select` places it: "st" (paper), "ss" or "both" (Table 5)
       fda        lambda_0 of feature augmentation (released code 1.5); 0: off
     fda_ramp     how lambda grows to lambda_0 over training: "cosine" (released code), "linear" (ISDA), "constant"; the paper does not say
+    fda_detach   no gradient of FDA's shift to the classifier's weights (released code); False: they get it, as in ISDA
     mutual       False: each teacher labels for its own student, the "naive MT" that the paper reports as unstable
     arch2        architecture of the second branch, student and teacher (Table 6: "pspnet"); None: as the first
     decay        EMA cap, Eq. (1)'s gamma: not in the paper, 0.6 in the released code; 0.99 is our choice
@@ -56,7 +57,7 @@ class MKD(Method):
     def __init__(
         self, build: Build, *, alpha: Weight = 1.5, beta: Weight = 1.0, sda: bool = True, threshold: Share = 0.95,
         select: Literal["st", "ss", "both"] = "st", fda: Weight = 0.0,
-        fda_ramp: Literal["cosine", "linear", "constant"] = "cosine", mutual: bool = True,
+        fda_ramp: Literal["cosine", "linear", "constant"] = "cosine", fda_detach: bool = True, mutual: bool = True,
         arch2: Literal["deeplabv3plus", "pspnet"] | None = None, decay: Share = 0.99, boxes: Count = 3,
         law: Literal["xor", "half", "ratio", "beta"] = "xor", rampup: Share = 0.0,
         stride: Literal[1, 2, 4, 8, 16] = 1, on_labeled: bool = False, ignore_padding: bool = True,
@@ -67,15 +68,16 @@ class MKD(Method):
         super().__init__()
         if fda_label == "target" and (fda_on_teacher or target_after_fda):
             raise ValueError("mkd: fda_on_teacher and target_after_fda need fda_label='own': a target cannot depend on itself")
-        if (law != "xor" and not sda) or (fda_ramp != "cosine" and not fda):  # as good as the default, under another id
-            raise ValueError("mkd: law belongs to sda: true, and fda_ramp to an fda above 0")
+        if (law != "xor" and not sda) or ((fda_ramp != "cosine" or not fda_detach) and not fda):  # under another id, the same
+            raise ValueError("mkd: law belongs to sda: true, fda_ramp and fda_detach to an fda above 0")
         if law != "xor" and boxes != 3:
             raise ValueError(f"mkd: boxes belongs to law='xor', law={law!r} has a box of its own; got boxes={boxes}")
         self.students = nn.ModuleList([build(), build(arch=arch2) if arch2 else build()])
         self.teachers = nn.ModuleList([EMA(s, decay, buffers=ema_buffers, mode=teacher_mode) for s in self.students if alpha])
         nets = [*self.students, *(t.module for t in self.teachers)][: 4 if fda_on_teacher else 2]
         self.moments = nn.ModuleList([ClassMoments(*net.classifier.weight.shape[:2]) for net in nets if fda])
-        self.alpha, self.beta, self.threshold, self.select, self.fda, self.fda_ramp = alpha, beta, threshold, select, fda, fda_ramp
+        self.alpha, self.beta, self.threshold, self.select, self.fda = alpha, beta, threshold, select, fda
+        self.fda_ramp, self.fda_detach = fda_ramp, fda_detach
         self.sda, self.mutual, self.boxes, self.law, self.rampup, self.stride = sda, mutual, boxes, law, rampup, stride
         self.on_labeled, self.ignore_padding, self.denominator = on_labeled, ignore_padding, denominator
         self.fda_label, self.fda_on_teacher, self.target_after_fda = fda_label, fda_on_teacher, target_after_fda
@@ -111,7 +113,8 @@ class MKD(Method):
         for i, moments in enumerate(self.moments):
             label = labels[i] if self.fda_label == "own" else targets[labeler[i]]
             moments.update(*looks[i].pixels([y, label[-len(strong) :]], grid))
-            tables.append(moments.table(looks[i].net.classifier.weight[:, :, 0, 0].detach(), strength))
+            weight = looks[i].net.classifier.weight[:, :, 0, 0]
+            tables.append(moments.table(weight.detach() if self.fda_detach else weight, strength))
             if self.fda_label == "own":
                 label = torch.cat((y, label[len(y) :])) if self.on_labeled else label  # the truth, where it is known
                 logits[i] = moments.shift(raw[i], label, tables[i])
