@@ -334,20 +334,20 @@ def _of_labeler(found: Mapping[str, Any], part: str) -> Any:
 def seeds(rows: Rows) -> Figure:
     """Every run's mIoU for each method; a bar is the mean, a thin line joins the runs of one seed."""
     table = pd.DataFrame([(name, r.seed, r.miou) for name, records in rows.items() for r in records], columns=["method", "seed", "miou"])
-    figure = Picture(figsize=(1.2 + 0.95 * len(rows), 2.9), layout="constrained")
+    figure = Picture(figsize=(5.2, 0.6 + 0.3 * len(rows)), layout="constrained")
     ax = figure.subplots()
     paired = table.pivot_table(index="seed", columns="method", values="miou").reindex(columns=list(rows))
     for _, values in paired.iterrows():
-        ax.plot(range(len(rows)), values, color=LIGHT, linewidth=0.8, zorder=0)
+        ax.plot(values, range(len(rows)), color=LIGHT, linewidth=0.8, zorder=0)
     for k, (name, look) in enumerate(looks(rows).items()):
         values = table.miou[table.method == name]
-        ax.plot([k] * len(values), values, **look | {"linestyle": ""}, markersize=5, alpha=0.9)
+        ax.plot(values, [k] * len(values), **look | {"linestyle": ""}, markersize=5, alpha=0.9)
         if len(values):
-            ax.plot([k - 0.28, k + 0.28], [values.mean()] * 2, color=INK, linewidth=1.6)
-            ax.annotate(f"{values.mean():.1f}", (k + 0.3, values.mean()), va="center", fontsize=8)
-    ax.set_xticks(range(len(rows)), [fill(name, 12, break_long_words=False) for name in rows])
-    ax.set(ylabel="mIoU (%)", xlim=(-0.5, len(rows) - 0.3))
-    ax.grid(axis="y")
+            ax.plot([values.mean()] * 2, [k - 0.3, k + 0.3], color=INK, linewidth=1.6)
+            ax.annotate(f"{values.mean():.1f}", (1.01, k), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set(xlabel="mIoU (%); at the right: mean", ylim=(len(rows) - 0.5, -0.5))
+    ax.grid(axis="x")
     return figure
 
 
@@ -392,21 +392,30 @@ def _against(points: Mapping[str, Sequence[tuple[float, float]]], xlabel: str) -
 def class_iou(rows: Rows, over: str = "") -> Figure:
     """IoU of each class for each method; with `over`, the name of a row, its gain on that row's run of the same seed.
 
-    Dots are means over runs, whiskers min .. max. A class that neither occurs nor is predicted in a run is left out of it.
+    Dots are means over runs, whiskers min .. max; above eight methods a table of means. A class that neither occurs nor is predicted in a run
+    is left out of it.
     """
     classes = next(r.classes for records in rows.values() for r in records)
     base = {r.seed: np.array(r.iou, float) for r in rows[over]} if over else {}
+    shown = {
+        name: pd.DataFrame([np.array(r.iou, float) - base.get(r.seed, np.nan if over else 0) for r in records], columns=range(len(classes)))
+        for name, records in rows.items()
+        if name != over
+    }
+    xlabel = f"IoU minus {over}'s (points)" if over else "IoU (%)"
+    if len(shown) > 8:
+        means = [values.mean() for values in shown.values()]
+        how = {"center": 0, "cmap": "vlag"} if over else {"cmap": "Blues", "vmin": 0, "vmax": 100}
+        return _heat(means, classes, [*shown], ".1f", "", "", xlabel, **how)
     figure = Picture(figsize=(4.6, 0.9 + max(0.3, 0.07 * len(rows)) * len(classes)), layout="constrained")
     ax = figure.subplots()
-    shown = {name: records for name, records in rows.items() if name != over}
-    for k, (name, look) in enumerate((name, look) for name, look in looks(rows).items() if name in shown):
-        gains = [np.array(r.iou, float) - base.get(r.seed, np.nan if over else 0) for r in shown[name]]
-        values = pd.DataFrame(gains, columns=range(len(classes)))
+    for k, (name, values) in enumerate(shown.items()):
+        look = looks(rows)[name]
         places = np.arange(len(classes)) + 0.72 * ((k + 0.5) / len(shown) - 0.5)
         ax.hlines(places, values.min(), values.max(), color=look["color"], linewidth=1.2)
         ax.plot(values.mean(), places, **look | {"linestyle": ""}, markersize=4.5, label=name)
     ax.set_yticks(range(len(classes)), classes)
-    ax.set(xlabel=f"IoU minus {over}'s (points)" if over else "IoU (%)", ylim=(len(classes) - 0.5, -0.5))
+    ax.set(xlabel=xlabel, ylim=(len(classes) - 0.5, -0.5))
     if over:
         ax.axvline(0, color=INK, linewidth=0.8)
     else:
@@ -445,12 +454,15 @@ def of_table(cells: Cells, title: str, against: str = "") -> dict[str, Figure]:
 
 
 @styled
-def _heat(table: ArrayLike, classes: Sequence[str], form: str, colours: str, xlabel: str, ylabel: str, bar: str) -> Figure:
-    side = max(2.6, 0.5 * len(classes))
-    figure = Picture(figsize=(side + 1.5, side + 0.5), layout="constrained")
+def _heat(
+    table: ArrayLike, across: Sequence[str], down: Sequence[str], form: str, xlabel: str, ylabel: str, bar: str, **how: Any
+) -> Figure:  # fmt: skip
+    """A coloured table with its numbers, square where both sides name the same."""
+    wide, tall = (max(2.6, 0.5 * len(names)) for names in (across, down if down is across else down[::2]))
+    figure = Picture(figsize=(wide + 1.5, tall + 0.5), layout="constrained")
     ax = figure.subplots()
-    names = {"xticklabels": classes, "yticklabels": classes, "annot": len(classes) <= 25, "annot_kws": {"fontsize": 7.5}}
-    how = {"fmt": form, "cmap": colours, "square": True, "linewidths": 0.6, "cbar_kws": {"label": bar, "shrink": 0.8}}
+    names = {"xticklabels": across, "yticklabels": down, "annot": len(across) <= 25, "annot_kws": {"fontsize": 7.5}}
+    how |= {"fmt": form, "square": down is across, "linewidths": 0.6, "cbar_kws": {"label": bar, "shrink": 0.8}}
     sns.heatmap(np.asarray(table), ax=ax, **how, **names)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.tick_params(axis="x", labelrotation=45, length=0)
@@ -465,13 +477,13 @@ def confusion(matrix: ArrayLike, classes: Sequence[str]) -> Figure:
     counts = np.asarray(matrix, float)
     counts = counts.reshape(-1, *counts.shape[-2:]).sum(0)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    return _heat(shares, classes, ".0f", "Blues", "prediction", "ground truth", "% of the true class's pixels")
+    return _heat(shares, classes, classes, ".0f", "prediction", "ground truth", "% of the true class's pixels", cmap="Blues")
 
 
 def table_heat(table: Tensor, classes: Sequence[str]) -> Figure:
     """FDA's (C, C) table: row c is added to the logits of a pixel labelled c."""
     values = table.detach().cpu().numpy()
-    return _heat(values, classes, ".2f", "YlOrBr", "logit $j$ that rises", "label $c$ of the pixel", "added to the logit")
+    return _heat(values, classes, classes, ".2f", "logit $j$ that rises", "label $c$ of the pixel", "added to the logit", cmap="YlOrBr")
 
 
 # The paper's Figure 1.

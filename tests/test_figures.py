@@ -177,6 +177,20 @@ def test_gains_of_a_class_are_paired_by_seed():
     assert [*ax.lines[0].get_xdata()] == [7.5, -10]  # (20 - 10 + 35 - 30) / 2; the second class exists for seed 0 alone
     assert ax.get_xlabel() == "IoU minus SupOnly's (points)" and len(ax.lines) == 2  # MKD and the zero
     assert [*figures.class_iou(rows).axes[0].lines[0].get_xdata()] == [20, 50]
+    many = figures.class_iou(rows | {f"other {k}": rows["MKD"] for k in range(8)}, over="SupOnly").axes[0]  # told apart as a table alone
+    assert [t.get_text() for t in many.texts[:2]] == ["7.5", "-10.0"] and many.get_yticklabels()[0].get_text() == "MKD"
+
+
+def test_every_seed_is_shown_and_joined_to_itself():
+    ax = figures.seeds({"SupOnly": runs((0, 40), (1, 44)), "MKD": runs((1, 50), (0, 48)), "not run": []}).axes[0]
+    joined, dots = ax.lines[:2], ax.lines[2:]
+    assert [[*line.get_xdata()[:2]] for line in joined] == [[40, 48], [44, 50]]
+    assert [*dots[0].get_xdata()] == [40, 44] and [*dots[1].get_xdata()] == [42, 42]
+    assert [t.get_text() for t in ax.texts] == ["42.0", "49.0"] and [t.get_text() for t in ax.get_yticklabels()] == [
+        "SupOnly",
+        "MKD",
+        "not run",
+    ]
 
 
 def test_long_row_names_and_legends_keep_clear_of_each_other():
