@@ -355,7 +355,7 @@ class Reference:
 
         by_teacher, by_student = [target(k, t_st) for k in t], [target(k, t_ss) for k in z]
         from_teacher = by_teacher[::-1] if mutual else by_teacher  # for student 1, for student 2
-        terms = {"sup": self.supervised(b), "st": 0.0, "ss": 0.0}
+        terms, self.tables = {"sup": self.supervised(b), "st": 0.0, "ss": 0.0}, []
         for i in (0, 1):
             z_st = z_ss = z[i]
             if fda:
@@ -364,6 +364,7 @@ class Reference:
                 self.seen[i] += [rows(self.s[i].features(b.x), coarse(b.y, small)), rows(features, coarse(from_teacher[i], small))]
                 table = one_shot_table(self.s[i], self.seen[i], fda * (1 - (math.cos(math.pi * progress) + 1) / 2), fda_detach)
                 assert table.max() > 1e-3  # else nothing is tested
+                self.tables.append(table.detach())
                 z_st, z_ss = add_rows(z[i], from_teacher[i], table), add_rows(z[i], by_student[1 - i], table)
             terms["st"] = terms["st"] + alpha * ce(z_st, from_teacher[i])
             terms["ss"] = terms["ss"] + beta * ce(z_ss, by_student[1 - i])
@@ -462,6 +463,9 @@ def test_mkd_paper_recipe_is_the_reference(options, monkeypatch):
         theirs = reference.paper(batch(step), mask, progress=0.3 + step / 3, **arguments)
         compare(ours, theirs, method, reference)
         torch.testing.assert_close(stats["kept"], reference.kept)
+        assert ("shift" in stats) == bool(reference.tables)
+        if reference.tables:
+            torch.testing.assert_close(stats["shift"].double(), torch.stack(reference.tables).mean(), rtol=1e-4, atol=1e-6)
         assert (0.05 < stats["kept"] < 0.95) or arguments["t_st"] == 0
 
 

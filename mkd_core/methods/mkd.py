@@ -129,6 +129,8 @@ class MKD(Method):
 
         grown = ramp(progress, self.rampup)
         terms, stats = {"sup": sup}, {"agreement": masked_mean((labels[0] == labels[1]).float(), inside)}
+        if tables:
+            stats["shift"] = torch.stack(tables).detach().mean()  # of FDA, in logits; it runs away where it feeds on itself
         if self.beta:
             terms["ss"] = self.beta * grown * (distil(0, by=1) + distil(1, by=0))
         if self.alpha:
