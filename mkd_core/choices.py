@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
@@ -38,12 +38,13 @@ def check_options(owner: str, make: Callable[..., Any], options: Mapping[str, An
 def complete_options(owner: str, make: Callable[..., Any], options: Mapping[str, Any], skip: str) -> dict[str, Any]:
     """Options with the constructor's defaults filled in, checked against its type hints: 1, 1.0 and "1.0" are one weight."""
     check_options(owner, make, options, skip={skip})
-    hints = get_type_hints(make.__init__)  # type: ignore[misc]
+    model = _model(owner, make, skip)
     for name, value in options.items():
-        if isinstance(value, bool) and hints[name] is not bool:  # pydantic takes true for 1
+        hint = model.model_fields[name].annotation
+        if isinstance(value, bool) and bool not in (hint, *get_args(hint)):  # pydantic takes true for 1
             raise ValueError(f"{owner}, option {name!r}: true and false are no values of it; got {value}")
     try:
-        return _model(owner, make, skip)(**options).model_dump(mode="json")
+        return model(**options).model_dump(mode="json")
     except ValidationError as error:
         raise ValueError(f"{owner}, {spell_out(error, 'option ')}") from error
 

@@ -223,7 +223,7 @@ def read_parameters(file: Path) -> dict[str, Any]:
 def _parse(text: str | bytes, place: str) -> Any:
     try:
         return _numbers(yaml.load(text, _Once))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise ValueError(f"{place} is not YAML: {error}") from error
     except RecursionError:
         raise ValueError(f"{place}: a value stands inside itself (an anchor and its alias)") from None
@@ -436,6 +436,8 @@ def _refuse_late(parameters: dict[str, Any]) -> None:
         published(parameters["published"])
     if parameters.get("shown") and isinstance(columns := parameters.get("columns"), dict):
         choose("column to be shown", parameters["shown"], columns)
+    if parameters.get("against") and isinstance(rows := parameters.get("rows"), dict):
+        choose("row to compare with", parameters["against"], rows)
     if type(slots := parameters.get("slots", 1)) is not int or slots < 1:
         raise ValueError(f"slots must be a number from 1 on; got {slots!r}")
 

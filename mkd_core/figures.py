@@ -398,7 +398,9 @@ def class_iou(rows: Rows, over: str = "") -> Figure:
     classes = next(r.classes for records in rows.values() for r in records)
     base = {r.seed: np.array(r.iou, float) for r in rows[over]} if over else {}
     shown = {
-        name: pd.DataFrame([np.array(r.iou, float) - base.get(r.seed, np.nan if over else 0) for r in records], columns=range(len(classes)))
+        name: pd.DataFrame(
+            [np.array(r.iou, float) - base.get(r.seed, np.nan if over else 0) for r in records], columns=range(len(classes)), dtype=float
+        )
         for name, records in rows.items()
         if name != over
     }

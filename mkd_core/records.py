@@ -90,9 +90,16 @@ def load(folder: str | Path) -> Record | None:
     if not path.exists():
         return None
     try:
-        return Record.model_validate_json(path.read_text())
+        record = Record.model_validate_json(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged; delete it and the run is finished from its checkpoint. {str(error)[:300]}") from error
+    return record if record.evaluations else record.model_copy(update=measured(history(folder)))
+
+
+def measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a record keeps of a history: its evaluations, and the confusion matrix of the last (rows of old runs have none)."""
+    found = [{key: row[key] for key in ("step", "miou", "pseudo_labels") if key in row} for row in rows if "miou" in row]
+    return {"evaluations": found, "confusion": rows[-1].get("confusion", []) if found else []}
 
 
 def history(folder: str | Path) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ def test_unknown_names_are_refused_with_a_guess_and_the_list(keys, words):
     [{"lr": 0}, {"lr": "fast"}, {"lr": -1e-3}, {"steps": 0}, {"steps": 1.5}, {"batch": 0}, {"batch": 1}, {"crop": (500, 512)}, {"crop": (0, 16)},
      {"crop": 512}, {"scale": (2.0, 0.5)}, {"scale": (0.0, 1.0)}, {"seed": -1}, {"dropout": 1.0}, {"bn_momentum": 0}, {"power": -1},
      {"weight_decay": -1}, {"workers": -1}, {"evaluate_every": -5}, {"checkpoint_every": 0}, {"keep_every": -1}, {"keep_every": 1_500}, {"log_every": 0}, {"quality_images": -1},
-     {"channels": 0}, {"base": -1}, {"norm": "layer"}, {"optimizer": "adam"}, {"steps": True}, {"scale": (True, 2.0)}, {"root": True}],
+     {"channels": 0}, {"base": -1}, {"norm": "layer"}, {"optimizer": "adam"}, {"steps": True}, {"scale": (True, 2.0)}],
     ids=str,
 )  # fmt: skip
 def test_values_out_of_range_are_refused(keys):
@@ -60,13 +60,18 @@ def test_values_out_of_range_are_refused(keys):
     "options",
     [{"alpha": "strong"}, {"select": "ts"}, {"denominator": "vaild"}, {"fda_label": "ownn"}, {"teacher_mode": "trian"}, {"ema_buffers": "some"},
      {"arch2": "unet"}, {"decay": 1.5}, {"stride": 0}, {"boxes": -1}, {"boxes": 2.5}, {"sda": "maybe"}, {"threshold": 1.5}, {"fda_on_teacher": True},
-     {"alpha": True}, {"stride": True}, {"law": "half", "sda": False}, {"fda_ramp": "linear", "fda": 0.0}, {"fda_detach": False}],
+     {"alpha": True}, {"stride": True}, {"law": "half", "sda": False}, {"boxes": 0, "sda": False}, {"select": "both", "threshold": 0.0}, {"fda_ramp": "linear", "fda": 0.0}, {"fda_detach": False}],
     ids=str,
 )  # fmt: skip
 def test_wrong_values_of_options_are_refused_before_anything_starts(options):
     """`select: ts` would otherwise select on both terms, silently."""
     with pytest.raises(ValueError, match=next(iter(options)).removeprefix("teacher_").removeprefix("ema_").rstrip("2")):
         build_method(config("mkd", options=options), 5)
+
+
+def test_true_and_false_are_values_where_the_hint_says_so():
+    for value in (True, False, None):
+        assert RunConfig(method="cps", options={"on_labeled": value}).options["on_labeled"] is value
 
 
 def test_wrong_values_of_data_set_options_are_refused():
@@ -204,7 +209,12 @@ def test_grid():
         Grid(common={}, rows={"a": {"method": "mkd"}, "b": {"method": "mkd", "options": {"alpha": 1.5}}}, seeds=[0])
     with pytest.raises(ValueError, match="twice"):
         Grid(common={}, rows={"a": {}}, seeds=[1, 1])
-    for wrong in ({"rows": {}, "seeds": [0]}, {"rows": {"a": {}}, "seeds": []}, {"rows": {"a": {}}, "seeds": [0], "extra": 1}):
+    for wrong in (
+        {"rows": {}, "seeds": [0]},
+        {"rows": {"a": {}}, "seeds": []},
+        {"rows": {"a": {}}, "seeds": [True]},
+        {"rows": {"a": {}}, "seeds": [0], "extra": 1},
+    ):
         with pytest.raises(ValueError):
             Grid(common={}, **wrong)
 

@@ -90,13 +90,13 @@ def test_a_table_has_the_pictures_that_its_records_allow():
 
     counts = [[3, 1], [0, 4]]
     cells = {
-        "MKD": {"92": [at(92, confusion=counts), at(92, confusion=counts)], "183": [at(183)], "183 ‡": [at(183)], "none": []},
+        "MKD": {"92": [at(92, confusion=counts), at(92, confusion=[[4, 0], [0, 4]])], "183": [at(183)], "183 ‡": [at(183)], "none": []},
         "SupOnly": {"92": [at(92)]},
     }
     pictures = figures.of_table(cells, "92", against="SupOnly")
     assert [*pictures] == ["classes", "confusion", "labels"]
     assert "minus SupOnly" in pictures["classes"].axes[0].get_xlabel()
-    assert "25" in [t.get_text() for t in pictures["confusion"].axes[0].texts]  # of both runs: 2 of 8 pixels of x
+    assert "12" in [t.get_text() for t in pictures["confusion"].axes[0].texts]  # of both runs: 1 of 8 pixels of x
     assert [t.get_text() for t in pictures["labels"].axes[0].get_xticklabels()] == ["92", "183"]
     assert [*figures.of_table(cells | {"MKD": cells["MKD"] | {"92": [trained([40, 50])]}}, "92")] == ["curves", "classes"]
     # Other families of lists and other encoders are not joined to a line; a column without runs has no picture.
@@ -177,7 +177,9 @@ def test_gains_of_a_class_are_paired_by_seed():
     assert [*ax.lines[0].get_xdata()] == [7.5, -10]  # (20 - 10 + 35 - 30) / 2; the second class exists for seed 0 alone
     assert ax.get_xlabel() == "IoU minus SupOnly's (points)" and len(ax.lines) == 2  # MKD and the zero
     assert [*figures.class_iou(rows).axes[0].lines[0].get_xdata()] == [20, 50]
-    many = figures.class_iou(rows | {f"other {k}": rows["MKD"] for k in range(8)}, over="SupOnly").axes[0]  # told apart as a table alone
+    many = figures.class_iou(rows | {f"other {k}": rows["MKD"] for k in range(8)} | {"not run": []}, over="SupOnly").axes[
+        0
+    ]  # told apart as a table alone
     assert [t.get_text() for t in many.texts[:2]] == ["7.5", "-10.0"] and many.get_yticklabels()[0].get_text() == "MKD"
 
 

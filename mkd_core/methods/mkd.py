@@ -68,8 +68,13 @@ class MKD(Method):
         super().__init__()
         if fda_label == "target" and (fda_on_teacher or target_after_fda):
             raise ValueError("mkd: fda_on_teacher and target_after_fda need fda_label='own': a target cannot depend on itself")
-        if (law != "xor" and not sda) or ((fda_ramp != "cosine" or not fda_detach) and not fda):  # under another id, the same
-            raise ValueError("mkd: law belongs to sda: true, fda_ramp and fda_detach to an fda above 0")
+        # What has no effect would only give the run another id.
+        if not sda and (law != "xor" or boxes != 3):
+            raise ValueError("mkd: law and boxes belong to sda: true")
+        if not fda and (fda_ramp != "cosine" or not fda_detach):
+            raise ValueError("mkd: fda_ramp and fda_detach belong to an fda above 0")
+        if not threshold and select != "st":
+            raise ValueError("mkd: select belongs to a threshold above 0")
         if law != "xor" and boxes != 3:
             raise ValueError(f"mkd: boxes belongs to law='xor', law={law!r} has a box of its own; got boxes={boxes}")
         self.students = nn.ModuleList([build(), build(arch=arch2) if arch2 else build()])
@@ -130,7 +135,7 @@ class MKD(Method):
         grown = ramp(progress, self.rampup)
         terms, stats = {"sup": sup}, {"agreement": masked_mean((labels[0] == labels[1]).float(), inside)}
         if tables:
-            stats["shift"] = torch.stack(tables).detach().mean()  # of FDA, in logits; it runs away where it feeds on itself
+            stats["shift"] = torch.stack(tables).detach().mean()  # mean entry of FDA's tables
         if self.beta:
             terms["ss"] = self.beta * grown * (distil(0, by=1) + distil(1, by=0))
         if self.alpha:
