@@ -177,7 +177,7 @@ def read_checkpoint(path: Path, device: torch.device | str) -> dict[str, Any]:
             raise KeyError("step, method, optimizers, history")
         return state
     except FileNotFoundError as error:
-        raise ValueError(f"there is no checkpoint {path}: the run has not come that far") from error
+        raise ValueError(f"there is no checkpoint {path}: the run has not come that far, or did not keep it (keep_every)") from error
     except (PermissionError, IsADirectoryError, MemoryError, torch.OutOfMemoryError):  # not the file's fault: nothing to delete
         raise
     except Exception as error:  # torch raises half a dozen unrelated classes here, with advice to unpickle that nobody should follow

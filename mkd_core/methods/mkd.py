@@ -114,12 +114,11 @@ class MKD(Method):
 
         # FDA: the logits of a pixel of class c rise by row c of its network's table.
         logits, tables, y = list(raw), [], nearest(batch.y, grid)
-        strength = self.fda * {"cosine": cosine(progress), "linear": progress, "constant": 1.0}[self.fda_ramp]
         for i, moments in enumerate(self.moments):
             label = labels[i] if self.fda_label == "own" else targets[labeler[i]]
             moments.update(*looks[i].pixels([y, label[-len(strong) :]], grid))
             weight = looks[i].net.classifier.weight[:, :, 0, 0]
-            tables.append(moments.table(weight.detach() if self.fda_detach else weight, strength))
+            tables.append(moments.table(weight.detach() if self.fda_detach else weight, self.strength(progress)))
             if self.fda_label == "own":
                 label = torch.cat((y, label[len(y) :])) if self.on_labeled else label  # the truth, where it is known
                 logits[i] = moments.shift(raw[i], label, tables[i])
@@ -142,6 +141,10 @@ class MKD(Method):
             terms["st"] = self.alpha * grown * (distil(0, by=labeler[0]) + distil(1, by=labeler[1]))
             stats["kept"] = masked_mean(torch.stack([k.float() for k in kept[2:]]), torch.stack([inside] * 2))
         return terms, stats
+
+    def strength(self, progress: float) -> float:
+        """lambda of Eq. (4) at a share of the run."""
+        return self.fda * {"cosine": cosine(progress), "linear": progress, "constant": 1.0}[self.fda_ramp]
 
     def update(self, step: int) -> None:
         for teacher, student in zip(self.teachers, self.students, strict=False):
