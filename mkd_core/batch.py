@@ -6,6 +6,7 @@ A run is done when its folder holds a record with its id. Nothing else is rememb
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import statistics
@@ -98,12 +99,16 @@ def check(runs: Sequence[Run]) -> None:
     place = records.nearest(records.RUNS)
     if runs and not (place.is_dir() and os.access(place, os.W_OK)):
         raise ValueError(f"{place} is no folder that can be written: runs are kept in {records.RUNS}, or in what MKD_RUNS names")
-    for run in runs:
-        checkpoint = run.folder / "checkpoint.pt" if run.named else None
-        if checkpoint and run.folder.exists() and not run.folder.is_dir():
-            raise ValueError(f"{run}: {run.folder} is a file, and would be its folder")
-        if checkpoint and checkpoint.is_file() and not is_zipfile(checkpoint):  # torch's format; a whole file is read by the run alone
-            raise ValueError(f"{run}: {checkpoint} is damaged; delete it and the run starts anew")
+    for run in (run for run in runs if run.named):
+        if os.path.lexists(run.folder) and not run.folder.is_dir():
+            raise ValueError(f"{run}: {run.folder} would be its folder, and is none")
+        for path in (run.folder / name for name in ("config.json", "history.jsonl", "record.json", "lock", "checkpoint.pt")):
+            if path.exists() and not path.is_file():
+                raise ValueError(f"{run}: {path} would be a file, and is none")
+        if path.exists() and not is_zipfile(path):  # torch's format; whether all is in it is seen by the run alone
+            raise ValueError(f"{run}: {path} is damaged; delete it and the run starts anew")
+        if (record := records.load(run.folder)) and record.id != run.folder.name:
+            raise ValueError(f"{run}: {run.folder / 'record.json'} is the record of another run ({record.id}); delete it")
     if found := faults([run.config for run in runs]):
         named = ((runs[of[0]], f" and {len(of) - 1} more" * (len(of) > 1), fault) for fault, of in found.items())
         raise ValueError("\n".join(f"{first}{others}: {fault}" for first, others, fault in named))
@@ -141,9 +146,11 @@ def _readable_records() -> list[records.Record]:
     """For the expected time alone: a record of other work that is damaged, or of another version, stops no batch."""
     found = []
     for folder in records.RUNS.glob("*/"):
-        with suppress(ValueError):
-            found.append(records.load(folder))
-    return [record for record in found if record]
+        with suppress(ValueError, OSError, TypeError):
+            record = records.load(folder)
+            if record and record.config.get("steps", 0) > 0 and dict(record.config.get("options", {})) and math.isfinite(record.seconds):
+                found.append(record)
+    return found
 
 
 # One run, on whichever machine.

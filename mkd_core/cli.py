@@ -13,11 +13,14 @@ import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
 
 from .choices import choose
+
+if TYPE_CHECKING:
+    from .config import Grid
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -287,15 +290,18 @@ def execute(notebook: Path, parameters: dict[str, Any], folder: Path, html: bool
 
 
 def _refuse_unknown(notebook: Path, parameters: dict[str, Any]) -> Collection[str]:
-    """The notebook's parameters; ValueError where it does not exist or has no such parameter: papermill would only log it."""
+    """The notebook's parameters; ValueError where it does not exist, has no such parameter (papermill would only log it) or one of another type."""
     import papermill
 
     if not notebook.is_file():
         near = sorted(str(p) for p in notebook.parent.glob("*.ipynb"))
         raise ValueError(f"notebook {notebook} does not exist" + (f"; {notebook.parent} has {', '.join(near)}" if near else ""))
     known = papermill.inspect_notebook(str(notebook))
-    for name in parameters:
-        choose(f"parameter of {notebook.name}", name, known)
+    kinds: dict[str, Any] = {"str": str, "bool": bool, "int": int, "float": (int, float), "list": list, "dict": dict}
+    for name, value in parameters.items():
+        kind = known[choose(f"parameter of {notebook.name}", name, known)]["inferred_type_name"]
+        if not isinstance(value, kinds.get(kind, object)) or (isinstance(value, bool) and kind in ("int", "float")):
+            raise ValueError(f"parameter {name} of {notebook.name} is a {kind}; got {value!r}")
     return known
 
 
@@ -428,18 +434,22 @@ def _options(words: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(words, name) for name in ("predictor", "step", "protocol", "device", "overwrite")}
 
 
-def _refuse_late(parameters: dict[str, Any]) -> None:
+def _refuse_late(table: Path, parameters: dict[str, Any], grid: Grid) -> None:
     """ValueError for what a table's notebook would refuse when all has run."""
-    from .tables import published
+    from .tables import published, refuse_unlike_configs
 
-    if parameters.get("published"):
-        published(parameters["published"])
-    if parameters.get("shown") and isinstance(columns := parameters.get("columns"), dict):
-        choose("column to be shown", parameters["shown"], columns)
-    if parameters.get("against") and isinstance(rows := parameters.get("rows"), dict):
-        choose("row to compare with", parameters["against"], rows)
-    if type(slots := parameters.get("slots", 1)) is not int or slots < 1:
-        raise ValueError(f"slots must be a number from 1 on; got {slots!r}")
+    quoted = published(parameters["published"]) if parameters.get("published") else None
+    if parameters.get("shown"):
+        choose("column to be shown", parameters["shown"], grid.columns)
+    if parameters.get("against"):
+        choose("row to compare with", parameters["against"], grid.rows)
+    if parameters.get("slots", 1) < 1:
+        raise ValueError(f"slots must be a number from 1 on; got {parameters['slots']}")
+    if not parameters.get("train", True):
+        raise ValueError(f"train: false asks for the table of what is done, without runs: mkd run {table}")
+    for title in grid.columns:
+        rows = {row: [config.model_dump(mode="json") for config in of[title]] for row, of in grid.cells.items()}
+        refuse_unlike_configs(title, rows, quoted)
 
 
 def _batch(words: argparse.Namespace) -> int:
@@ -458,8 +468,7 @@ def _batch(words: argparse.Namespace) -> int:
     resources = read_parameters(words.resources) if words.resources else None
     seeds = [f"seeds=[{words.seeds}]"] if words.seeds is not None else []
     parameters = merge(read_parameters(words.file), parse_values([*words.pairs, *seeds]))
-    _refuse_late(parameters)
-    for name, out in (("--out", words.out and words.out.absolute()), ("out:", ROOT / str(parameters.get("out", "")))):
+    for name, out in (("--out", words.out and words.out.absolute()), ("out:", ROOT / os.path.expanduser(str(parameters.get("out", ""))))):
         if out and not (place := nearest(out)).is_dir():
             raise ValueError(f"{name} {out} cannot be made: {place} is not a folder")
     table = ROOT / "notebooks" / f"{words.file.stem}.ipynb"
@@ -467,7 +476,10 @@ def _batch(words: argparse.Namespace) -> int:
         raise ValueError(f"{words.file} has no `columns`, and {table.name} would take its own; for a single one: columns: {{TITLE: {{}}}}")
     for key in parameters if not table.is_file() else ():
         choose(f"key of {words.file} (there is no {table.name} to take it)", key, Grid.model_fields)
-    every = batch.expand(Grid(**{key: value for key, value in parameters.items() if key in Grid.model_fields}))
+    grid = Grid(**{key: value for key, value in parameters.items() if key in Grid.model_fields})
+    if table.is_file():
+        _refuse_late(table, parameters, grid)
+    every = batch.expand(grid)
     only: dict[str, list[Any]] = {}
     for pair in words.only:
         key, equals, text = pair.partition("=")

@@ -182,7 +182,7 @@ def read_checkpoint(path: Path, device: torch.device | str) -> dict[str, Any]:
         raise
     except Exception as error:  # torch raises half a dozen unrelated classes here, with advice to unpickle that nobody should follow
         raise ValueError(
-            f"{path} is damaged, or no checkpoint of this suite ({type(error).__name__}); delete it and the run starts anew"
+            f"{path} is damaged, or no checkpoint of this suite ({type(error).__name__}); delete it, and record.json where there is one, and the run starts anew"
         ) from error
 
 
@@ -731,11 +731,16 @@ class _Run:
         path = self.folder / "checkpoint.pt"
         if path.exists():
             state = read_checkpoint(path, self.device)
-            self.method.load_state_dict(state["method"])
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-            self.step, self.history = state["step"], json.loads(state["history"])
-            self.seconds, self.seconds_training = state["seconds"], state["seconds_training"]
+            try:
+                self.method.load_state_dict(state["method"])
+                for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                    optimizer.load_state_dict(saved)
+                self.step, self.history = state["step"], json.loads(state["history"])
+                self.seconds, self.seconds_training = state["seconds"], state["seconds_training"]
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{path} is the checkpoint of another run; delete it and this one starts anew: {str(error)[:300]}"
+                ) from error
             self.progress(f"goes on from step {self.step:,}", now=True)
         # Rows after the checkpoint will be written again.
         records.write_atomically(self.folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in self.history))

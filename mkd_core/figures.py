@@ -63,6 +63,11 @@ class Picture(Figure):
         return None
 
 
+def _plain(name: str) -> str:
+    """A name as it is: matplotlib sets what stands between two $ as mathematics."""
+    return name.replace("$", r"\$")
+
+
 def save(figure: Figure, path: str | Path) -> Path:
     """PNG at 200 dpi, whole or not at all, equal bytes for equal pictures (no time stamp)."""
     path = Path(path)
@@ -111,10 +116,14 @@ def sheet(
     columns = max(map(len, arrays.values()))
     tall = side * np.mean([a.shape[0] / a.shape[1] for row in arrays.values() for a in row])
     lines = 1 + caption.count("\n") if caption else 0
-    names = {name: fill(name, max(6, int(tall / 0.075)), break_long_words=False) for name in arrays}  # upright beside its row of pictures
+    names = {
+        name: fill(_plain(name), max(6, int(tall / 0.075)), break_long_words=False) for name in arrays
+    }  # upright beside its row of pictures
     left = 0.14 + 0.16 * max(1 + name.count("\n") for name in names.values())
     width = side * columns + left + 0.02
-    keys = [Patch(fc=c / 255, ec=INK, lw=0.4, label=n) for c, n in zip(() if palette is None else palette, classes, strict=False)]
+    keys = [
+        Patch(fc=c / 255, ec=INK, lw=0.4, label=n) for c, n in zip(() if palette is None else palette, map(_plain, classes), strict=False)
+    ]
     if keys and any((a == IGNORE).any() for row in arrays.values() for a in row if a.ndim == 2 and a.dtype.kind in "iu"):
         keys.append(Patch(fc="0.93", ec="0.6", hatch="/////", lw=0.4, label="no label"))
     deep = -(-len(keys) // max(3, int(width / 0.95)))  # lines of the legend
@@ -232,7 +241,9 @@ def _name_ends(ax: Axes, ends: Mapping[str, tuple[float, float]], look: Mapping[
     places = [min(place, 1 - gap * k) for k, place in zip(reversed(range(len(places))), places, strict=True)]
     for name, place in zip(order, places, strict=True):
         leader = {"arrowstyle": "-", "color": look[name]["color"], "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4, "relpos": (0, 0.5)}
-        ax.annotate(name, ends[name], (1.04, place), "data", "axes fraction", leader, annotation_clip=False, va="center", fontsize=8)
+        ax.annotate(
+            _plain(name), ends[name], (1.04, place), "data", "axes fraction", leader, annotation_clip=False, va="center", fontsize=8
+        )
 
 
 @styled
@@ -268,7 +279,7 @@ def terms_of(histories: Mapping[str, Sequence[Mapping[str, Any]]], across: int =
             points = [(row["step"], row[name]) for row in history if row.get(name)]  # 0 has no place on the axis
             ax.plot(*zip(*points, strict=True) if points else ([], []), color=colour, linewidth=1.1, label=name.removeprefix("term/"))
         ax.set_yscale("log")
-        ax.set_title(method, fontsize=8.5)
+        ax.set_title(_plain(method), fontsize=8.5)
         ax.tick_params(labelsize=6.5)
         ax.legend(fontsize=6, handlelength=1, loc="best", frameon=True, framealpha=0.75, edgecolor="none", borderpad=0.1, labelspacing=0.15)
     for ax in axes[len(histories) :]:
@@ -316,7 +327,7 @@ def curves(rows: Rows) -> Figure:
                 spread = pd.DataFrame(points, columns=["step", "value"]).astype(float).groupby("step")["value"].agg(["mean", "min", "max"])
                 known = sum(any(key in found for found in run.evaluations) for run in runs)  # old records are without them
                 seeds = f" ({known if known == len(runs) else f'{known} of {len(runs)}'} seeds)" if len(runs) > 1 else ""
-                ax.plot(spread.index, spread["mean"], label=name + seeds, markersize=3, **look[name])
+                ax.plot(spread.index, spread["mean"], label=_plain(name) + seeds, markersize=3, **look[name])
                 ax.fill_between(spread.index, spread["min"], spread["max"], color=look[name]["color"], alpha=0.18, linewidth=0)
         ax.set(xlabel="step", ylabel=ylabel)
         ax.grid(axis="y")
@@ -345,7 +356,7 @@ def seeds(rows: Rows) -> Figure:
         if len(values):
             ax.plot([values.mean()] * 2, [k - 0.3, k + 0.3], color=INK, linewidth=1.6)
             ax.annotate(f"{values.mean():.1f}", (1.01, k), xycoords=("axes fraction", "data"), va="center", fontsize=8)
-    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set_yticks(range(len(rows)), [*map(_plain, rows)])
     ax.set(xlabel="mIoU (%); at the right: mean", ylim=(len(rows) - 0.5, -0.5))
     ax.grid(axis="x")
     return figure
@@ -404,7 +415,7 @@ def class_iou(rows: Rows, over: str = "") -> Figure:
         for name, records in rows.items()
         if name != over
     }
-    xlabel = f"IoU minus {over}'s (points)" if over else "IoU (%)"
+    xlabel = f"IoU minus {_plain(over)}'s (points)" if over else "IoU (%)"
     if len(shown) > 8:
         means = [values.mean() for values in shown.values()]
         how = {"center": 0, "cmap": "vlag"} if over else {"cmap": "Blues", "vmin": 0, "vmax": 100}
@@ -415,8 +426,8 @@ def class_iou(rows: Rows, over: str = "") -> Figure:
         look = looks(rows)[name]
         places = np.arange(len(classes)) + 0.72 * ((k + 0.5) / len(shown) - 0.5)
         ax.hlines(places, values.min(), values.max(), color=look["color"], linewidth=1.2)
-        ax.plot(values.mean(), places, **look | {"linestyle": ""}, markersize=4.5, label=name)
-    ax.set_yticks(range(len(classes)), classes)
+        ax.plot(values.mean(), places, **look | {"linestyle": ""}, markersize=4.5, label=_plain(name))
+    ax.set_yticks(range(len(classes)), [*map(_plain, classes)])
     ax.set(xlabel=xlabel, ylim=(len(classes) - 0.5, -0.5))
     if over:
         ax.axvline(0, color=INK, linewidth=0.8)
@@ -438,7 +449,7 @@ def of_table(cells: Cells, title: str, against: str = "") -> dict[str, Figure]:
     if not ran:
         return {}
     pictures = {"curves": curves(ran)} if any(r.evaluations for found in ran.values() for r in found) else {}
-    pictures["classes"] = class_iou(ran, over=against if against in ran else "")
+    pictures["classes"] = class_iou(ran, over=against if against in ran and len(ran) > 1 else "")
     first = next(iter(ran.values()))
     if counts := [r.confusion for r in first if r.confusion]:
         pictures["confusion"] = confusion(counts, first[0].classes)
@@ -460,10 +471,11 @@ def _heat(
     table: ArrayLike, across: Sequence[str], down: Sequence[str], form: str, xlabel: str, ylabel: str, bar: str, **how: Any
 ) -> Figure:  # fmt: skip
     """A coloured table with its numbers, square where both sides name the same."""
-    wide, tall = (max(2.6, 0.5 * len(names)) for names in (across, down if down is across else down[::2]))
+    numbers = len(across) <= 25  # above, the cells shrink with their number, and so do the names
+    wide, tall = (max(2.6, 0.5 * min(25, len(names))) for names in (across, down if down is across else down[::2]))
     figure = Picture(figsize=(wide + 1.5, tall + 0.5), layout="constrained")
     ax = figure.subplots()
-    names = {"xticklabels": across, "yticklabels": down, "annot": len(across) <= 25, "annot_kws": {"fontsize": 7.5}}
+    names = {"xticklabels": [*map(_plain, across)], "yticklabels": [*map(_plain, down)], "annot": numbers, "annot_kws": {"fontsize": 7.5}}
     how |= {"fmt": form, "square": down is across, "linewidths": 0.6, "cbar_kws": {"label": bar, "shrink": 0.8}}
     sns.heatmap(np.asarray(table), ax=ax, **how, **names)
     ax.set(xlabel=xlabel, ylabel=ylabel)
@@ -471,6 +483,8 @@ def _heat(
     ax.tick_params(axis="y", labelrotation=0, length=0)
     for text in ax.get_xticklabels():
         text.set(ha="right", rotation_mode="anchor")
+    for text in (*ax.get_xticklabels(), *ax.get_yticklabels()):
+        text.set_fontsize(min(8.0, 50 * wide / len(across)))
     return figure
 
 

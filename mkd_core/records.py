@@ -20,7 +20,7 @@ RUNS = Path(os.path.expanduser(os.environ.get("MKD_RUNS") or ROOT / "runs")).res
 
 def folder(name: str | Path) -> Path:
     """A folder of the project by its name relative to the root, e.g. "runs/demo"; made where it does not exist."""
-    path = ROOT / name  # an absolute path stays as it is
+    path = ROOT / os.path.expanduser(name)  # an absolute path stays as it is
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -157,16 +157,24 @@ def dump(cells: Rows | Cells, path: Path) -> None:
 def read_cells(path: str | Path) -> dict[str, dict[str, list[Record]]]:
     """Row -> column -> records of a records.jsonl file, in its order."""
     cells: dict[str, dict[str, list[Record]]] = {}
-    for number, text in enumerate(Path(path).read_text().splitlines(), 1):
+    for number, text in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
             line = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is cut or damaged: {error}") from error
-        if not line.keys() >= {"row", "column"}:
-            raise ValueError(f"{path}: a record without its row and column; `dump` writes both")
-        row, title = line.pop("row"), line.pop("column")
-        cells.setdefault(row, {}).setdefault(title, []).extend([Record(**line)] if line else [])
+            row, title = (line.pop(key) for key in ("row", "column"))
+            if not isinstance(row, str) or not isinstance(title, str):
+                raise ValueError("row and column are names")
+            cells.setdefault(row, {}).setdefault(title, []).extend([Record(**line)] if line else [])
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is cut or damaged, no record with its row and column: {str(error)[:300]}") from error
     return cells
+
+
+def evidence(source: str) -> dict[str, dict[str, dict[str, list[Record]]]]:
+    """The cells of every <source>/<name>/records.jsonl, by name; source is relative to the root. ValueError where there is none."""
+    place = ROOT / os.path.expanduser(source)
+    if not (found := sorted(place.glob("*/records.jsonl"))):
+        raise ValueError(f"{place} holds no folder with a records.jsonl")
+    return {path.parent.name: read_cells(path) for path in found}
 
 
 def _portable(record: Record) -> Record:

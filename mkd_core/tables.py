@@ -12,6 +12,7 @@ from html import escape
 from math import inf
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 from zlib import crc32
 
 import pandas as pd
@@ -264,17 +265,42 @@ def _heading(title: str, rows: Rows) -> str:
     return ", ".join([title, *(" or ".join(dict.fromkeys(part.format(**of) for of in known)) for part in parts)]) if every else title
 
 
+def refuse_unlike_configs(title: str, rows: Mapping[str, Sequence[Mapping[str, Any]]], source: Published | None) -> None:
+    """ValueError where runs of a column, as they are configured, cannot stand in one table, or not beside the published column `title`."""
+    where = f"column {title!r}" if title else "one table"
+    for what, of in {
+        "data sets": lambda c: _images(c["dataset"]) + f" {Path(c['root']).name}" * (c["dataset"] == "folder"),
+        "options of the data set": lambda c: json.dumps(c["dataset_options"], sort_keys=True),
+        "evaluation protocols": lambda c: c["protocol"],
+    }.items():
+        if len(found := {of(c) for configs in rows.values() for c in configs}) > 1:
+            raise ValueError(f"{where}, different {what}: {', '.join(sorted(found))}")
+    if source is None or title not in source.columns:
+        return
+    theirs = source.columns[title]
+    for row, configs in rows.items():
+        about = source.rows.get(row)
+        dataset = about.dataset or source.dataset if about else source.dataset
+        for c in configs:
+            ours = (c["dataset"], c["split"], c["encoder"])
+            same_unlabeled = ours[0] == dataset or about is None or about.unlabeled == "none"
+            if not (_images(ours[0]) == _images(dataset) and same_unlabeled and ours[1] == theirs.split and _is(theirs.backbone, ours[2])):
+                raise ValueError(
+                    f"row {row!r} of {where} holds a run on {' '.join(ours)}, that of {source.title} is "
+                    f"{dataset} {theirs.split} {theirs.backbone}: give it another title"
+                )
+
+
 def _refuse_unlike(title: str, rows: Rows, source: Published | None) -> None:
     records = [r for of in rows.values() for r in of]
     where = f"column {title!r}" if title else "one table"
-    for what, of in {
-        "data sets": lambda r: _images(r.config["dataset"]) + f" {Path(r.config['root']).name}" * (r.config["dataset"] == "folder"),
-        "options of the data set": lambda r: json.dumps(r.config["dataset_options"], sort_keys=True),
-        "classes": lambda r: ", ".join(r.classes),
-        "evaluation protocols": lambda r: r.protocol,
-        "evaluated images": lambda r: json.dumps(r.evaluated, sort_keys=True),
+    configs = {row: [r.config | {"protocol": r.protocol, "split": r.split.get("name")} for r in of] for row, of in rows.items()}
+    refuse_unlike_configs(title, configs, source)
+    for what, found in {
+        "classes": {", ".join(r.classes) for r in records},
+        "evaluated images": {json.dumps(r.evaluated, sort_keys=True) for r in records},
     }.items():
-        if len(found := {of(r) for r in records}) > 1:
+        if len(found) > 1:
             raise ValueError(f"{where}, different {what}: {', '.join(sorted(found))}")
     for row, runs in rows.items():
         if repeated := [seed for seed, count in Counter(r.seed for r in runs).items() if count > 1]:
@@ -294,13 +320,6 @@ def _refuse_unlike(title: str, rows: Rows, source: Published | None) -> None:
         about = source.rows.get(row)
         dataset = about.dataset or source.dataset if about else source.dataset
         for r in runs:
-            ours = (r.config["dataset"], r.split["name"], r.config["encoder"])
-            same_unlabeled = ours[0] == dataset or about is None or about.unlabeled == "none"
-            if not (_images(ours[0]) == _images(dataset) and same_unlabeled and ours[1] == theirs.split and _is(theirs.backbone, ours[2])):
-                raise ValueError(
-                    f"row {row!r} of {where} holds a run on {' '.join(ours)}, that of {source.title} is "
-                    f"{dataset} {theirs.split} {theirs.backbone}: give it another title"
-                )
             counts = {
                 "labeled": (r.split["labeled"], theirs.labeled),
                 "evaluated": (r.evaluated["images"], published_count(f"{dataset}/val")),

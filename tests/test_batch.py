@@ -395,9 +395,7 @@ def test_the_runs_that_only_chooses(place):
         (["common.split=random/30"], "30"),
         (["common.dataset=folder", "common.dataset_options={}", "common.root=nowhere"], "nowhere"),
         (["rows={A: {method: mkd}, B: {method: mdk}}"], "B, seed 0: there is no method 'mdk'; did you mean 'mkd'"),
-        (["published=tabel4"], "did you mean 'table4'"),
-        (["columns={small: {}}", "shown=smal"], "did you mean 'small'"),
-        (["slots=0"], "slots must be a number from 1 on; got 0"),
+        ([r'rows={"a\nb": {method: mkd}}'], "names of rows and columns are one line"),
         (["-o", __file__], "test_batch.py is not a folder"),
         (["-o", f"{__file__}/below"], "test_batch.py is not a folder"),
         (["rows={A: {method: mkd}, B: {method: mkd}}"], "two rows are the same run: 'A' and 'B'"),
@@ -409,6 +407,31 @@ def test_refused_before_anything_runs(place, monkeypatch, capsys, words, said):
     assert main(["batch", str(place / "tiny.yaml"), *words]) == 2
     assert said in capsys.readouterr().err
     assert not (place / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["published=tabel4"], "did you mean 'table4'"),
+        (["shown=smal"], "did you mean 'small'"),
+        (["against=SupOnli"], "did you mean 'SupOnly'"),
+        (["slots=0"], "slots must be a number from 1 on; got 0"),
+        (["train=false"], "mkd run"),
+        (["train=maybe"], "parameter train of 30_table4_components.ipynb is a bool; got 'maybe'"),
+        (["out=5"], "parameter out of 30_table4_components.ipynb is a str; got 5"),
+        (["against=[]"], "is a str; got []"),
+        (["slots=true"], "is a int; got True"),
+        (["rows.SupOnly.protocol=long512"], "column 'small', different evaluation protocols: long512, whole"),
+        (["published=table4", "columns={1/16 (662): {}}"], "give it another title"),
+    ],
+)
+def test_what_the_tables_notebook_would_refuse_is_told_before_anything_runs(place, monkeypatch, capsys, words, said):
+    monkeypatch.setattr(batch, "execute", lambda *args: pytest.fail("it ran"))
+    values = yaml.safe_load((place / "tiny.yaml").read_text()) | {"columns": {"small": {}}, "out": str(place / "out")}
+    (place / "30_table4_components.yaml").write_text(yaml.safe_dump(values))
+    assert main(["batch", str(place / "30_table4_components.yaml"), "--dry-run"]) == 0
+    assert main(["batch", str(place / "30_table4_components.yaml"), *words]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_names_are_taken_as_they_are_written(place, capsys):
@@ -435,20 +458,35 @@ def test_a_runs_folder_that_cannot_be_made_is_refused(place, monkeypatch, capsys
 def test_what_lies_where_a_run_is_kept_is_looked_at_before_any_runs(place, monkeypatch, capsys):
     monkeypatch.setattr(batch, "execute", lambda *args: pytest.fail("it ran"))
     first, second = expect(place, "MKD")[:2]
+
+    def refused(said: str) -> None:
+        assert main(["batch", str(place / "tiny.yaml"), "--dry-run"]) == 2
+        assert said in capsys.readouterr().err
+
     first.folder.mkdir(parents=True)
-    (first.folder / "checkpoint.pt").write_bytes(b"PK half")
-    assert main(["batch", str(place / "tiny.yaml"), "--dry-run"]) == 2
-    assert f"MKD, seed 0: {first.folder / 'checkpoint.pt'} is damaged; delete it" in capsys.readouterr().err
-    (first.folder / "checkpoint.pt").unlink()
+    checkpoint = first.folder / "checkpoint.pt"
+    checkpoint.write_bytes(b"PK half")
+    refused(f"MKD, seed 0: {checkpoint} is damaged; delete it")
+    checkpoint.unlink()
+    checkpoint.mkdir()
+    refused(f"{checkpoint} would be a file, and is none")
+    checkpoint.rmdir()
+    (first.folder / "record.json").write_text(tiny.record(id="other").model_dump_json())
+    refused("is the record of another run (other); delete it")
+    (first.folder / "record.json").unlink()
     second.folder.write_text("")
-    assert main(["batch", str(place / "tiny.yaml"), "--dry-run"]) == 2
-    assert f"MKD, seed 1: {second.folder} is a file" in capsys.readouterr().err
+    refused(f"MKD, seed 1: {second.folder} would be its folder, and is none")
+    second.folder.unlink()
+    second.folder.symlink_to(place / "gone")
+    refused("would be its folder, and is none")
 
 
 def test_records_of_other_work_stop_no_plan(place):
     """One damaged, one of a version that knew fewer keys."""
     (run,) = expect(place, "MKD")[:1]
-    for name, content in (("a", "{"), ("b", tiny.record(config={"dataset": "shapes"}).model_dump_json())):
+    odd = [tiny.record(config=tiny.record().config | part) for part in ({"steps": 0}, {"steps": "4"}, {"options": []}, {"steps": None})]
+    odd += [tiny.record(config={"dataset": "shapes"}), tiny.record(seconds=float("nan"))]
+    for name, content in (("a", "{"), *((f"b{k}", record.model_dump_json()) for k, record in enumerate(odd))):
         (records.RUNS / name).mkdir(parents=True)
         (records.RUNS / name / "record.json").write_text(content)
     assert "1 to run; expected hours unknown" in batch.plan([run], 1)

@@ -183,6 +183,26 @@ def test_gains_of_a_class_are_paired_by_seed():
     assert [t.get_text() for t in many.texts[:2]] == ["7.5", "-10.0"] and many.get_yticklabels()[0].get_text() == "MKD"
 
 
+def test_dollars_in_names_are_dollars():
+    rows = {
+        r"MKD $\nope$": runs((0, 40), (1, 44), iou=[1.0, 2.0], classes=["a_$b^$", "y"]),
+        "b": runs((0, 3), iou=[1.0, 2.0], classes=["x", "y"]),
+    }
+    names = []
+    for figure in (figures.seeds(rows), figures.class_iou(rows), figures.confusion([[1, 2], [3, 4]], ["a_$b^$", "y"])):
+        FigureCanvasAgg(figure).draw()
+        names += [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    assert r"MKD \$\nope\$" in names and names.count(r"a_\$b^\$") == 2
+
+
+def test_a_confusion_of_many_classes_stays_small():
+    figure = figures.confusion(np.ones((150, 150)), [f"class {k}" for k in range(150)])
+    FigureCanvasAgg(figure).draw()
+    assert max(figure.get_size_inches()) < 15 and not figure.axes[0].texts
+    boxes = [t.get_window_extent() for t in figure.axes[0].get_yticklabels()]
+    assert all(upper.y0 >= lower.y1 - 1 for upper, lower in pairwise(boxes))
+
+
 def test_every_seed_is_shown_and_joined_to_itself():
     ax = figures.seeds({"SupOnly": runs((0, 40), (1, 44)), "MKD": runs((1, 50), (0, 48)), "not run": []}).axes[0]
     joined, dots = ax.lines[:2], ax.lines[2:]

@@ -91,11 +91,29 @@ def test_cells_come_back_in_their_order_missing_ones_too(tmp_path):
     dump({"alone": found}, path)
     assert read_cells(path) == {"alone": {"": found}}
     path.write_text(found[0].model_dump_json() + "\n")
-    with pytest.raises(ValueError, match="without its row and column"):
+    with pytest.raises(ValueError, match="line 1 is cut or damaged, no record with its row and column"):
         read_cells(path)
     path.write_text(found[0].model_dump_json()[:50])
     with pytest.raises(ValueError, match="records.jsonl, line 1 is cut or damaged"):
         read_cells(path)
+
+
+@pytest.mark.parametrize("line", ["null", "5", "[1]", '{"row": 1, "column": ""}', '{"row": "a", "column": "", "id": 3}', "\xff"])
+def test_a_file_of_records_names_the_line_that_is_none(tmp_path, line):
+    dump({"a": [record()]}, tmp_path / "records.jsonl")
+    with open(tmp_path / "records.jsonl", "ab") as file:
+        file.write(line.encode("latin-1") + b"\n")
+    with pytest.raises(ValueError, match="records.jsonl, line 2 is cut or damaged"):
+        read_cells(tmp_path / "records.jsonl")
+
+
+def test_evidence_that_is_not_there_is_an_error_and_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="figurs holds no folder with a records.jsonl"):
+        records.evidence(str(tmp_path / "figurs"))
+    assert not (tmp_path / "figurs").exists()
+    (tmp_path / "mine").mkdir()
+    dump({"a\u2028b": [record()]}, tmp_path / "mine/records.jsonl")  # a line end to some, to JSON none
+    assert records.evidence(str(tmp_path)) == {"mine": {"a\u2028b": {"": [record()]}}}
 
 
 def test_history_leaves_out_the_line_that_is_being_written(tmp_path):
