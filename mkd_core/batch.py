@@ -146,9 +146,14 @@ def _readable_records() -> list[records.Record]:
     """For the expected time alone: a record of other work that is damaged, or of another version, stops no batch."""
     found = []
     for folder in records.RUNS.glob("*/"):
-        with suppress(ValueError, OSError, TypeError):
+        with suppress(ValueError, OSError, TypeError, KeyError):
             record = records.load(folder)
-            if record and record.config.get("steps", 0) > 0 and dict(record.config.get("options", {})) and math.isfinite(record.seconds):
+            if (
+                record
+                and record.config.get("steps", 0) > 0
+                and math.isfinite(record.seconds)
+                and isinstance(record.config["options"], dict)
+            ):
                 found.append(record)
     return found
 

@@ -443,6 +443,8 @@ def _refuse_late(table: Path, parameters: dict[str, Any], grid: Grid) -> None:
         choose("column to be shown", parameters["shown"], grid.columns)
     if parameters.get("against"):
         choose("row to compare with", parameters["against"], grid.rows)
+    if parameters.get("out") == "":
+        raise ValueError("out must name a folder for the table")
     if parameters.get("slots", 1) < 1:
         raise ValueError(f"slots must be a number from 1 on; got {parameters['slots']}")
     if not parameters.get("train", True):

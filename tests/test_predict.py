@@ -222,7 +222,10 @@ def damage(case, run, tmp_path):
     [
         ("no checkpoint", "there is no checkpoint .*the run has not come that far"),
         ("truncated checkpoint", "checkpoint.pt is damaged"),
-        ("text for a checkpoint", r"checkpoint.pt is damaged, .*\(\w+\); delete it, and record.json where there is one, and the run starts anew$"),
+        (
+            "text for a checkpoint",
+            r"checkpoint.pt is damaged, .*\(\w+\); delete it, and record.json where there is one, and the run starts anew$",
+        ),
         ("half a config", "config.json is damaged, or of another version"),
         ("newer config", "config.json is damaged, or of another version of the suite: there is no RunConfig key 'later'"),
         ("other network", "checkpoint.pt does not fit config.json"),
