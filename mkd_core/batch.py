@@ -102,7 +102,7 @@ def check(runs: Sequence[Run]) -> None:
     for run in (run for run in runs if run.named):
         if os.path.lexists(run.folder) and not run.folder.is_dir():
             raise ValueError(f"{run}: {run.folder} would be its folder, and is none")
-        for path in (run.folder / name for name in ("config.json", "history.jsonl", "record.json", "lock", "checkpoint.pt")):
+        for path in (run.folder / name for name in ("config.json", "lock", "checkpoint.pt")):
             if path.exists() and not path.is_file():
                 raise ValueError(f"{run}: {path} would be a file, and is none")
         if path.exists() and not is_zipfile(path):  # torch's format; whether all is in it is seen by the run alone

@@ -302,6 +302,8 @@ def _refuse_unknown(notebook: Path, parameters: dict[str, Any]) -> Collection[st
         kind = known[choose(f"parameter of {notebook.name}", name, known)]["inferred_type_name"]
         if not isinstance(value, kinds.get(kind, object)) or (isinstance(value, bool) and kind in ("int", "float")):
             raise ValueError(f"parameter {name} of {notebook.name} is a {kind}; got {value!r}")
+        if name == "out" and value == "" != known[name]["default"].strip("\"'"):  # 10_run has a folder of its own
+            raise ValueError(f"parameter out of {notebook.name} must name a folder")
     return known
 
 
@@ -443,8 +445,6 @@ def _refuse_late(table: Path, parameters: dict[str, Any], grid: Grid) -> None:
         choose("column to be shown", parameters["shown"], grid.columns)
     if parameters.get("against"):
         choose("row to compare with", parameters["against"], grid.rows)
-    if parameters.get("out") == "":
-        raise ValueError("out must name a folder for the table")
     if parameters.get("slots", 1) < 1:
         raise ValueError(f"slots must be a number from 1 on; got {parameters['slots']}")
     if not parameters.get("train", True):

@@ -223,7 +223,7 @@ class Grid(_Checked):
     def _all_valid(self) -> Grid:
         if any("seed" in keys for keys in (self.common, *self.rows.values(), *self.columns.values())):
             raise ValueError("seed stands in `seeds`, not among the keys of the runs")
-        if odd := [name for name in (*self.rows, *self.columns) if len(name.splitlines()) > 1]:
+        if odd := [name for name in (*self.rows, *self.columns) if name.splitlines() not in ([], [name])]:
             raise ValueError(f"names of rows and columns are one line; got {odd[0]!r}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"a seed is given twice: {self.seeds}")

@@ -737,6 +737,8 @@ class _Run:
                     optimizer.load_state_dict(saved)
                 self.step, self.history = state["step"], json.loads(state["history"])
                 self.seconds, self.seconds_training = state["seconds"], state["seconds_training"]
+            except torch.OutOfMemoryError:  # a RuntimeError too, and not the file's fault
+                raise
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{path} is the checkpoint of another run; delete it and this one starts anew: {str(error)[:300]}"

@@ -252,7 +252,7 @@ def lines(series: Mapping[str, tuple[ArrayLike, ArrayLike]], xlabel: str, ylabel
     figure = Picture(figsize=(4.6, 2.7), layout="constrained")
     ax = figure.subplots()
     for (name, (x, y)), look in zip(series.items(), looks(series).values(), strict=True):
-        ax.plot(x, y, label=name, **look | {"marker": ""})
+        ax.plot(x, y, label=_plain(name), **look | {"marker": ""})
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.grid(axis="y")
     ax.legend()
@@ -483,8 +483,9 @@ def _heat(
     ax.tick_params(axis="y", labelrotation=0, length=0)
     for text in ax.get_xticklabels():
         text.set(ha="right", rotation_mode="anchor")
-    for text in (*ax.get_xticklabels(), *ax.get_yticklabels()):
-        text.set_fontsize(min(8.0, 50 * wide / len(across)))
+    for labels, side, of in ((ax.get_xticklabels(), wide, across), (ax.get_yticklabels(), tall, down)):
+        for text in labels:
+            text.set_fontsize(min(8.0, 50 * side / len(of)))
     return figure
 
 

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,10 @@ def load(folder: str | Path) -> Record | None:
         record = Record.model_validate_json(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged; delete it and the run is finished from its checkpoint. {str(error)[:300]}") from error
-    return record if record.evaluations else record.model_copy(update=measured(history(folder)))
+    with suppress(ValueError, OSError):
+        if not record.evaluations:  # of an old version
+            return record.model_copy(update=measured(history(folder)))
+    return record
 
 
 def measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

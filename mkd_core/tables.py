@@ -277,12 +277,14 @@ def refuse_unlike_configs(title: str, rows: Mapping[str, Sequence[Mapping[str, A
             raise ValueError(f"{where}, different {what}: {', '.join(sorted(found))}")
     if source is None or title not in source.columns:
         return
+    from .data.splits import by_fraction  # not at the top: tables without published numbers do not wait for torch
+
     theirs = source.columns[title]
     for row, configs in rows.items():
         about = source.rows.get(row)
         dataset = about.dataset or source.dataset if about else source.dataset
         for c in configs:
-            ours = (c["dataset"], c["split"], c["encoder"])
+            ours = (c["dataset"], by_fraction(c["dataset"], c["split"]), c["encoder"])
             same_unlabeled = ours[0] == dataset or about is None or about.unlabeled == "none"
             if not (_images(ours[0]) == _images(dataset) and same_unlabeled and ours[1] == theirs.split and _is(theirs.backbone, ours[2])):
                 raise ValueError(
@@ -313,7 +315,7 @@ def _refuse_unlike(title: str, rows: Rows, source: Published | None) -> None:
                 raise ValueError(f"{where}, different unlabeled images (split hashes) for seed {seed}")
     if source is None:
         return
-    from .data.splits import published_count  # not at the top: tables without published numbers do not wait for torch
+    from .data.splits import published_count
 
     theirs = source.columns[title]
     for row, runs in rows.items():

@@ -418,7 +418,7 @@ def test_refused_before_anything_runs(place, monkeypatch, capsys, words, said):
         (["slots=0"], "slots must be a number from 1 on; got 0"),
         (["train=false"], "mkd run"),
         (["train=maybe"], "parameter train of 30_table4_components.ipynb is a bool; got 'maybe'"),
-        (["out=''"], "out must name a folder"),
+        (["out=''"], "must name a folder"),
         (["out=5"], "parameter out of 30_table4_components.ipynb is a str; got 5"),
         (["against=[]"], "is a str; got []"),
         (["slots=true"], "is a int; got True"),

@@ -556,6 +556,17 @@ def test_the_record_tells_what_was_measured(tmp_path):
     assert engine.miou(matrix) == record.miou
 
 
+def test_a_whole_checkpoint_of_another_run_is_refused(tmp_path):
+    mine, other = config(steps=4), config("cps", steps=4)
+    for c in (mine, other):
+        run(c, tmp_path, quiet=True)
+        (tmp_path / c.id / "record.json").unlink()
+    path = tmp_path / mine.id / "checkpoint.pt"
+    path.write_bytes((tmp_path / other.id / "checkpoint.pt").read_bytes())
+    with pytest.raises(ValueError, match="checkpoint.pt is the checkpoint of another run; delete it"):
+        run(mine, tmp_path, quiet=True)
+
+
 def test_a_record_of_another_run_or_a_damaged_one_is_refused(tmp_path):
     c = config(steps=2)
     run(c, tmp_path, quiet=True)

@@ -192,6 +192,7 @@ def test_dollars_in_names_are_dollars():
     for figure in (figures.seeds(rows), figures.class_iou(rows), figures.confusion([[1, 2], [3, 4]], ["a_$b^$", "y"])):
         FigureCanvasAgg(figure).draw()
         names += [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    FigureCanvasAgg(figures.lines({r"a $\nope$": ([1, 2], [3, 4])}, "x", "y")).draw()
     assert r"MKD \$\nope\$" in names and names.count(r"a_\$b^\$") == 2
 
 

@@ -13,7 +13,7 @@ from tiny import record
 
 from mkd_core.data.splits import published_splits
 from mkd_core.records import ROOT
-from mkd_core.tables import Published, published, save, table
+from mkd_core.tables import Published, published, refuse_unlike_configs, save, table
 
 TABLES = ("table1", "table2_vocaug", "table2_cityscapes", "table3", "table4", "table5", "table6")
 
@@ -178,6 +178,13 @@ def test_the_papers_title_is_refused_for_other_runs(keys):
     with pytest.raises(ValueError, match="column '1/16 \\(662\\)' holds a run on .*give it another title"):
         table({"co-training": {"1/16 (662)": [other]}}, published("table4"))
     assert len(table({"co-training": {"mine": [other]}}, published("table4")).parts[0].text.columns) == 1
+
+
+@pytest.mark.parametrize("split, same", [("cps/1_16", True), ("cps/662", True), ("cps/1_8", False), ("cps/1323", False)])
+def test_a_planned_run_is_the_published_ones_by_either_name_of_its_split(split, same):
+    config = {"dataset": "voc_aug", "root": "", "dataset_options": {}, "protocol": "whole", "encoder": "resnet101", "split": split}
+    with nullcontext() if same else pytest.raises(ValueError, match="give it another title"):
+        refuse_unlike_configs("1/16 (662)", {"co-training": [config]}, published("table4"))
 
 
 def test_three_whole_files(tmp_path, made):

@@ -126,10 +126,15 @@ def _lists() -> dict:
     return yaml.safe_load(Path(__file__).with_name("splits.yaml").read_text())
 
 
-def _published_split(dataset: SegDataset, name: str) -> Split:
-    counts = published_splits(dataset.name)
+def by_fraction(dataset: str, name: str) -> str:
+    """A published split's own name, where it is given by its count ("cps/662" of voc_aug is "cps/1_16"); other names as they are."""
     family, _, size = name.partition("/")
-    name = next((full for full, count in counts.items() if full.startswith(family + "/") and str(count) == size), name)
+    counts = published_splits(dataset) if dataset in _lists() else {}
+    return next((full for full, count in counts.items() if full.startswith(family + "/") and str(count) == size), name)
+
+
+def _published_split(dataset: SegDataset, name: str) -> Split:
+    counts, name = published_splits(dataset.name), by_fraction(dataset.name, name)
     if name not in counts:
         own = [str(found.parent.relative_to(dataset.root)) for found in sorted(dataset.root.rglob("labeled.txt"))] if dataset.root else []
         choose(f"{dataset.name} split", name, [*counts, *own, "random/1_16", "random/32", "random/32@3", "full"])
