@@ -85,9 +85,9 @@ def select(runs: Sequence[Run], only: Mapping[str, Sequence[Any]]) -> list[Run]:
     return list(runs)
 
 
-def parse_slots(text: str) -> list[str]:
-    """ "0,1,cpu" -> ["cuda:0", "cuda:1", "cpu"], one run at a time each; "": every GPU that torch sees, else one CPU slot."""
-    words = [word.strip() for word in text.split(",")] if text else [str(i) for i in range(torch.cuda.device_count())] or ["cpu"]
+def parse_slots(text: str, cpus: int = 1) -> list[str]:
+    """ "0,1,cpu" -> ["cuda:0", "cuda:1", "cpu"], one run at a time each; "": every GPU that torch sees, else `cpus` slots on the CPU."""
+    words = [word.strip() for word in text.split(",")] if text else [str(i) for i in range(torch.cuda.device_count())] or ["cpu"] * cpus
     for word in words:
         if not (word.isdigit() or word == "cpu"):
             raise ValueError(f"slots are numbers of GPUs, or cpu, with commas between: 0,1,2,3 or cpu,cpu; got {text!r}")

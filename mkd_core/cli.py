@@ -111,7 +111,11 @@ def _add_batch(commands: Commands) -> None:
         help="these runs alone; KEY is row, column, or a key of the runs (method, split, seed); may be repeated",
     )  # fmt: skip
     batch.add_argument("--seeds", help="instead of the file's: 0,1,2")
-    batch.add_argument("--slots", default="", help="one run at a time on each: GPUs 0,1,2,3, or cpu,cpu (default: every GPU, else one cpu)")
+    batch.add_argument(
+        "--slots",
+        default="",
+        help="one run at a time on each: GPUs 0,1,2,3, or cpu,cpu (default: every GPU, else the file's slots on the CPU)",
+    )
     batch.add_argument("--retries", type=int, default=1, help="how often a failed run is tried again (default: %(default)s)")
     batch.add_argument(
         "--engine", choices=["local", "dask", "slurm"], default="local", help="where runs are executed (default: %(default)s)"
@@ -143,7 +147,7 @@ def _add_pseudo_label(commands: Commands) -> None:
         "pseudo-label",
         help="label images by a trained run, as a data set for training",
         description="Writes OUT/masks (PNG, 255 where the confidence is below the threshold), OUT/classes.txt and OUT/train.txt, which the "
-        "data set `folder` reads: root=OUT val=''. Prints what was kept of each class, and how much of that is right where the truth is known.",
+        "data set `folder` reads; a val.txt with images to evaluate is yours to add. Prints what was kept of each class, and how much of that is right where the truth is known.",
         epilog="Example: mkd pseudo-label runs/my_run --threshold 0.95 --out labels",
     )
     _add_predictor(label)
@@ -195,7 +199,7 @@ def parse_values(pairs: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"expected key=value, got {pair!r}")
         if key in values:
             raise ValueError(f"{key} is given twice")
-        values[key] = _parse(text, f"{key}: {text!r}")
+        values[key] = _parse(text, f"{key}: {text!r}") if text else ""
     return values
 
 
@@ -421,7 +425,7 @@ def _pseudo_label(words: argparse.Namespace) -> int:
     table = pseudo_label(words.run, words.out, words.images, threshold=words.threshold, **_options(words))
     print(f"In percent, at confidence {words.threshold} and above: share of the pixels, kept of these, accuracy of the kept ones")
     print(table.to_string(float_format="{:.1f}".format, na_rep="-"))
-    print(f"Data set: {words.out} (folder, val='')")
+    print(f"Data set: {words.out} (folder; a val.txt with images to evaluate is yours to add)")
     return 0
 
 
@@ -488,7 +492,7 @@ def _batch(words: argparse.Namespace) -> int:
         written = key in ("row", "column") or (key in RunConfig.model_fields and any(text == run.value(key) for run in every))
         only.setdefault(key, []).append(text if equals and written else parse_values([pair])[key])
     runs = batch.select(every, only)
-    slots = batch.parse_slots(words.slots) if words.engine == "local" else [""] * len(runs)
+    slots = batch.parse_slots(words.slots, parameters.get("slots", 1)) if words.engine == "local" else [""] * len(runs)
     print(batch.plan(runs, len(slots) if words.engine == "local" else 0), flush=True)
     batch.check([run for run in runs if not run.done])
     if words.dry_run:

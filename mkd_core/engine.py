@@ -550,6 +550,7 @@ class _Run:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = pick_device(config.device)
+        self.workers = min(config.workers, os.cpu_count() or 1)  # results do not depend on them
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         # Every file is opened before the first step; a run that goes on has been through that.
@@ -622,7 +623,7 @@ class _Run:
     def _train(self, start: int, end: int) -> None:
         config, method = self.config, self.method
         method.train()
-        batches = self.steps.batches(self.step, end, config.workers, pin=self.device.type == "cuda")
+        batches = self.steps.batches(self.step, end, self.workers, pin=self.device.type == "cuda")
         bad = torch.full((), -1, device=self.device)  # the first step with a loss that is not finite: read only at logging
         clock = _Clock()
         for tensors in batches:
@@ -689,7 +690,7 @@ class _Run:
         config = self.config
         measure = partial(
             evaluate, self.method.predictors, self.dataset, protocol=config.protocol, window=config.crop, device=self.device,
-            workers=config.workers, precision=config.precision,
+            workers=self.workers, precision=config.precision,
         )  # fmt: skip
         confusion, _ = measure(self.dataset.val)
         found: dict[str, Any] = {"miou": {name: miou(c) for name, c in confusion.items()}}

@@ -582,3 +582,8 @@ def test_the_overview_redraws_on_a_terminal_and_is_a_line_in_a_log(place, monkey
         assert "0 of 2 done, 1 running, 1 failed" in text and "SupOnly, seed 0: 25 %" in text and "SupOnly, seed 1: failed" in text
         assert "SupOnly, seed 0: 50 %, " in text and "min left" in text
         assert ("\x1b[3F\x1b[J" in text) == live and len(text.splitlines()) == (6 if live else 2)
+
+
+def test_without_a_gpu_the_files_slots_are_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(batch.torch.cuda, "device_count", lambda: 0)
+    assert batch.parse_slots("", 2) == ["cpu", "cpu"] and batch.parse_slots("cpu", 2) == ["cpu"] == batch.parse_slots("")

@@ -29,6 +29,11 @@ def test_values_are_yaml_and_scientific_notation_is_a_number():
     }
 
 
+def test_nothing_after_the_sign_is_the_empty_string():
+    """A shell takes the quotes of weights='' away."""
+    assert parse_values(["weights=", "val=''"]) == {"weights": "", "val": ""}
+
+
 @pytest.mark.parametrize(
     ("pairs", "word"),
     [
