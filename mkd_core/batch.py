@@ -102,11 +102,12 @@ def check(runs: Sequence[Run]) -> None:
     for run in (run for run in runs if run.named):
         if os.path.lexists(run.folder) and not run.folder.is_dir():
             raise ValueError(f"{run}: {run.folder} would be its folder, and is none")
-        for path in (run.folder / name for name in ("config.json", "lock", "checkpoint.pt")):
+        checkpoint = run.folder / "checkpoint.pt"
+        for path in (run.folder / "config.json", run.folder / "lock", checkpoint):
             if path.exists() and not path.is_file():
                 raise ValueError(f"{run}: {path} would be a file, and is none")
-        if path.exists() and not is_zipfile(path):  # torch's format; whether all is in it is seen by the run alone
-            raise ValueError(f"{run}: {path} is damaged; delete it and the run starts anew")
+        if checkpoint.exists() and not is_zipfile(checkpoint):  # torch's format; whether all is in it is seen by the run alone
+            raise ValueError(f"{run}: {checkpoint} is damaged; delete it and the run starts anew")
         if (record := records.load(run.folder)) and record.id != run.folder.name:
             raise ValueError(f"{run}: {run.folder / 'record.json'} is the record of another run ({record.id}); delete it")
     if found := faults([run.config for run in runs]):

@@ -40,13 +40,17 @@ def complete_options(owner: str, make: Callable[..., Any], options: Mapping[str,
     check_options(owner, make, options, skip={skip})
     model = _model(owner, make, skip)
     for name, value in options.items():
-        hint = model.model_fields[name].annotation
-        if isinstance(value, bool) and bool not in (hint, *get_args(hint)):  # pydantic takes true for 1
-            raise ValueError(f"{owner}, option {name!r}: true and false are no values of it; got {value}")
+        refuse_bool(f"{owner}, option {name!r}", model.model_fields[name].annotation, value)
     try:
         return model(**options).model_dump(mode="json")
     except ValidationError as error:
         raise ValueError(f"{owner}, {spell_out(error, 'option ')}") from error
+
+
+def refuse_bool(what: str, hint: Any, *values: Any) -> None:
+    """ValueError for true or false where the type hint has no bool: pydantic takes true for 1."""
+    if bool not in (hint, *get_args(hint)) and (wrong := [value for value in values if isinstance(value, bool)]):
+        raise ValueError(f"{what} cannot be true or false; got {wrong[0]}")
 
 
 @cache

@@ -461,7 +461,7 @@ def _refuse_late(table: Path, parameters: dict[str, Any], grid: Grid) -> None:
 def _batch(words: argparse.Namespace) -> int:
     from . import batch
     from .config import Grid, RunConfig
-    from .records import ROOT, nearest
+    from .records import ROOT, below_root, nearest
 
     wants = {"dask": ("--address", words.address), "slurm": ("--resources", words.resources)}
     for engine, (option, given) in wants.items():
@@ -474,7 +474,7 @@ def _batch(words: argparse.Namespace) -> int:
     resources = read_parameters(words.resources) if words.resources else None
     seeds = [f"seeds=[{words.seeds}]"] if words.seeds is not None else []
     parameters = merge(read_parameters(words.file), parse_values([*words.pairs, *seeds]))
-    for name, out in (("--out", words.out and words.out.absolute()), ("out:", ROOT / os.path.expanduser(str(parameters.get("out", ""))))):
+    for name, out in (("--out", words.out and words.out.absolute()), ("out:", below_root(str(parameters.get("out", ""))))):
         if out and not (place := nearest(out)).is_dir():
             raise ValueError(f"{name} {out} cannot be made: {place} is not a folder")
     table = ROOT / "notebooks" / f"{words.file.stem}.ipynb"

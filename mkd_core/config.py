@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import timm
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
 
 from .augment import STRONG
-from .choices import choose, complete_options, spell_out
+from .choices import choose, complete_options, refuse_bool, spell_out
 from .data import DATASETS
 from .data.base import local
 from .methods import METHODS
@@ -98,9 +99,7 @@ class RunConfig(_Checked):
     def _known_keys(cls, data: Any) -> Any:
         for key, value in data.items() if isinstance(data, dict) else ():
             choose("RunConfig key", key, cls.model_fields)
-            inner = value if isinstance(value, list | tuple) else [value]
-            if cls.model_fields[key].annotation is not bool and any(isinstance(v, bool) for v in inner):  # pydantic takes true for 1
-                raise ValueError(f"{key} cannot be true or false; got {value}")
+            refuse_bool(key, cls.model_fields[key].annotation, *(value if isinstance(value, list | tuple) else [value]))
         return data
 
     @field_validator("dataset")
@@ -201,7 +200,7 @@ class Grid(_Checked):
     columns: dict[str, dict[str, Any]] = Field({"": {}}, min_length=1)
     seeds: list[StrictInt] = Field(min_length=1)
 
-    @property
+    @cached_property
     def cells(self) -> dict[str, dict[str, list[RunConfig]]]:
         """Row name -> column name -> one configuration a seed."""
 

@@ -116,9 +116,8 @@ def sheet(
     columns = max(map(len, arrays.values()))
     tall = side * np.mean([a.shape[0] / a.shape[1] for row in arrays.values() for a in row])
     lines = 1 + caption.count("\n") if caption else 0
-    names = {
-        name: fill(_plain(name), max(6, int(tall / 0.075)), break_long_words=False) for name in arrays
-    }  # upright beside its row of pictures
+    # A name stands upright beside its row of pictures.
+    names = {name: fill(_plain(name), max(6, int(tall / 0.075)), break_long_words=False) for name in arrays}
     left = 0.14 + 0.16 * max(1 + name.count("\n") for name in names.values())
     width = side * columns + left + 0.02
     keys = [
@@ -422,8 +421,9 @@ def class_iou(rows: Rows, over: str = "") -> Figure:
         return _heat(means, classes, [*shown], ".1f", "", "", xlabel, **how)
     figure = Picture(figsize=(4.6, 0.9 + max(0.3, 0.07 * len(rows)) * len(classes)), layout="constrained")
     ax = figure.subplots()
+    every = looks(rows)
     for k, (name, values) in enumerate(shown.items()):
-        look = looks(rows)[name]
+        look = every[name]
         places = np.arange(len(classes)) + 0.72 * ((k + 0.5) / len(shown) - 0.5)
         ax.hlines(places, values.min(), values.max(), color=look["color"], linewidth=1.2)
         ax.plot(values.mean(), places, **look | {"linestyle": ""}, markersize=4.5, label=_plain(name))

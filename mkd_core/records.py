@@ -19,9 +19,14 @@ ROOT = Path(__file__).resolve().parents[1]  # notebooks and papermill start in d
 RUNS = Path(os.path.expanduser(os.environ.get("MKD_RUNS") or ROOT / "runs")).resolve()
 
 
+def below_root(name: str | Path) -> Path:
+    """A path by its name relative to the project's root; an absolute one, or one from "~", stays as it is."""
+    return ROOT / os.path.expanduser(name)
+
+
 def folder(name: str | Path) -> Path:
     """A folder of the project by its name relative to the root, e.g. "runs/demo"; made where it does not exist."""
-    path = ROOT / os.path.expanduser(name)  # an absolute path stays as it is
+    path = below_root(name)
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -175,7 +180,7 @@ def read_cells(path: str | Path) -> dict[str, dict[str, list[Record]]]:
 
 def evidence(source: str) -> dict[str, dict[str, dict[str, list[Record]]]]:
     """The cells of every <source>/<name>/records.jsonl, by name; source is relative to the root. ValueError where there is none."""
-    place = ROOT / os.path.expanduser(source)
+    place = below_root(source)
     if not (found := sorted(place.glob("*/records.jsonl"))):
         raise ValueError(f"{place} holds no folder with a records.jsonl")
     return {path.parent.name: read_cells(path) for path in found}

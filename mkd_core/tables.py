@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from html import escape
@@ -76,6 +76,10 @@ class Published(BaseModel):
 
     def value(self, row: str, title: str) -> Decimal | None:
         return self.rows[row].values.get(title) if row in self.rows else None
+
+    def dataset_of(self, row: str) -> str:
+        """The row's own data set where it has one, else the table's."""
+        return (self.rows[row].dataset if row in self.rows else "") or self.dataset
 
     def text(self, row: str, title: str) -> str:
         """The number as printed; "-" where the source has none, "" where it has no such row."""
@@ -268,21 +272,17 @@ def _heading(title: str, rows: Rows) -> str:
 def refuse_unlike_configs(title: str, rows: Mapping[str, Sequence[Mapping[str, Any]]], source: Published | None) -> None:
     """ValueError where runs of a column, as they are configured, cannot stand in one table, or not beside the published column `title`."""
     where = f"column {title!r}" if title else "one table"
-    for what, of in {
-        "data sets": lambda c: _images(c["dataset"]) + f" {Path(c['root']).name}" * (c["dataset"] == "folder"),
-        "options of the data set": lambda c: json.dumps(c["dataset_options"], sort_keys=True),
-        "evaluation protocols": lambda c: c["protocol"],
-    }.items():
-        if len(found := {of(c) for configs in rows.values() for c in configs}) > 1:
-            raise ValueError(f"{where}, different {what}: {', '.join(sorted(found))}")
+    every = [c for configs in rows.values() for c in configs]
+    _refuse_different(where, "data sets", (_images(c["dataset"]) + f" {Path(c['root']).name}" * (c["dataset"] == "folder") for c in every))
+    _refuse_different(where, "options of the data set", (json.dumps(c["dataset_options"], sort_keys=True) for c in every))
+    _refuse_different(where, "evaluation protocols", (c["protocol"] for c in every))
     if source is None or title not in source.columns:
         return
     from .data.splits import by_fraction  # not at the top: tables without published numbers do not wait for torch
 
     theirs = source.columns[title]
     for row, configs in rows.items():
-        about = source.rows.get(row)
-        dataset = about.dataset or source.dataset if about else source.dataset
+        about, dataset = source.rows.get(row), source.dataset_of(row)
         for c in configs:
             ours = (c["dataset"], by_fraction(c["dataset"], c["split"]), c["encoder"])
             same_unlabeled = ours[0] == dataset or about is None or about.unlabeled == "none"
@@ -293,17 +293,18 @@ def refuse_unlike_configs(title: str, rows: Mapping[str, Sequence[Mapping[str, A
                 )
 
 
+def _refuse_different(where: str, what: str, values: Iterable[str]) -> None:
+    if len(found := set(values)) > 1:
+        raise ValueError(f"{where}, different {what}: {', '.join(sorted(found))}")
+
+
 def _refuse_unlike(title: str, rows: Rows, source: Published | None) -> None:
     records = [r for of in rows.values() for r in of]
     where = f"column {title!r}" if title else "one table"
     configs = {row: [r.config | {"protocol": r.protocol, "split": r.split.get("name")} for r in of] for row, of in rows.items()}
     refuse_unlike_configs(title, configs, source)
-    for what, found in {
-        "classes": {", ".join(r.classes) for r in records},
-        "evaluated images": {json.dumps(r.evaluated, sort_keys=True) for r in records},
-    }.items():
-        if len(found) > 1:
-            raise ValueError(f"{where}, different {what}: {', '.join(sorted(found))}")
+    _refuse_different(where, "classes", (", ".join(r.classes) for r in records))
+    _refuse_different(where, "evaluated images", (json.dumps(r.evaluated, sort_keys=True) for r in records))
     for row, runs in rows.items():
         if repeated := [seed for seed, count in Counter(r.seed for r in runs).items() if count > 1]:
             raise ValueError(f"{where}, row {row!r} holds the seeds {repeated} more than once")
@@ -319,8 +320,7 @@ def _refuse_unlike(title: str, rows: Rows, source: Published | None) -> None:
 
     theirs = source.columns[title]
     for row, runs in rows.items():
-        about = source.rows.get(row)
-        dataset = about.dataset or source.dataset if about else source.dataset
+        dataset = source.dataset_of(row)
         for r in runs:
             counts = {
                 "labeled": (r.split["labeled"], theirs.labeled),

@@ -177,9 +177,8 @@ def test_gains_of_a_class_are_paired_by_seed():
     assert [*ax.lines[0].get_xdata()] == [7.5, -10]  # (20 - 10 + 35 - 30) / 2; the second class exists for seed 0 alone
     assert ax.get_xlabel() == "IoU minus SupOnly's (points)" and len(ax.lines) == 2  # MKD and the zero
     assert [*figures.class_iou(rows).axes[0].lines[0].get_xdata()] == [20, 50]
-    many = figures.class_iou(rows | {f"other {k}": rows["MKD"] for k in range(8)} | {"not run": []}, over="SupOnly").axes[
-        0
-    ]  # told apart as a table alone
+    more = {f"other {k}": rows["MKD"] for k in range(8)} | {"not run": []}
+    many = figures.class_iou(rows | more, over="SupOnly").axes[0]  # so many can be told apart as a table alone
     assert [t.get_text() for t in many.texts[:2]] == ["7.5", "-10.0"] and many.get_yticklabels()[0].get_text() == "MKD"
 
 
