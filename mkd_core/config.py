@@ -62,6 +62,7 @@ class RunConfig(_Checked):
     options: dict[str, Any] = {}
     arch: Literal[ARCHITECTURES] = "deeplabv3plus"  # type: ignore[valid-type]
     encoder: str = "resnet50"
+    encoder_depth: int = Field(5, ge=3, le=5, description="stages of the encoder that run; 4: a ResNet ends after layer3")
     weights: str = Field("", description="local file with the encoder's ImageNet weights; '' starts from random ones")
     channels: int = Field(256, gt=0, le=4096, description="of the decoder")
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -78,6 +79,7 @@ class RunConfig(_Checked):
     batch: int = Field(16, gt=0, description="labeled images a step, and as many unlabeled ones")
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(0.0025, gt=0)
+    head_lr: float = Field(1.0, gt=0, description="learning rate of all but the encoders, as a multiple of lr (UniMatch 10)")
     weight_decay: float = Field(5e-4, ge=0)
     power: float = Field(0.9, ge=0, description="poly schedule: lr (1 - step / steps) ** power")
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -162,6 +164,9 @@ class RunConfig(_Checked):
         identity["weights"] = file_sha256(self.weights) if self.weights else ""
         young = YOUNGER.get(self.method, {}).items()
         identity["options"] = {name: value for name, value in self.options.items() if (name, value) not in young}
+        for key, default in {"encoder_depth": 5, "head_lr": 1.0}.items():  # younger than some runs
+            if identity[key] == default:
+                del identity[key]
         if RESULTS > 1:
             identity["results"] = RESULTS
         if self.dataset == "folder":  # its lists tell one folder from another, wherever it lies

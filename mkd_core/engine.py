@@ -60,7 +60,7 @@ def build_net(config: RunConfig, num_classes: int, arch: str | None = None) -> S
     """A freshly initialised network, the encoder from config.weights where given. Two calls differ in what is random."""
     try:
         net = SegNet(
-            num_classes, arch=arch or config.arch, encoder=config.encoder, channels=config.channels, dropout=config.dropout,
+            num_classes, arch=arch or config.arch, encoder=config.encoder, encoder_depth=config.encoder_depth, channels=config.channels, dropout=config.dropout,
             norm=config.norm, bn_momentum=config.bn_momentum,
         )  # fmt: skip
     except (AssertionError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:  # of smp, timm and torch
@@ -108,7 +108,21 @@ def faults(configs: Sequence[RunConfig]) -> dict[str, list[int]]:
     As `prepare` of each, but equal networks are built once and equal data looked through once: a table's columns share the former, its rows
     the latter. Where weights or data are missing, the method is built all the same, from random weights and for two classes.
     """
-    networks = {"method", "options", "arch", "encoder", "weights", "channels", "dropout", "norm", "bn_momentum", "crop", "batch", "steps"}
+    networks = {
+        "method",
+        "options",
+        "arch",
+        "encoder",
+        "encoder_depth",
+        "weights",
+        "channels",
+        "dropout",
+        "norm",
+        "bn_momentum",
+        "crop",
+        "batch",
+        "steps",
+    }
     data = {"dataset", "root", "dataset_options", "split", "seed"}
     found: dict[str, list[int]] = {}
     looked: dict[tuple[Any, ...], tuple[Any, str]] = {}
@@ -209,9 +223,13 @@ def poly(config: RunConfig, step: int, start: int = 0, end: int = 0) -> float:
 
 
 def make_optimizers(config: RunConfig, method: Method) -> list[torch.optim.Optimizer]:
-    """That of the networks and, where the method has a critic, the critic's: Adam with betas (0.9, 0.99), as AdvSemSeg and GCT have it."""
+    """That of the networks, all but the encoders at head_lr times the rate, and, where the method has a critic, the critic's: Adam with betas (0.9, 0.99), as AdvSemSeg and GCT have it."""
     judges = list(method.critic[0].parameters()) if method.critic else []
-    parameters = [p for p in method.parameters() if p.requires_grad and not any(p is judge for judge in judges)]
+    parameters: Any = [p for p in method.parameters() if p.requires_grad and not any(p is judge for judge in judges)]
+    if config.head_lr != 1:
+        inside = {p for net in method.modules() if isinstance(net, SegNet) for p in net.encoder.parameters()}
+        parts = [[p for p in parameters if (p in inside) == encoder] for encoder in (True, False)]
+        parameters = [{"params": part, "lr": lr} for part, lr in zip(parts, (config.lr, config.lr * config.head_lr), strict=True) if part]
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "adamw":
         optimizers.append(torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True))

@@ -29,6 +29,7 @@ class SegNet(nn.Module):
               "pspnet": output stride 8, the other half of Table 6
     encoder   any smp encoder; "tu-<name>" is timm's. smp's resnet50 has the standard stem, the paper's is ResNet-v1c
               ("tu-resnet50d"-type stems are the nearest); Xception-65 is "tu-xception65"
+    encoder_depth  stages of the encoder that run, 3 to 5 (4: a ResNet ends after layer3); the others are left out, and so may be in its file
     channels  of the decoder, 256 in the paper
     norm      "batch" or "group" (GroupNorm in place of every BatchNorm: small networks from scratch)
     Deviations: PSPNet's classifier is 1x1 here, 3x3 in smp. smp's DeepLabV3+ decoder has one fusion convolution and upsamples with aligned
@@ -37,26 +38,33 @@ class SegNet(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int, *, arch: str = "deeplabv3plus", encoder: str = "resnet50", channels: int = 256, dropout: float = 0.0,
-        norm: str = "batch", bn_momentum: float = 0.1,
+        self, num_classes: int, *, arch: str = "deeplabv3plus", encoder: str = "resnet50", encoder_depth: int = 5, channels: int = 256,
+        dropout: float = 0.0, norm: str = "batch", bn_momentum: float = 0.1,
     ):  # fmt: skip
         super().__init__()
         if arch == "deeplabv3plus":
             net = smp.DeepLabV3Plus(
-                encoder, encoder_weights=None, encoder_output_stride=16, decoder_atrous_rates=(6, 12, 18),
+                encoder, encoder_depth, encoder_weights=None, encoder_output_stride=16, decoder_atrous_rates=(6, 12, 18),
                 decoder_channels=channels, decoder_aspp_dropout=dropout, classes=num_classes,
             )  # fmt: skip
             self.stride = 16
         elif arch == "pspnet":
             net = smp.PSPNet(
-                encoder, encoder_weights=None, encoder_depth=5, psp_out_channels=2 * channels, psp_dropout=dropout, classes=num_classes
+                encoder,
+                encoder_weights=None,
+                encoder_depth=encoder_depth,
+                psp_out_channels=2 * channels,
+                psp_dropout=dropout,
+                classes=num_classes,
             )
             # Dilated, and five stages deep: with smp's defaults the last two never run.
-            net.encoder = smp.encoders.get_encoder(encoder, in_channels=3, depth=5, weights=None, output_stride=8)
+            net.encoder = smp.encoders.get_encoder(encoder, in_channels=3, depth=encoder_depth, weights=None, output_stride=8)
             self.stride = 8
         else:
             raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}; got {arch!r}")
         self.encoder, self.decoder = net.encoder, net.decoder
+        if encoder_depth < 5:
+            _drop_idle(self.encoder)
         self.classifier = nn.Conv2d(net.segmentation_head[0].in_channels, num_classes, 1)
         if norm == "group":
             _replace_batchnorm(self)
@@ -82,6 +90,21 @@ def nearest(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
         return maps
     rows, columns = (torch.arange(n, device=maps.device) * side // n for n, side in zip(size, maps.shape[-2:], strict=True))
     return maps[..., rows[:, None], columns]
+
+
+@torch.no_grad()
+def _drop_idle(encoder: nn.Module) -> None:
+    """Leave out the modules that a forward does not call: parameters without a gradient would only be copied, stored and averaged."""
+    called: set[nn.Module] = {encoder}
+    hooks = [m.register_forward_hook(lambda m, *_: called.add(m)) for m in encoder.modules()]
+    encoder.eval()(torch.zeros(1, 3, 64, 64))
+    encoder.train()
+    for hook in hooks:
+        hook.remove()
+    for module in [m for m in encoder.modules() if m in called or called & set(m.modules())]:
+        for name, child in module.named_children():
+            if not called & set(child.modules()):
+                setattr(module, name, nn.Identity())
 
 
 def _replace_batchnorm(module: nn.Module, groups: int = 8) -> None:

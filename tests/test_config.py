@@ -141,7 +141,7 @@ DIFFERENT = {
     "dataset": "voc", "split": "random/5", "method": "cps", "arch": "pspnet", "encoder": "resnet18", "channels": 24, "dropout": 0.1, "norm": "group",
     "bn_momentum": 0.2, "crop": (48, 32), "scale": (0.5, 2.0), "base": 64, "strong": "chain", "weak_photometric": True, "steps": 7, "batch": 4,
     "optimizer": "adamw", "lr": 0.02, "weight_decay": 0.1, "power": 1.0, "precision": "bfloat16", "seed": 5, "protocol": "sliding",
-    "evaluate_every": 3, "quality_images": 5, "dataset_options": {"size": 48},
+    "evaluate_every": 3, "quality_images": 5, "dataset_options": {"size": 48}, "encoder_depth": 4, "head_lr": 10.0,
 }  # fmt: skip
 
 

@@ -339,6 +339,21 @@ def test_schedule_and_optimisers(tmp_path):
     assert [row["lr"] for row in records.history(tmp_path / c.id)] == pytest.approx([0.02 * (1 - t / 5) ** 0.9 for t in range(5)])
 
 
+@pytest.mark.parametrize("method", ["mkd", "gct", "cct"])
+def test_the_head_learns_at_a_multiple_of_the_encoders_rate(method, tmp_path):
+    c = config(method, lr=0.02, head_lr=10.0, steps=5, batch=4, crop=(64, 64))
+    found = build_method(c, 5)
+    networks = make_optimizers(c, found)[0]
+    rates = {
+        name: group["lr"] for name, p in found.named_parameters() for group in networks.param_groups if any(p is q for q in group["params"])
+    }
+    assert {lr for name, lr in rates.items() if ".encoder." in name} == {0.02} and len(rates) > 100
+    assert {lr for name, lr in rates.items() if ".encoder." not in name} == {0.2}
+    run(config(lr=0.02, head_lr=10.0), tmp_path, quiet=True)  # both follow the schedule
+    state = torch.load(next(tmp_path.glob("*/checkpoint.pt")), weights_only=True)["optimizers"][0]["param_groups"]
+    assert state[1]["lr"] == pytest.approx(10 * state[0]["lr"]) and state[0]["lr"] < 0.02
+
+
 def test_one_step_is_plain_sgd(tmp_path, monkeypatch):
     """Two steps of the loop against two steps written out: data, learning rates, momentum, sum of terms, teacher's step numbers."""
     c = config("mean_teacher", steps=2, options={"weight": 5.0}, weight_decay=0.01)

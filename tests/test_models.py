@@ -50,6 +50,20 @@ def test_every_parameter_of_every_stage_is_used(net):
     net.eval()
 
 
+@pytest.mark.parametrize("arch", ["deeplabv3plus", "pspnet"])
+def test_a_shallower_encoder_leaves_its_last_stage_out(arch, tmp_path):
+    """What does not run has no parameters, is not asked for in a file, and the rest is the deep network's."""
+    torch.manual_seed(0)
+    net = SegNet(CLASSES, arch=arch, encoder="resnet18", channels=8, encoder_depth=4)
+    assert not any("layer4" in name for name, _ in net.named_parameters())
+    net(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    assert all(p.grad is not None for p in net.parameters())
+    deep = SegNet(CLASSES, arch=arch, encoder="resnet18", channels=8).encoder.state_dict()
+    torch.save({name: tensor for name, tensor in deep.items() if not name.startswith("layer4")}, tmp_path / "cut.pth")
+    load_encoder(net, str(tmp_path / "cut.pth"))
+    assert torch.equal(net.encoder.layer3[1].conv2.weight, deep["layer3.1.conv2.weight"])
+
+
 def test_pspnet_reaches_layer4_of_a_resnet_at_stride_8():
     torch.manual_seed(0)
     net = SegNet(CLASSES, arch="pspnet", encoder="resnet18", channels=8)
