@@ -11,16 +11,16 @@ _HOME = {
     "Grid": "config",
     "Record": "records",
     "RunConfig": "config",
-    "evaluate": "engine",
     "explore": "explorer",
     "load_split": "data.splits",
     "open_dataset": "data",
-    "run": "engine",
-    "run_all": "engine",
-    "pseudo_label": "predict",
-    "segment": "engine",
-    "published": "tables",
-    "table": "tables",
+    "open_run": "runner",
+    "run": "runner",
+    "run_all": "runner",
+    "pseudo_label": "suite.predict",
+    "segment": "evaluate",
+    "published": "suite.tables",
+    "table": "suite.tables",
 }
 __all__ = list(_HOME)
 

@@ -85,7 +85,7 @@ class RunConfig(_Checked):
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = Field(0, ge=0)
     # Evaluation.
-    protocol: Literal["whole", "long512", "sliding"] = "whole"
+    protocol: Literal["whole", "long512", "sliding"] = "whole"  # evaluate.PROTOCOLS
     evaluate_every: int = Field(0, ge=0, description="steps; 0: at the end only")
     quality_images: int = Field(64, ge=0, description="unlabeled images with withheld labels on which pseudo-labels are measured")
     # Machine: not part of the id.

@@ -12,11 +12,11 @@ import torch
 from tiny import build, config
 from torch import Tensor
 
-from mkd_core.cost import costs, peak_bytes, ratio
 from mkd_core.ema import EMA
 from mkd_core.methods import METHODS
 from mkd_core.metrics import confusion_matrix
 from mkd_core.semantics import ClassMoments
+from mkd_core.suite.cost import costs, peak_bytes, ratio
 
 N, C, A = 16_384, 21, 256  # pixels, classes, channels: 4 crops of VOC at 1/8
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from test_parameters import runs
 
 from mkd_core.config import RunConfig
-from mkd_core.cost import Step
+from mkd_core.suite.cost import Step
 
 UNIMATCH = (3 * 4 + 1) * 4  # image passes of its step on one GPU: the labeled 4, the unlabeled 4 weak, strong, strong, and mixed
 SECONDS = {"resnet50": 0.36, "mobilenet_v2": 0.36, "resnet101": 0.477, "tu-xception65": 0.477}

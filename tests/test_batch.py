@@ -20,20 +20,21 @@ import yaml
 from filelock import FileLock
 from tiny import config
 
-from mkd_core import batch, engine, records
-from mkd_core.cli import main
+from mkd_core import records, runner
 from mkd_core.config import Grid, RunConfig
-from mkd_core.engine import is_busy
+from mkd_core.runner import is_busy
+from mkd_core.suite import batch
+from mkd_core.suite.cli import main
 
 ROOT = Path(__file__).parents[1]
 TIED = ["setpriv", "--pdeathsig", "KILL"]  # ends with the test, whatever ends the test
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["mkd_core.engine", "mkd_core.batch"])
+server.set_forkserver_preload(["mkd_core.runner", "mkd_core.suite.batch"])
 # 10_run without its pictures, which stays in the middle while a file named `hold` lies there.
 TRAIN = """
 import os, time
-from mkd_core import RunConfig, engine, run
-build = engine.build_method
+from mkd_core import RunConfig, run, runner, train
+build = runner.build_method
 def hold(method, args):
     while args[1] >= 0.5 and os.path.exists(os.environ["HOLD"]):
         time.sleep(0.02)
@@ -41,7 +42,7 @@ def held(*args):
     method = build(*args)
     method.register_forward_pre_hook(hold)
     return method
-engine.build_method = held
+runner.build_method = held
 run(RunConfig(**{name: globals()[name] for name in RunConfig.model_fields}))
 """
 SAME = {
@@ -133,7 +134,7 @@ def processes(place):
 def execution(place, run):
     """Pids of the papermill execution of a run and of its kernel."""
     every = processes(place)
-    (parent,) = [pid for pid, (_, line) in every.items() if "mkd_core.cli run" in line and run.config.id in line]
+    (parent,) = [pid for pid, (_, line) in every.items() if "mkd_core.suite.cli run" in line and run.config.id in line]
     (kernel,) = [pid for pid, (above, line) in every.items() if above == parent and "ipykernel" in line]
     return parent, kernel
 
@@ -163,7 +164,7 @@ def expect(place, *names):
 def check_equal(place, runs):
     """Every record is whole and says what an uninterrupted run says; nothing half-written lies about."""
     for run in runs:
-        found, whole = records.load(run.folder), engine.run(run.config, place / "whole", quiet=True)
+        found, whole = records.load(run.folder), runner.run(run.config, place / "whole", quiet=True)
         assert found is not None and found.model_dump(include=SAME - {"config"}) == whole.model_dump(include=SAME - {"config"})
         assert run.config.model_validate(found.config).id == run.config.id == found.id
         history = [row | {"lr": 0} for row in records.history(run.folder)]
@@ -330,7 +331,7 @@ def test_slurm_jobs_that_are_cancelled_are_replaced(slurm):
 
 def test_the_plan_says_what_is_done_running_and_to_run_and_how_long(place, capsys):
     first, second, *rest = expect(place, "MKD", "SupOnly")
-    record = engine.run(first.config, quiet=True)
+    record = runner.run(first.config, quiet=True)
     records.save(record.model_copy(update={"seconds": 8 * 3600.0}), first.folder)
     # Of runs alike those with equal options count, here one from before MKD had these two.
     other = first.config.model_copy(update={"options": first.config.options | {"sda": False}})
@@ -505,7 +506,7 @@ def test_a_refused_run_does_not_take_the_notebook_with_it(place):
             folder.mkdir(parents=True)
             (folder / name).touch()
         with pytest.raises(ValueError, match="30"):
-            engine.run(refused, quiet=True)
+            runner.run(refused, quiet=True)
         assert [path.name for path in folder.parent.glob("*/*")] == left and folder.exists() == bool(left)
 
 
@@ -526,7 +527,7 @@ def test_one_run_on_a_device_at_a_time_retries_and_what_is_reported(place, monke
         if folder == str(runs[2].folder) and calls.count(Path(folder).name) < 3:
             return "busy", ""
         if folder == str(runs[3].folder):  # another batch has it, and finishes it
-            records.save(engine.run(runs[3].config, quiet=True), runs[3].folder)
+            records.save(runner.run(runs[3].config, quiet=True), runs[3].folder)
             return "busy", ""
         return "done", ""
 
@@ -551,7 +552,7 @@ def test_the_tables_notebook_follows_when_all_is_done(place, monkeypatch, capsys
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), place / "notebooks/tiny.ipynb")
     monkeypatch.setattr(records, "ROOT", place)
     command = ["batch", str(place / "tiny.yaml"), "title=Table", "--seeds", "0", "--slots", "cpu", "-o", str(place / "out")]
-    monkeypatch.setattr(batch, "execute", lambda config, *rest: (engine.run(RunConfig(**config), quiet=True).status, ""))
+    monkeypatch.setattr(batch, "execute", lambda config, *rest: (runner.run(RunConfig(**config), quiet=True).status, ""))
     assert main([*command, "--only", "row=SupOnly"]) == 0
     assert not (place / "out").exists()
     assert main(command) == 0

@@ -26,8 +26,8 @@ from mkd_core.augment import normalise
 from mkd_core.config import RunConfig
 from mkd_core.data.base import read_image
 from mkd_core.data.shapes import PALETTE, Shapes
-from mkd_core.engine import build_method
-from mkd_core.study import Study, by_class, layer
+from mkd_core.explorer.study import Study, by_class, layer
+from mkd_core.train import build_method
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ROOT, TOKEN, COUNT, T = NOTEBOOKS.parent, "mkd-test", 1_000, 0.6

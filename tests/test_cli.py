@@ -3,7 +3,7 @@
 import nbformat
 import pytest
 
-from mkd_core.cli import main, merge, parse_values, read_parameters
+from mkd_core.suite.cli import main, merge, parse_values, read_parameters
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from tiny import config
 
 from mkd_core.config import YOUNGER, Grid, RunConfig
 from mkd_core.data import open_dataset
-from mkd_core.engine import build_method
 from mkd_core.methods import METHODS
+from mkd_core.train import build_method
 
 FIGURES = Path(__file__).parents[1] / "figures"
 

@@ -5,8 +5,8 @@ import torch
 from tiny import config
 from torch import nn
 
-from mkd_core.cost import Step, costs, peak_bytes, replay
 from mkd_core.methods import METHODS
+from mkd_core.suite.cost import Step, costs, peak_bytes, replay
 
 # Batches through an encoder with gradient (students on labeled and unlabeled images) and without (teachers, targets), from the equations.
 PASSES = {

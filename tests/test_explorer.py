@@ -12,11 +12,23 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import config
 
-from mkd_core import engine
+from mkd_core import evaluate, runner
 from mkd_core.data.base import read_label
 from mkd_core.explorer import Explorer, explore
+from mkd_core.explorer.study import (
+    VIEWS,
+    Prediction,
+    Recent,
+    Study,
+    accuracy_curve,
+    by_class,
+    image_bytes,
+    layer,
+    mask_png,
+    newest_runs,
+    write_new,
+)
 from mkd_core.methods import METHODS
-from mkd_core.study import VIEWS, Prediction, Recent, Study, accuracy_curve, by_class, image_bytes, layer, mask_png, newest_runs, write_new
 
 OPTIONS = {"mkd": {}, "cps": {"boxes": 3}, "cutmix_seg": {}, "supervised": {}}
 
@@ -27,7 +39,7 @@ def runs(tmp_path_factory):
     place = tmp_path_factory.mktemp("runs")
     configs = {name: config(name, keep_every=2, quality_images=0, options=options) for name, options in OPTIONS.items()}
     for c in configs.values():
-        engine.run(c, place, quiet=True)
+        runner.run(c, place, quiet=True)
     return {name: place / c.id for name, c in configs.items()}
 
 
@@ -109,13 +121,13 @@ def test_the_cache_keeps_what_was_used_last_within_its_bound():
 
 
 @pytest.mark.parametrize("method", OPTIONS)
-def test_predictions_are_the_engines(runs, method):
+def test_predictions_are_those_of_the_evaluation(runs, method):
     study = Study(runs[method])
     id = study.sets["unlabeled"][3]
     for name, file in (("checkpoint.pt", "checkpoint.pt"), ("step 2", "checkpoint-2.pt")):
-        trained = engine.load_method(runs[method], checkpoint=file)
+        trained = runner.load_method(runs[method], checkpoint=file)
         found = study.predict(0, file, id)
-        labels = {n: engine.segment(net, study.data, [id])[0].numpy() for n, net in trained.predictors.items()}
+        labels = {n: evaluate.segment(net, study.data, [id])[0].numpy() for n, net in trained.predictors.items()}
         assert list(found) == study.predictors(0, file) == [*labels, *(["mean"] if len(labels) > 1 else [])]
         assert all(np.array_equal(found[n].label, label) for n, label in labels.items()), name
     again = study.cache.used
@@ -128,7 +140,7 @@ def test_predictions_are_the_engines(runs, method):
 def test_the_views_are_what_the_method_is_fed(tmp_path, name):
     """Recomputed for each way of mixing from the draws of the same step."""
     c = config(name, steps=3, checkpoint_every=3, quality_images=0, options=OPTIONS.get(name, {}), weak_photometric=True)
-    engine.run(c, tmp_path, quiet=True)
+    runner.run(c, tmp_path, quiet=True)
     study, draw = Study(tmp_path / c.id), 5
     id, *others = study.sets["unlabeled"]
     before = {key: value.clone() for key, value in study.method(0, "checkpoint.pt").state_dict().items()}
@@ -253,7 +265,7 @@ def test_the_threshold_begins_at_the_methods_own(tmp_path):
         ("supervised", {}, 0.95),
     ):
         c = config(name, steps=2, quality_images=0, options=options)
-        engine.run(c, tmp_path, quiet=True)
+        runner.run(c, tmp_path, quiet=True)
         assert explore(tmp_path / c.id).threshold.value == expected
 
 

@@ -9,8 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from tiny import record
 
-from mkd_core import figures
 from mkd_core.augment import normalise
+from mkd_core.suite import figures
 
 PALETTE = np.array([[0, 0, 0], [255, 0, 0], [0, 0, 255]], np.uint8)
 CLASSES = ("none", "red", "blue")

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mkd_core.augment import half_box
-from mkd_core.engine import build_method, make_optimizers, run
 from mkd_core.losses import draw, percentiles, sigmoid
 from mkd_core.methods import Method
 from mkd_core.methods.base import frozen
 from mkd_core.methods.gct import flaw_map, handle
+from mkd_core.runner import run
+from mkd_core.train import build_method, make_optimizers
 
 IGNORE = 255
 

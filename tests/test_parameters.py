@@ -18,11 +18,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from mkd_core import METHODS, Grid, RunConfig, engine, load_split, open_dataset, records, run
-from mkd_core.cli import main
+from mkd_core import METHODS, Grid, RunConfig, load_split, open_dataset, records, run, runner
 from mkd_core.config import NOT_IDENTITY
 from mkd_core.data import DATASETS
 from mkd_core.data.splits import published_splits
+from mkd_core.suite.cli import main
 
 PARAMETERS = Path(__file__).parents[1] / "parameters"
 PAPER = {path.stem: path for path in sorted((PARAMETERS / "paper").glob("*.yaml"))}
@@ -55,7 +55,7 @@ def recipe(name: str) -> RunConfig:
 @pytest.mark.parametrize("stem", PAPER)
 def test_a_dry_run_plans_the_full_protocol_without_its_files(stem, monkeypatch, capsys):
     """The networks themselves are built by the tests that train below."""
-    monkeypatch.setattr(engine, "build_method", lambda config, classes: METHODS[config.method])
+    monkeypatch.setattr(runner, "build_method", lambda config, classes: METHODS[config.method])
     assert main(["batch", str(PAPER[stem]), "--dry-run"]) == 2
     out, err = capsys.readouterr()
     count = len(runs(PAPER[stem]))
@@ -233,7 +233,7 @@ def test_a_paper_configuration_trains(name, layouts, tmp_path, monkeypatch):
     config = CONFIGURATIONS[name]
     small = {"root": str(layouts[config.dataset]), "split": "random/2", "crop": (64, 64), "batch": 2, "steps": 3, "evaluate_every": 0}
     machine = {"device": "cpu", "threads": 1, "workers": 0, "log_every": 1, "quality_images": 0}
-    monkeypatch.setattr(engine._Run, "_save", lambda self, name: None)  # a gigabyte for nothing: checkpoints are tested elsewhere
+    monkeypatch.setattr(runner._Run, "_save", lambda self, name: None)  # a gigabyte for nothing: checkpoints are tested elsewhere
     record = run(RunConfig(**config.model_dump() | small | machine), tmp_path, quiet=True)
     rows = records.history(tmp_path / record.id)
     assert record.status == "done" and len(rows) == 3 and len(record.classes) == {"cityscapes": 19, "coco": 81}.get(config.dataset, 21)

@@ -11,25 +11,25 @@ import tiny
 import torch
 from PIL import Image
 
-from mkd_core import engine, load_split, open_dataset, records
-from mkd_core import export as exporting
-from mkd_core import predict as module
+from mkd_core import evaluate, load_split, open_dataset, records, runner
 from mkd_core.augment import normalise
-from mkd_core.cli import main
 from mkd_core.data import DataError, check
 from mkd_core.data.base import colormap, read_image, read_label
-from mkd_core.export import export
 from mkd_core.metrics import PseudoLabelQuality
 from mkd_core.models import SegNet
-from mkd_core.predict import Predictor, predict, pseudo_label
+from mkd_core.suite import export as exporting
+from mkd_core.suite import predict as module
+from mkd_core.suite.cli import main
+from mkd_core.suite.export import export
+from mkd_core.suite.predict import Predictor, predict, pseudo_label
 
 
 def trained(config, runs):
     """The folder of a short run, its classifiers rescaled so that every class is predicted somewhere and no prediction is a tie."""
-    engine.run(config, runs, quiet=True)
+    runner.run(config, runs, quiet=True)
     folder = runs / config.id
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    dataset, method = open_dataset("shapes", size=32), engine.load_method(folder)
+    dataset, method = open_dataset("shapes", size=32), runner.load_method(folder)
     x = normalise(torch.stack([dataset.image(id) for id in dataset.train[:16]]).float() / 255)
     with torch.no_grad():
         for net in (getattr(net, "module", net) for net in method.predictors.values()):
@@ -85,10 +85,10 @@ def tree(folder):
 
 
 def expected(run, name, image, protocol="whole"):
-    nets = engine.load_method(run).predictors
+    nets = runner.load_method(run).predictors
     with torch.no_grad():
         x = normalise(image[None].float() / 255)
-        found = {n: engine.probabilities(net, x, protocol, (32, 32))[0] for n, net in nets.items()}
+        found = {n: evaluate.probabilities(net, x, protocol, (32, 32))[0] for n, net in nets.items()}
     return sum(found.values()) / len(found) if name == "mean" else found[name]
 
 
@@ -319,7 +319,7 @@ def test_pseudo_labels_of_files_name_them_where_they_are(photo_run, photos, tmp_
     assert tree(photos) == before and {p.suffix for p in tree(tmp_path / "out")} == {".png", ".txt"}
     source, made = open_dataset("folder", str(photos)), open_dataset("folder", str(tmp_path / "out"), val="")
     ids = load_split(source, "random/6", 0).unlabeled
-    labels = engine.segment(next(iter(engine.load_method(photo_run).predictors.values())), source, ids)
+    labels = evaluate.segment(next(iter(runner.load_method(photo_run).predictors.values())), source, ids)
     right = judged = 0
     for k, id in enumerate(ids):
         assert (made.root / made.train[k]).resolve() == photos / id

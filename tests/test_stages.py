@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_engine import assert_same, finish, start
+from test_runner import assert_same, finish, start
 from tiny import config
 from torch import Tensor
 
@@ -18,9 +18,10 @@ from mkd_core.augment import normalise
 from mkd_core.config import RunConfig
 from mkd_core.data import open_dataset
 from mkd_core.data.splits import load_split
-from mkd_core.engine import NonFiniteLoss, poly, run
 from mkd_core.losses import cross_entropy
 from mkd_core.methods import METHODS, Method
+from mkd_core.runner import run
+from mkd_core.train import NonFiniteLoss, poly
 
 
 class Stopped(Exception):

@@ -13,7 +13,7 @@ from tiny import record
 
 from mkd_core.data.splits import published_splits
 from mkd_core.records import ROOT
-from mkd_core.tables import Published, published, refuse_unlike_configs, save, table
+from mkd_core.suite.tables import Published, published, refuse_unlike_configs, save, table
 
 TABLES = ("table1", "table2_vocaug", "table2_cityscapes", "table3", "table4", "table5", "table6")
 

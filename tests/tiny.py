@@ -81,7 +81,7 @@ def record(id: str = "a", miou: float = 50.0, seed: int = 0, **keys: Any) -> Rec
 
 
 def child(keys: dict[str, Any], runs: str, delay: float = 0.0, wait: bool = False, die: str = "", limit: int = 0) -> None:
-    """engine.run in a process of its own, every step `delay` seconds slower; it kills itself inside the operation named by `die`.
+    """runner.run in a process of its own, every step `delay` seconds slower; it kills itself inside the operation named by `die`.
 
     wait   stop before the last step until killed
     die    "half checkpoint 2": while the second checkpoint is half written; "full record.json 2" and "renamed record.json 2": just before
@@ -97,7 +97,7 @@ def child(keys: dict[str, Any], runs: str, delay: float = 0.0, wait: bool = Fals
 
     from PIL import Image
 
-    from mkd_core import engine, records
+    from mkd_core import records, runner
 
     def slow(method: Method, *args: Any) -> None:
         last = round(args[0][1] * keys["steps"]) == keys["steps"] - 1
@@ -106,14 +106,14 @@ def child(keys: dict[str, Any], runs: str, delay: float = 0.0, wait: bool = Fals
     def kill() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    build_method = engine.build_method
+    build_method = runner.build_method
 
     def slowed(*args: Any) -> Method:
         method = build_method(*args)
         method.register_forward_pre_hook(slow)
         return method
 
-    engine.build_method = slowed
+    runner.build_method = slowed
     counts = {"save": 0, "label": 0}
     save, replace, draw = torch.save, os.replace, Image.Image.save
 
@@ -145,4 +145,4 @@ def child(keys: dict[str, Any], runs: str, delay: float = 0.0, wait: bool = Fals
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     assert records.os.replace is dying_replace
-    engine.run(RunConfig(**keys), Path(runs), quiet=True)
+    runner.run(RunConfig(**keys), Path(runs), quiet=True)

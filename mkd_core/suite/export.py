@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from .augment import MEAN, STD, normalise
-from .data.base import local
-from .models import file_sha256
+from ..augment import MEAN, STD, normalise
+from ..data.base import local
+from ..models import file_sha256
+from ..records import write_atomically
 from .predict import Predictor, refuse_existing
-from .records import write_atomically
 
 MULTIPLE = 32  # of free image sides: the stride of the deepest encoders
 

@@ -19,16 +19,21 @@ from PIL import Image
 from tiny import CLASSES, batch, build, child, config, gradients, make
 from torch import Tensor, nn
 
-from mkd_core import engine, records
+from mkd_core import records, runner
 from mkd_core.augment import normalise
 from mkd_core.config import RunConfig
-from mkd_core.engine import NonFiniteLoss, build_method, evaluate, make_batch, make_optimizers, poly, probabilities, run
+from mkd_core.data import load_split, open_dataset
+from mkd_core.data.stream import Steps, Stream
+from mkd_core.evaluate import evaluate, probabilities
 from mkd_core.methods import METHODS
 from mkd_core.methods.mean_teacher import MeanTeacher
+from mkd_core.metrics import miou
+from mkd_core.runner import run
+from mkd_core.train import NonFiniteLoss, build_method, make_batch, make_optimizers, poly
 
 # Children are forked from a clean process that has imported torch once.
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["mkd_core.engine", "mkd_core.batch"])
+server.set_forkserver_preload(["mkd_core.runner", "mkd_core.suite.batch"])
 
 LONG = dict(steps=12, checkpoint_every=4, log_every=2, evaluate_every=6, batch=2, channels=8)
 OPTIONS = {"cps": {"boxes": 3, "weight": 1.0}, "mkd": {"threshold": 0.3, "fda": 1.0, "rampup": 0.5}, "cutmix_seg": {"threshold": 0.3},
@@ -172,7 +177,7 @@ def test_another_seed_is_another_run(tmp_path):
 def test_the_same_id_never_runs_again(tmp_path, monkeypatch):
     c = config(steps=2)
     record = run(c, tmp_path, quiet=True)
-    monkeypatch.setattr(engine, "_Run", lambda *args: pytest.fail("it ran again"))
+    monkeypatch.setattr(runner, "_Run", lambda *args: pytest.fail("it ran again"))
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / c.id).iterdir()}
     assert run(config(steps=2, device="auto", workers=3, log_every=7), tmp_path, quiet=True) == record
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / c.id).iterdir()}
@@ -230,15 +235,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, log_ever
 
 def seen_in_step(c: RunConfig, step: int) -> tuple[list[str], list[str]]:
     """Ids whose image is read while the tensors of a step are made."""
-    dataset = engine.open_dataset(c.dataset, c.root, **c.dataset_options)
-    split = engine.load_split(dataset, c.split, c.seed)
+    dataset = open_dataset(c.dataset, c.root, **c.dataset_options)
+    split = load_split(dataset, c.split, c.seed)
     read: list[str] = []
     image = dataset.image
     dataset.image = lambda id: (read.append(id), image(id))[1]  # type: ignore[method-assign]
     view = dict(seed=c.seed, crop=c.crop, scale=c.scale, base=c.base)
-    engine.Steps(
-        engine.Stream(dataset, split.labeled, name="labeled", labeled=True, **view),
-        engine.Stream(dataset, split.unlabeled, name="unlabeled", labeled=False, **view),
+    Steps(
+        Stream(dataset, split.labeled, name="labeled", labeled=True, **view),
+        Stream(dataset, split.unlabeled, name="unlabeled", labeled=False, **view),
         c.batch,
     )[step]
     assert set(read[: c.batch]) <= set(split.labeled) and set(read[c.batch :]) <= set(split.unlabeled) and len(read) == 2 * c.batch
@@ -357,12 +362,12 @@ def test_the_head_learns_at_a_multiple_of_the_encoders_rate(method, tmp_path):
 def test_one_step_is_plain_sgd(tmp_path, monkeypatch):
     """Two steps of the loop against two steps written out: data, learning rates, momentum, sum of terms, teacher's step numbers."""
     c = config("mean_teacher", steps=2, options={"weight": 5.0}, weight_decay=0.01)
-    method, dataset = build_method(c, 5).train(), engine.open_dataset("shapes", "", **c.dataset_options)
-    split = engine.load_split(dataset, c.split, c.seed)
+    method, dataset = build_method(c, 5).train(), open_dataset("shapes", "", **c.dataset_options)
+    split = load_split(dataset, c.split, c.seed)
     view = dict(seed=c.seed, crop=c.crop, scale=c.scale, base=c.base)
-    steps = engine.Steps(
-        engine.Stream(dataset, split.labeled, name="labeled", labeled=True, **view),
-        engine.Stream(dataset, split.unlabeled, name="unlabeled", labeled=False, **view),
+    steps = Steps(
+        Stream(dataset, split.labeled, name="labeled", labeled=True, **view),
+        Stream(dataset, split.unlabeled, name="unlabeled", labeled=False, **view),
         c.batch,
     )
     parameters = [*method.net.parameters()]
@@ -566,9 +571,9 @@ def test_the_record_tells_what_was_measured(tmp_path):
     # The number is that of the saved weights.
     method = build_method(c, 5)
     method.load_state_dict(outcome(tmp_path / c.id)[0]["method"])
-    data = engine.open_dataset("shapes", "", **c.dataset_options)
+    data = open_dataset("shapes", "", **c.dataset_options)
     matrix = evaluate({"net": method.students[0]}, data, data.val)[0]["net"]
-    assert engine.miou(matrix) == record.miou
+    assert miou(matrix) == record.miou
 
 
 def test_a_whole_checkpoint_of_another_run_is_refused(tmp_path):
@@ -599,16 +604,16 @@ def test_a_record_of_another_run_or_a_damaged_one_is_refused(tmp_path):
 
 def test_all_runs_are_looked_at_before_the_first_trains(tmp_path):
     with pytest.raises(ValueError, match="no shapes split 'nope'"):
-        engine.run_all([config(steps=2), config(steps=2, split="nope")], 1, tmp_path)
+        runner.run_all([config(steps=2), config(steps=2, split="nope")], 1, tmp_path)
     assert not list(tmp_path.glob("*/history.jsonl"))
 
 
 def test_a_checkpoint_that_is_none_is_called_damaged(tmp_path):
     torch.save({"a": 1}, tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="damaged"):
-        engine.read_checkpoint(tmp_path / "checkpoint.pt", "cpu")
+        runner.read_checkpoint(tmp_path / "checkpoint.pt", "cpu")
     with pytest.raises(ValueError, match="no run"):
-        engine.load_method(tmp_path)
+        runner.load_method(tmp_path)
 
 
 def test_checkpoints_stay_at_the_stride_that_was_asked_for(tmp_path):
@@ -626,7 +631,7 @@ def test_checkpoints_stay_at_the_stride_that_was_asked_for(tmp_path):
     assert sorted(p.name for p in (tmp_path / "plain" / plain.id).glob("*checkpoint*")) == ["checkpoint-best.pt", "checkpoint.pt"]
     states = [torch.load(folder / name, weights_only=True) for name in ("checkpoint-4.pt", "checkpoint-8.pt", "checkpoint.pt")]
     assert [state["step"] for state in states] == [4, 8, 10]
-    loaded = engine.load_method(folder, checkpoint="checkpoint-4.pt").state_dict()
+    loaded = runner.load_method(folder, checkpoint="checkpoint-4.pt").state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in states[0]["method"].items())
     assert any(not torch.equal(loaded[key], value) for key, value in states[1]["method"].items())
 
@@ -690,16 +695,16 @@ def test_a_record_of_a_folder_of_the_same_name_and_lists_is_not_handed_out(tmp_p
 )  # fmt: skip
 def test_networks_that_cannot_work_are_refused_before_training(keys, words):
     with pytest.raises(ValueError, match=words):
-        engine.prepare(config(**keys))
+        runner.prepare(config(**keys))
 
 
 def test_the_faults_of_a_table_are_found_once_and_equal_networks_built_once(monkeypatch):
     built: list[str] = []
-    monkeypatch.setattr(engine, "build_method", lambda config, classes: built.append(config.method) or METHODS[config.method])
+    monkeypatch.setattr(runner, "build_method", lambda config, classes: built.append(config.method) or METHODS[config.method])
     table = [config(method, split=split, seed=seed) for method in ("mkd", "cps") for split in ("random/6", "random/30") for seed in (0, 1)]
-    found = engine.faults([*table, config(weights="no.pth")])
+    found = runner.faults([*table, config(weights="no.pth")])
     assert sorted(built) == ["cps", "mkd", "supervised"]
     assert list(found.values()) == [[2, 3, 6, 7], [8]]
     draw, weights = found
     assert "30 labeled images wanted" in draw and "weights file no.pth does not exist" in weights
-    assert not engine.faults(table[:2])
+    assert not runner.faults(table[:2])

@@ -25,10 +25,11 @@ from zipfile import is_zipfile
 
 import torch
 
-from . import records
-from .choices import choose
-from .config import YOUNGER, Grid, RunConfig
-from .engine import Busy, faults, is_busy, pick_device
+from .. import records
+from ..choices import choose
+from ..config import YOUNGER, Grid, RunConfig
+from ..evaluate import pick_device
+from ..runner import Busy, faults, is_busy
 
 NOTEBOOK = records.ROOT / "notebooks/10_run.ipynb"
 PAUSE = 3.0  # seconds before a run that failed, or that another process is at, is looked at again
@@ -173,7 +174,7 @@ def execute(config: dict[str, Any], notebook: str, folder: str, where: str, thre
     environment = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ | {"MKD_RUNS": str(Path(folder).parent)}
     values = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in config.items()]
     process = subprocess.Popen(
-        ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "mkd_core.cli", "run", notebook, "-o", folder, *values],
+        ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "mkd_core.suite.cli", "run", notebook, "-o", folder, *values],
         cwd=where, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         start_new_session=True,  # Ctrl-C is for the batch, which then ends this one
     )  # fmt: skip

@@ -14,15 +14,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from . import records
-from .augment import normalise
-from .choices import choose
-from .config import RunConfig, read_config
-from .data import DATASETS, IGNORE, DataError, load_split, open_dataset
-from .data.base import colormap, local, read_image, some
-from .engine import Progress, load_method, pick_device, probabilities, starts
+from .. import records
+from ..augment import normalise
+from ..choices import choose
+from ..config import RunConfig, read_config
+from ..data import DATASETS, IGNORE, DataError, load_split, open_dataset
+from ..data.base import colormap, local, read_image, some
+from ..evaluate import pick_device, probabilities, starts
+from ..models import nearest, resize
+from ..progress import Progress
+from ..runner import load_method
 from .figures import Array, overlay, to_image
-from .models import nearest, resize
 
 LARGE = 2**21  # pixels, those of a Cityscapes image: what is larger is predicted in pieces (our choice)
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -34,7 +36,7 @@ class Predictor:
     run        a run folder, or the id of one under runs/
     name       one of the method's predictors, or "mean", their averaged probabilities; default: the first, which the record reports
     step       "best" (of the reported predictor's evaluations), or of a checkpoint-<step>.pt that the run kept; default: the last
-    protocol   "whole", "long512" or "sliding" (engine.probabilities) with the run's crop as window; default: the run's own, where "whole"
+    protocol   "whole", "long512" or "sliding" (evaluate.PROTOCOLS) with the run's crop as window; default: the run's own, where "whole"
                becomes "sliding" for images of more than LARGE pixels
 
     ValueError for a run, predictor, checkpoint, protocol or device that does not exist, or is damaged.

@@ -14,12 +14,12 @@ import multiprocessing.connection
 import os
 import resource
 import shutil
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -28,70 +28,29 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
 from . import records
-from .augment import STRONG, distort, normalise
+from .choices import choose
 from .config import RunConfig, read_config
-from .data import SegDataset, open_dataset
-from .data.base import DataError, read_label
+from .data import DATASETS, SegDataset, open_dataset
+from .data.base import DataError, colormap, local
 from .data.check import check
 from .data.splits import Split, load_split
 from .data.stream import Steps, Stream
-from .methods import METHODS, Batch, Method
-from .metrics import PseudoLabelQuality, confusion_matrix, iou, miou
-from .models import SegNet, file_sha256, load_encoder, resize, weights_file
+from .evaluate import PROTOCOLS, QUALITY_THRESHOLD, Predictor, evaluate, pick_device
+from .methods import Method
+from .metrics import iou, miou
+from .models import file_sha256, weights_file
+from .progress import Progress
 from .records import Record
-
-QUALITY_THRESHOLD = 0.95  # MKD's T: pseudo-label quality is reported at it and at 0
+from .train import NonFiniteLoss, _Images, _Relabeled, build_method, make_batch, make_optimizers, poly, seed_step, stage_marks
 
 
 class Busy(RuntimeError):
     """Another process is at this run."""
-
-
-class NonFiniteLoss(RuntimeError):
-    """Training met a loss that is not finite; the message names the step and its images. The last checkpoint is from before."""
-
-
-def build_net(config: RunConfig, num_classes: int, arch: str | None = None) -> SegNet:
-    """A freshly initialised network, the encoder from config.weights where given. Two calls differ in what is random."""
-    try:
-        net = SegNet(
-            num_classes, arch=arch or config.arch, encoder=config.encoder, encoder_depth=config.encoder_depth, channels=config.channels, dropout=config.dropout,
-            norm=config.norm, bn_momentum=config.bn_momentum,
-        )  # fmt: skip
-    except (AssertionError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:  # of smp, timm and torch
-        raise ValueError(
-            f"{arch or config.arch} on the encoder {config.encoder} cannot be built: {type(error).__name__} {error}"
-        ) from error
-    if config.weights:
-        load_encoder(net, config.weights)
-    return net
-
-
-def build_method(config: RunConfig, num_classes: int) -> Method:
-    """The method with networks initialised from the seed: the first network is the same for every method."""
-    seed_step(config.seed, -1)
-    method = METHODS[config.method](partial(build_net, config, num_classes), **config.options)
-    if min(config.crop) < method.min_side:
-        raise ValueError(f"{config.method} needs a crop of at least {method.min_side} x {method.min_side} pixels; got {config.crop}")
-    if config.batch < method.min_batch:
-        raise ValueError(
-            f"{config.method} with these options needs a batch of at least {method.min_batch} (its images need a partner); got {config.batch}"
-        )
-    stage_marks(config, method)
-    return method
-
-
-def stage_marks(config: RunConfig, method: Method) -> list[int]:
-    """Steps at which the stages of a method begin, and the last step."""
-    marks = [0, *(round(share * config.steps) for share in method.stages), config.steps]
-    if any(start >= end for start, end in pairwise(marks)):
-        raise ValueError(f"{config.method} trains in {len(marks) - 1} stages; {config.steps} steps are too few for them")
-    return marks
 
 
 def prepare(config: RunConfig, deep: bool = False, progress: Callable[[int, int], None] | None = None) -> tuple[SegDataset, Split, Method]:
@@ -168,19 +127,68 @@ def _check_data(
     check(dataset, split, deep, progress).raise_if_bad()
 
 
-def load_method(run: RunConfig | str | Path, device: torch.device | str = "cpu", checkpoint: str = "checkpoint.pt") -> Method:
-    """The trained method of a run (its configuration or its folder), in eval mode; its `predictors` are what was evaluated.
+@dataclass(frozen=True)
+class OpenRun:
+    """A trained run: configuration, method in eval mode (its `predictors` are what was evaluated), class names, colours (C, 3) uint8."""
 
-    Rebuilt from config.json with the weights of `checkpoint`, a file of the folder; no data are needed. Like every build, it seeds torch.
+    folder: Path
+    config: RunConfig
+    checkpoint: str
+    method: Method
+    classes: list[str]
+    palette: NDArray[np.uint8]
+    device: torch.device
+
+    def predictor(self, protocol: str = "") -> Predictor:
+        """All its networks, by the run's protocol (or another), window and precision."""
+        config = self.config
+        return Predictor(
+            self.method.predictors, protocol=protocol or config.protocol, window=config.crop, precision=config.precision, device=self.device
+        )
+
+
+def open_run(run: RunConfig | str | Path, step: int | str | None = None, device: str = "auto") -> OpenRun:
+    """A run by its configuration, its folder, or its id under runs/, with the weights of a checkpoint; no training images are needed.
+
+    step: "best" (of the reported predictor's evaluations), or of a checkpoint-<step>.pt that the run kept; default: the last.
+    ValueError for a run or a checkpoint that does not exist or is damaged. Torch's random state is left as it was.
     """
-    folder = records.RUNS / run.id if isinstance(run, RunConfig) else Path(run)
-    config = read_config(folder)
-    state = read_checkpoint(folder / checkpoint, device)["method"]
-    classes = next(len(value) for name, value in state.items() if name.endswith("classifier.weight"))
-    # The checkpoint holds the encoder too: its ImageNet file may be gone.
-    method = build_method(config.model_copy(update={"weights": ""}), classes).to(device)
-    method.load_state_dict(state)
-    return method.eval()
+    folder = find_run(run)
+    config, where = read_config(folder), pick_device(device)
+    kept = sorted(path.name for path in folder.glob("checkpoint-*.pt"))
+    name = "checkpoint.pt" if step is None else choose("checkpoint", f"checkpoint-{step}.pt", kept)
+    state = read_checkpoint(folder / name, where)["method"]
+    names, palette = _classes(config, folder)
+    try:
+        with torch.random.fork_rng():
+            classes = next(len(value) for key, value in state.items() if key.endswith("classifier.weight"))
+            # The checkpoint holds the encoder too: its ImageNet file may be gone.
+            method = build_method(config.model_copy(update={"weights": ""}), classes).to(where)
+        method.load_state_dict(state)
+    except (RuntimeError, StopIteration) as error:
+        raise ValueError(f"{folder / name} does not fit config.json beside it: {str(error)[:300]}") from error
+    return OpenRun(folder, config, name, method.eval(), names, palette, where)
+
+
+def find_run(run: RunConfig | str | Path) -> Path:
+    """The folder of a run: given itself, below the project or by its id under runs/. ValueError that lists the runs there are."""
+    if isinstance(run, RunConfig):
+        run = records.RUNS / run.id
+    for folder in (local(run), records.RUNS / run, records.ROOT / run):
+        if (folder / "config.json").is_file():
+            return folder
+    known = sorted(path.parent.name for path in records.RUNS.glob("*/config.json"))
+    return records.RUNS / choose("run (a folder, or an id under runs/)", str(run), known)
+
+
+def _classes(config: RunConfig, folder: Path) -> tuple[list[str], NDArray[np.uint8]]:
+    """Class names and colours: the data set's own; a person's folder may have gone, so the record's names come before those found there."""
+    if config.dataset != "folder":
+        made: Any = DATASETS[config.dataset]
+        return list(made.classes), made.palette
+    record, colours = records.load(folder), config.dataset_options["palette"]
+    names = record.classes if record else open_dataset(config.dataset, config.root, **config.dataset_options).classes
+    return list(names), colormap(len(names)) if colours is None else np.array(colours, np.uint8)
 
 
 def read_checkpoint(path: Path, device: torch.device | str) -> dict[str, Any]:
@@ -198,244 +206,6 @@ def read_checkpoint(path: Path, device: torch.device | str) -> dict[str, Any]:
         raise ValueError(
             f"{path} is damaged, or no checkpoint of this suite ({type(error).__name__}); delete it, and record.json where there is one, and the run starts anew"
         ) from error
-
-
-def seed_step(seed: int, step: int, *stage: int) -> None:
-    """Make torch's random draws on every device a function of (seed, step); step -1: what comes before the first, or before a stage."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step + 1, *stage]).generate_state(1, np.uint64)[0] >> 1))
-
-
-def make_batch(tensors: Sequence[Tensor], config: RunConfig, views: int, device: torch.device) -> Batch:
-    """uint8 tensors of a step -> Batch on the device: colour views drawn there, normalised."""
-    x, y, *unlabeled = (t.to(device, non_blocking=True) for t in tensors)
-    u, valid, label = unlabeled or (x[:0], y[:0].bool(), y[:0])
-    x, u = x.float() / 255, u.float() / 255
-    # From the geometric view alone, as released.
-    strong = tuple(normalise(STRONG[config.strong](u)) for _ in range(views if len(u) else 0))
-    if config.weak_photometric:
-        x, u = distort(x), distort(u)
-    return Batch(normalise(x), y.long(), normalise(u), strong, valid, label.long())
-
-
-def poly(config: RunConfig, step: int, start: int = 0, end: int = 0) -> float:
-    """Share of the initial learning rate at a step of the stage [start, end); end 0: of the whole run."""
-    return (1 - (step - start) / ((end or config.steps) - start)) ** config.power
-
-
-def make_optimizers(config: RunConfig, method: Method) -> list[torch.optim.Optimizer]:
-    """That of the networks, all but the encoders at head_lr times the rate, and, where the method has a critic, the critic's: Adam with betas (0.9, 0.99), as AdvSemSeg and GCT have it."""
-    judges = list(method.critic[0].parameters()) if method.critic else []
-    parameters: Any = [p for p in method.parameters() if p.requires_grad and not any(p is judge for judge in judges)]
-    if config.head_lr != 1:
-        inside = {p for net in method.modules() if isinstance(net, SegNet) for p in net.encoder.parameters()}
-        parts = [[p for p in parameters if (p in inside) == encoder] for encoder in (True, False)]
-        parameters = [{"params": part, "lr": lr} for part, lr in zip(parts, (config.lr, config.lr * config.head_lr), strict=True) if part]
-    optimizers: list[torch.optim.Optimizer] = []
-    if config.optimizer == "adamw":
-        optimizers.append(torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True))
-    else:
-        optimizers.append(torch.optim.SGD(parameters, config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True))
-    if method.critic:
-        optimizers.append(torch.optim.Adam(judges, method.critic[1], betas=(0.9, 0.99), fused=True))
-    for group in (g for optimizer in optimizers for g in optimizer.param_groups):
-        group["initial_lr"] = group["lr"]
-    return optimizers
-
-
-# Evaluation.
-
-
-@torch.no_grad()
-def probabilities(net: nn.Module, images: Tensor, protocol: str, window: tuple[int, int]) -> Tensor:
-    """Class probabilities of normalised images (B, 3, H, W) of any size -> (B, C, H, W), by a named protocol.
-
-    whole    the image at its own size, padded at the bottom and right where a side is no multiple of 16 (our choice for VOC and COCO)
-    long512  resized so that the long side is 512, logits resized back (released MKD)
-    sliding  windows of the crop's size, stride ceil(2/3 window), the last one shifted back inside (CPS); probabilities averaged (our choice)
-    """
-    size = images.shape[-2:]
-    if protocol == "long512":
-        factor = 512 / max(size)
-        small = resize(images, (max(1, round(size[0] * factor)), max(1, round(size[1] * factor))))
-        return resize(_padded(net, small), size).softmax(1)
-    if protocol == "whole":
-        return _padded(net, images).softmax(1)
-    total: Tensor | float = 0.0
-    count = images.new_zeros(1, 1, *size)
-    for top in starts(size[0], window[0]):
-        for left in starts(size[1], window[1]):
-            where = (..., slice(top, top + window[0]), slice(left, left + window[1]))
-            prob = _padded(net, images[where]).softmax(1)
-            if isinstance(total, float):
-                total = images.new_zeros(len(images), prob.shape[1], *size)
-            total[where] += prob
-            count[where] += 1
-    return total / count
-
-
-def _padded(net: nn.Module, images: Tensor, multiple: int = 32) -> Tensor:
-    height, width = images.shape[-2:]
-    pad = (0, -width % multiple, 0, -height % multiple) if (height % 16 or width % 16) else (0, 0, 0, 0)
-    return net(nn.functional.pad(images, pad))[..., :height, :width].float()
-
-
-def starts(side: int, window: int) -> list[int]:
-    """Where the windows of the sliding protocol begin along a side."""
-    stride = math.ceil(window * 2 / 3)
-    last = max(0, side - window)
-    return sorted({min(s, last) for s in range(0, last + stride, stride)})
-
-
-class _Items(Dataset):
-    """(image, label) by position, for a loader."""
-
-    def __init__(self, dataset: SegDataset, ids: Sequence[str]):
-        self.dataset, self.ids = dataset, ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        return self.dataset.image(self.ids[i]), self.dataset.label(self.ids[i])
-
-
-class _Images(Sequence[Tensor]):
-    """Normalised images (1, 3, H, W) on the device by position, loaded when asked for, which `progress` is told."""
-
-    def __init__(self, dataset: SegDataset, ids: Sequence[str], device: torch.device, progress: Callable[[str], None]):
-        self.dataset, self.ids, self.device, self.progress = dataset, ids, device, progress
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, i: Any) -> Any:
-        self.progress(f"image {i + 1:,} of {len(self):,}")
-        return normalise(self.dataset.image(self.ids[i])[None].to(self.device).float() / 255)
-
-
-class _Relabeled(SegDataset):
-    """The images of a stage with the pseudo-labels that were written for it."""
-
-    def __init__(self, dataset: SegDataset, ids: Sequence[str], folder: Path):
-        self.dataset, self.folder = dataset, folder
-        self.places = {id: i for i, id in enumerate(ids) if (folder / f"{i}.png").exists()}
-        self.ids = tuple(self.places)
-        if not self.ids:
-            raise ValueError(f"the stage has no pseudo-labelled image in {folder}")
-
-    def image(self, id: str) -> Tensor:
-        return self.dataset.image(id)
-
-    def label(self, id: str) -> Tensor:
-        return read_label(self.folder / f"{self.places[id]}.png")
-
-    def has_label(self, id: str) -> bool:
-        return id in self.places
-
-
-def _equal_sizes(items: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of consecutive images of one size, up to about a quarter of a megapixel: the same whatever the machine."""
-    images: list[Tensor] = []
-    labels: list[Tensor] = []
-    for image, label in items:
-        if images and (image.shape != images[0].shape or len(images) * image[0].numel() >= 2**18):
-            yield torch.stack(images), torch.stack(labels)
-            images, labels = [], []
-        images.append(image)
-        labels.append(label)
-    if images:
-        yield torch.stack(images), torch.stack(labels)
-
-
-@torch.no_grad()
-def evaluate(
-    nets: dict[str, nn.Module], dataset: SegDataset, ids: Sequence[str], *, protocol: str = "whole", window: tuple[int, int] = (512, 512),
-    device: torch.device | str = "cpu", workers: int = 0, precision: str = "float32", quality: float | None = None,
-) -> tuple[dict[str, Tensor], dict[str, PseudoLabelQuality]]:  # fmt: skip
-    """Confusion matrices (C, C) of each network over the images `ids`, and of "mean", their averaged probabilities, where there are several.
-
-    quality: a confidence threshold; with it, the pseudo-label quality of each network too. Networks are evaluated in eval mode and put
-    back into the mode that they were in.
-    """
-    modes = {name: net.training for name, net in nets.items()}
-    for net in nets.values():
-        net.eval()
-    classes = len(dataset.classes)
-    names = [*nets, "mean"] if len(nets) > 1 else [*nets]
-    confusion = {name: torch.zeros(classes, classes, dtype=torch.int64, device=device) for name in names}
-    qualities = {name: PseudoLabelQuality(classes, quality, device) for name in names} if quality is not None else {}
-    for images, labels in _equal_sizes(DataLoader(_Items(dataset, ids), batch_size=None, num_workers=workers)):
-        images, labels = normalise(images.to(device).float() / 255), labels.to(device)
-        found: dict[str, Tensor] = {}
-        for name, net in nets.items():
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
-                found[name] = probabilities(net, images, protocol, window)
-        if "mean" in names:
-            found["mean"] = torch.stack(list(found.values())).mean(0)
-        for name, prob in found.items():
-            confusion[name] += confusion_matrix(prob.max(1).indices, labels, classes)
-            if qualities:
-                qualities[name].update(prob, labels)
-    for name, net in nets.items():
-        net.train(modes[name])
-    return confusion, qualities
-
-
-@torch.no_grad()
-def segment(
-    net: nn.Module, dataset: SegDataset, ids: Sequence[str], *, protocol: str = "whole", window: tuple[int, int] = (512, 512),
-    device: torch.device | str = "cpu",
-) -> list[Tensor]:  # fmt: skip
-    """Predicted labels (H, W) uint8 on the host, one map an image, at the image's own size."""
-    mode = net.training
-    net.eval()
-    images = (normalise(dataset.image(id)[None].to(device).float() / 255) for id in ids)
-    labels = [probabilities(net, image, protocol, window).max(1).indices[0].to("cpu", torch.uint8) for image in images]
-    net.train(mode)
-    return labels
-
-
-# Running.
-
-
-class Progress:
-    """One line about the run: a single notebook output that is updated, or a line every few seconds in a terminal. Quiet: nothing."""
-
-    def __init__(self, title: str, quiet: bool = False):
-        self.title, self.quiet, self.handle, self.last = title, quiet, None, 0.0
-        self.notebook = not quiet and "ipykernel" in sys.modules
-
-    def __call__(self, text: str, now: bool = False) -> None:
-        if self.quiet or (not now and time.monotonic() - self.last < (0.5 if self.notebook else 10)):
-            return
-        self.last = time.monotonic()
-        line = f"{self.title}: {text}"
-        if not self.notebook:
-            print(line, flush=True)
-            return
-        from IPython.display import Pretty, display
-
-        if self.handle is None:
-            self.handle = display(Pretty(line), display_id=True)
-        else:
-            self.handle.update(Pretty(line))
-        if path := os.environ.get("MKD_PROGRESS"):  # `mkd run` shows it in its terminal: papermill passes no updates on
-            Path(path).write_text(line)
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto": the first GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>; got {name!r}") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>; got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name} asked for, but torch sees {torch.cuda.device_count()} GPUs")
-    return device
 
 
 def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Record:
@@ -623,7 +393,8 @@ class _Run:
             kept = {int(path.stem) for path in temporary.iterdir()}
             seed_step(config.seed, -1, stage)
             self.method.eval()
-            prob = partial(probabilities, protocol=config.protocol, window=config.crop)
+            protocol = PROTOCOLS[config.protocol]
+            prob = lambda net, images: protocol(net, images, config.crop)  # noqa: E731
             images = _Images(
                 self.dataset, self.split.unlabeled, self.device, lambda text: self.progress(f"pseudo-labels, stage {stage}: {text}")
             )
@@ -706,10 +477,10 @@ class _Run:
 
     def _evaluate(self) -> dict[str, Any]:
         config = self.config
-        measure = partial(
-            evaluate, self.method.predictors, self.dataset, protocol=config.protocol, window=config.crop, device=self.device,
-            workers=self.workers, precision=config.precision,
-        )  # fmt: skip
+        predictor = Predictor(
+            self.method.predictors, protocol=config.protocol, window=config.crop, precision=config.precision, device=self.device
+        )
+        measure = partial(evaluate, predictor, self.dataset, workers=self.workers)
         confusion, _ = measure(self.dataset.val)
         found: dict[str, Any] = {"miou": {name: miou(c) for name, c in confusion.items()}}
         found["confusion"] = next(iter(confusion.values())).tolist()  # (truth, prediction), of the reported predictor

@@ -19,17 +19,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from . import records
-from .augment import geometry, normalise
-from .config import RunConfig, read_config
-from .data import open_dataset
-from .data.base import IGNORE
-from .data.splits import load_split
-from .engine import load_method, make_batch, pick_device, probabilities, seed_step
-from .figures import to_image
-from .methods import METHODS, Batch, Method
-from .metrics import confusion_matrix, miou
-from .models import SegNet
+from .. import records
+from ..augment import geometry, normalise
+from ..config import RunConfig, read_config
+from ..data import open_dataset
+from ..data.base import IGNORE
+from ..data.splits import load_split
+from ..evaluate import pick_device, probabilities
+from ..methods import METHODS, Batch, Method
+from ..metrics import confusion_matrix, miou
+from ..models import SegNet
+from ..runner import load_method
+from ..suite.figures import to_image
+from ..train import make_batch, seed_step
 
 Array = NDArray[Any]
 Runs = RunConfig | str | Path | Sequence[RunConfig | str | Path]

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .config import RunConfig
-from .engine import build_method, make_batch, pick_device, seed_step
-from .methods import Batch, Method
-from .models import SegNet
+from ..config import RunConfig
+from ..evaluate import pick_device
+from ..methods import Batch, Method
+from ..models import SegNet
+from ..train import build_method, make_batch, seed_step
 
 CLASSES = 21
 

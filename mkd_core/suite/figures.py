@@ -25,11 +25,11 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from .augment import MEAN, STD, chain, mix, xor_boxes
-from .data.base import IGNORE
-from .data.shapes import Shapes
-from .metrics import confusion_matrix, miou
-from .records import Cells, Rows, write_atomically
+from ..augment import MEAN, STD, chain, mix, xor_boxes
+from ..data.base import IGNORE
+from ..data.shapes import Shapes
+from ..metrics import confusion_matrix, miou
+from ..records import Cells, Rows, write_atomically
 
 Array = NDArray[Any]
 INK, GREY, LIGHT = "#222222", "#8a8a8a", "#dcdcdc"

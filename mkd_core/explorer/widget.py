@@ -20,9 +20,9 @@ import numpy as np
 import traitlets
 from PIL import Image
 
-from . import records
-from .data.base import IGNORE
-from .engine import QUALITY_THRESHOLD
+from .. import records
+from ..data.base import IGNORE
+from ..evaluate import QUALITY_THRESHOLD
 from .study import (
     HEAT,
     LAYERS,
@@ -56,7 +56,7 @@ THUMBNAILS = 12
 
 
 class Canvas(anywidget.AnyWidget):
-    """What the browser draws (explorer.js); bytes are PNG or JPEG files."""
+    """What the browser draws (widget.js); bytes are PNG or JPEG files."""
 
     _esm = Path(__file__).with_suffix(".js")
     _css = Path(__file__).with_suffix(".css")

@@ -20,8 +20,8 @@ import yaml
 from pandas.io.formats.style import Styler
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from .choices import choose
-from .records import ROOT, Cells, Record, Rows, as_cells, write_atomically
+from ..choices import choose
+from ..records import ROOT, Cells, Record, Rows, as_cells, write_atomically
 
 PUBLISHED = ROOT / "parameters" / "published"
 BOLD, QUOTED = "font-weight: bold;", "font-style: italic;"
@@ -278,7 +278,7 @@ def refuse_unlike_configs(title: str, rows: Mapping[str, Sequence[Mapping[str, A
     _refuse_different(where, "evaluation protocols", (c["protocol"] for c in every))
     if source is None or title not in source.columns:
         return
-    from .data.splits import by_fraction  # not at the top: tables without published numbers do not wait for torch
+    from ..data.splits import by_fraction  # not at the top: tables without published numbers do not wait for torch
 
     theirs = source.columns[title]
     for row, configs in rows.items():
@@ -316,7 +316,7 @@ def _refuse_unlike(title: str, rows: Rows, source: Published | None) -> None:
                 raise ValueError(f"{where}, different unlabeled images (split hashes) for seed {seed}")
     if source is None:
         return
-    from .data.splits import published_count
+    from ..data.splits import published_count
 
     theirs = source.columns[title]
     for row, runs in rows.items():

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
 
-from .choices import choose
+from ..choices import choose
 
 if TYPE_CHECKING:
-    from .config import Grid
+    from ..config import Grid
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -355,7 +355,7 @@ def _last_line(error: Exception) -> str:
 def _to_html(notebook: Path) -> Path:
     from nbconvert import HTMLExporter
 
-    from .records import write_atomically
+    from ..records import write_atomically
 
     body, _ = HTMLExporter().from_filename(str(notebook))
     path = notebook.with_suffix(".html")
@@ -377,7 +377,7 @@ def _run(words: argparse.Namespace) -> int:
 
 
 def _execute(words: argparse.Namespace, notebook: Path, parameters: dict[str, Any]) -> int:
-    from .records import RUNS
+    from ..records import RUNS
 
     digest = hashlib.sha256(repr(sorted(parameters.items())).encode()).hexdigest()[:8]
     try:
@@ -390,10 +390,10 @@ def _execute(words: argparse.Namespace, notebook: Path, parameters: dict[str, An
 
 
 def _check(words: argparse.Namespace) -> int:
-    from .data import check, load_split, open_dataset
+    from ..data import check, load_split, open_dataset
 
     if words.download:
-        from .data.voc import download
+        from ..data.voc import download
 
         download(words.dataset, words.root)
     options = parse_values(words.pairs)
@@ -459,9 +459,9 @@ def _refuse_late(table: Path, parameters: dict[str, Any], grid: Grid) -> None:
 
 
 def _batch(words: argparse.Namespace) -> int:
+    from ..config import Grid, RunConfig
+    from ..records import ROOT, below_root, nearest
     from . import batch
-    from .config import Grid, RunConfig
-    from .records import ROOT, below_root, nearest
 
     wants = {"dask": ("--address", words.address), "slurm": ("--resources", words.resources)}
     for engine, (option, given) in wants.items():

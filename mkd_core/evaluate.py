@@ -1,0 +1,203 @@
+"""Networks in, numbers and labels out: protocols, mIoU, pseudo-label quality."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from .augment import normalise
+from .choices import choose
+from .data import SegDataset
+from .metrics import PseudoLabelQuality, confusion_matrix
+from .models import resize
+
+QUALITY_THRESHOLD = 0.95  # MKD's T: pseudo-label quality is reported at it and at 0
+
+
+def whole(net: nn.Module, images: Tensor, window: tuple[int, int]) -> Tensor:
+    """The image at its own size, padded at the bottom and right where a side is no multiple of 16 (our choice for VOC and COCO)."""
+    return _padded(net, images).softmax(1)
+
+
+def long512(net: nn.Module, images: Tensor, window: tuple[int, int]) -> Tensor:
+    """Resized so that the long side is 512; the logits are resized back (released MKD)."""
+    size = images.shape[-2:]
+    small = resize(images, torch.Size(max(1, round(side * 512 / max(size))) for side in size))
+    return resize(_padded(net, small), size).softmax(1)
+
+
+def sliding(net: nn.Module, images: Tensor, window: tuple[int, int]) -> Tensor:
+    """Windows at a stride of ceil(2/3 window), the last one shifted back inside (CPS); their probabilities are averaged (our choice)."""
+    return torch.cat([*bands(net, images, window)], 2)
+
+
+PROTOCOLS = {"whole": whole, "long512": long512, "sliding": sliding}
+
+
+def bands(net: nn.Module, images: Tensor, window: tuple[int, int]) -> Iterator[Tensor]:
+    """`sliding`, from top to bottom, a few rows (B, C, rows, W) at a time: memory does not grow with the height of an image."""
+    height, width = images.shape[-2:]
+    tops, lefts = starts(height, window[0]), starts(width, window[1])
+    count = images.new_zeros(width)  # windows over a column
+    for left in lefts:
+        count[left : left + window[1]] += 1
+    open_rows: Tensor | None = None  # sums of the rows that the next windows reach too
+    times = images.new_zeros(0)
+    for top, following in zip(tops, [*tops[1:], height], strict=True):
+        band = images[:, :, top : top + window[0]]
+        total: Tensor | None = None
+        for left in lefts:
+            prob = _padded(net, band[..., left : left + window[1]]).softmax(1)
+            total = prob.new_zeros(*prob.shape[:3], width) if total is None else total
+            total[..., left : left + window[1]] += prob
+        assert total is not None
+        total /= count
+        if open_rows is not None:
+            total[:, :, : open_rows.shape[2]] += open_rows
+        times = 1 + nn.functional.pad(times, (0, total.shape[2] - len(times)))
+        rows = following - top
+        yield total[:, :, :rows] / times[:rows, None]
+        open_rows, times = total[:, :, rows:], times[rows:]
+
+
+def _padded(net: nn.Module, images: Tensor, multiple: int = 32) -> Tensor:
+    height, width = images.shape[-2:]
+    pad = (0, -width % multiple, 0, -height % multiple) if (height % 16 or width % 16) else (0, 0, 0, 0)
+    return net(nn.functional.pad(images, pad))[..., :height, :width].float()
+
+
+def starts(side: int, window: int) -> list[int]:
+    """Where the windows of the sliding protocol begin along a side."""
+    stride = math.ceil(window * 2 / 3)
+    last = max(0, side - window)
+    return sorted({min(s, last) for s in range(0, last + stride, stride)})
+
+
+class Predictor:
+    """Networks at work: every score, picture, pseudo-label, export and explorer view is made through one of these.
+
+    nets       by name; "mean", their averaged probabilities, joins where there are several
+    protocol   a name of PROTOCOLS; window: (height, width) of "sliding"; precision: "float32" or "bfloat16" (autocast)
+
+    Networks predict in eval mode and are put back into the mode that they were in.
+
+    >>> Predictor(method.predictors, protocol="whole")(images)["student 1"]     # (B, 3, H, W) uint8 -> (B, C, H, W)
+    """
+
+    def __init__(
+        self, nets: Mapping[str, nn.Module], *, protocol: str = "whole", window: tuple[int, int] = (512, 512),
+        precision: str = "float32", device: torch.device | str = "cpu",
+    ):  # fmt: skip
+        self.nets, self.protocol, self.window = dict(nets), choose("protocol", protocol, PROTOCOLS), window
+        self.precision, self.device = precision, torch.device(device)
+        self.names = [*self.nets, "mean"] if len(self.nets) > 1 else [*self.nets]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """images (B, 3, H, W) uint8 RGB of any size -> name -> class probabilities (B, C, H, W) float32, on the device."""
+        with self._at_work():
+            x = self._input(images)
+            found = {name: PROTOCOLS[self.protocol](net, x, self.window) for name, net in self.nets.items()}
+        if "mean" in self.names:
+            found["mean"] = torch.stack([*found.values()]).mean(0)
+        return found
+
+    @torch.no_grad()
+    def label(self, image: Tensor, name: str = "") -> tuple[Tensor, Tensor]:
+        """image (3, H, W) uint8 -> label (H, W) uint8 and its probability (H, W) float32 by one network (the first), on the host.
+
+        "sliding" goes in bands, so that only labels and confidences grow with the image.
+        """
+        name = name or self.names[0]
+        nets = [*self.nets.values()] if name == "mean" else [self.nets[choose("predictor", name, self.names)]]
+        with self._at_work():
+            x = self._input(image[None])
+            if self.protocol == "sliding":
+                parts: Iterable[Sequence[Tensor]] = zip(*(bands(net, x, self.window) for net in nets), strict=True)
+            else:
+                parts = [[PROTOCOLS[self.protocol](net, x, self.window) for net in nets]]
+            found = [torch.stack([*part]).mean(0).max(1) for part in parts]
+        labels, confidences = [f.indices[0].byte().cpu() for f in found], [f.values[0].cpu() for f in found]
+        return torch.cat(labels), torch.cat(confidences)
+
+    def _input(self, images: Tensor) -> Tensor:
+        return normalise(images.to(self.device).float() / 255)
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        modes = {net: net.training for net in self.nets.values()}
+        for net in modes:
+            net.eval()
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+                yield
+        finally:
+            for net, mode in modes.items():
+                net.train(mode)
+
+
+class _Items(Dataset):
+    """(image, label) by position, for a loader."""
+
+    def __init__(self, dataset: SegDataset, ids: Sequence[str]):
+        self.dataset, self.ids = dataset, ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.dataset.image(self.ids[i]), self.dataset.label(self.ids[i])
+
+
+def _equal_sizes(items: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of consecutive images of one size, up to about a quarter of a megapixel: the same whatever the machine."""
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    for image, label in items:
+        if images and (image.shape != images[0].shape or len(images) * image[0].numel() >= 2**18):
+            yield torch.stack(images), torch.stack(labels)
+            images, labels = [], []
+        images.append(image)
+        labels.append(label)
+    if images:
+        yield torch.stack(images), torch.stack(labels)
+
+
+@torch.no_grad()
+def evaluate(
+    predictor: Predictor, dataset: SegDataset, ids: Sequence[str], *, workers: int = 0, quality: float | None = None
+) -> tuple[dict[str, Tensor], dict[str, PseudoLabelQuality]]:
+    """Confusion matrices (C, C) of each of the predictor's names over the images `ids`.
+
+    quality: a confidence threshold in [0, 1]; with it, the pseudo-label quality of each name too.
+    """
+    classes, device = len(dataset.classes), predictor.device
+    confusion = {name: torch.zeros(classes, classes, dtype=torch.int64, device=device) for name in predictor.names}
+    qualities = {name: PseudoLabelQuality(classes, quality, device) for name in predictor.names} if quality is not None else {}
+    for images, labels in _equal_sizes(DataLoader(_Items(dataset, ids), batch_size=None, num_workers=workers)):
+        labels = labels.to(device)
+        for name, prob in predictor(images).items():
+            confusion[name] += confusion_matrix(prob.max(1).indices, labels, classes)
+            if qualities:
+                qualities[name].update(prob, labels)
+    return confusion, qualities
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto": the first GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>; got {name!r}") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>; got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name} asked for, but torch sees {torch.cuda.device_count()} GPUs")
+    return device
