@@ -14,7 +14,7 @@ _HOME = {
     "explore": "explorer",
     "load_split": "data.splits",
     "open_dataset": "data",
-    "open_run": "runner",
+    "open_run": "trained",
     "run": "runner",
     "run_all": "runner",
     "pseudo_label": "suite.predict",

@@ -11,7 +11,15 @@ from typing import Any, Literal
 
 import segmentation_models_pytorch as smp
 import timm
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .augment import STRONG
 from .choices import choose, complete_options, refuse_bool, spell_out

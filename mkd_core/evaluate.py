@@ -118,7 +118,9 @@ class Predictor:
         with self._at_work():
             x = self._input(image[None])
             if self.protocol == "sliding":
-                parts: Iterable[Sequence[Tensor]] = zip(*(bands(net, x, self.window) for net in nets), strict=True)
+                parts: Iterable[Sequence[Tensor]] = zip(
+                    *(bands(net, x, self.window) for net in nets), strict=True
+                )
             else:
                 parts = [[PROTOCOLS[self.protocol](net, x, self.window) for net in nets]]
             found = [torch.stack([*part]).mean(0).max(1) for part in parts]
@@ -170,16 +172,29 @@ def _equal_sizes(items: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def evaluate(
-    predictor: Predictor, dataset: SegDataset, ids: Sequence[str], *, workers: int = 0, quality: float | None = None
+    predictor: Predictor,
+    dataset: SegDataset,
+    ids: Sequence[str],
+    *,
+    workers: int = 0,
+    quality: float | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, PseudoLabelQuality]]:
     """Confusion matrices (C, C) of each of the predictor's names over the images `ids`.
 
     quality: a confidence threshold in [0, 1]; with it, the pseudo-label quality of each name too.
     """
     classes, device = len(dataset.classes), predictor.device
-    confusion = {name: torch.zeros(classes, classes, dtype=torch.int64, device=device) for name in predictor.names}
-    qualities = {name: PseudoLabelQuality(classes, quality, device) for name in predictor.names} if quality is not None else {}
-    for images, labels in _equal_sizes(DataLoader(_Items(dataset, ids), batch_size=None, num_workers=workers)):
+    confusion = {
+        name: torch.zeros(classes, classes, dtype=torch.int64, device=device) for name in predictor.names
+    }
+    qualities = (
+        {name: PseudoLabelQuality(classes, quality, device) for name in predictor.names}
+        if quality is not None
+        else {}
+    )
+    for images, labels in _equal_sizes(
+        DataLoader(_Items(dataset, ids), batch_size=None, num_workers=workers)
+    ):
         labels = labels.to(device)
         for name, prob in predictor(images).items():
             confusion[name] += confusion_matrix(prob.max(1).indices, labels, classes)
@@ -189,15 +204,8 @@ def evaluate(
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto": the first GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>; got {name!r}") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>; got {name!r}")
+    """Turn "auto" into the first GPU where there is one, else the CPU; ValueError for a GPU that is not there."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name} asked for, but torch sees {torch.cuda.device_count()} GPUs")
     return device

@@ -29,5 +29,7 @@ class Progress:
             self.handle = display(Pretty(line), display_id=True)
         else:
             self.handle.update(Pretty(line))
-        if path := os.environ.get("MKD_PROGRESS"):  # `mkd run` shows it in its terminal: papermill passes no updates on
+        if path := os.environ.get(
+            "MKD_PROGRESS"
+        ):  # `mkd run` shows it in its terminal: papermill passes no updates on
             Path(path).write_text(line)

@@ -8,14 +8,15 @@ import platform
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-ROOT = Path(__file__).resolve().parents[1]  # notebooks and papermill start in different folders; the project root is where the package lies
+ROOT = (
+    Path(__file__).resolve().parents[1]
+)  # notebooks and papermill start in different folders; the project root is where the package lies
 RUNS = Path(os.path.expanduser(os.environ.get("MKD_RUNS") or ROOT / "runs")).resolve()
 
 
@@ -42,18 +43,21 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
     id: str
-    status: str  # "done"
     config: dict[str, Any]
     miou: float  # of the first predictor, after the last step
     miou_best: float  # over the evaluations made: optimistic, since it is chosen on the images that it is measured on
     step_best: int
-    iou: list[float | None]  # per class, first predictor, last step; None where a class neither occurs nor is predicted
+    iou: list[
+        float | None
+    ]  # per class, first predictor, last step; None where a class neither occurs nor is predicted
     classes: list[str]
     predictors: dict[str, float]  # mIoU of each, last step
     predictors_best: dict[str, float]
     pseudo_labels: dict[str, Any] | None  # quality against withheld labels, last step
-    evaluations: list[dict[str, Any]] = []  # one an evaluation: step, mIoU and pseudo-label quality of each predictor; [] in old records
-    confusion: list[list[int]] = []  # pixels by (truth, prediction), first predictor, last step; [] in old records
+    evaluations: list[
+        dict[str, Any]
+    ]  # one an evaluation: step, mIoU and pseudo-label quality of each predictor
+    confusion: list[list[int]]  # pixels by (truth, prediction), first predictor, last step
     seconds: float  # training and evaluation, all parts of an interrupted run together
     images_per_second: float  # labeled and unlabeled, training alone
     peak_memory_mb: float  # of the GPU during the run, or of the whole process on a CPU
@@ -61,7 +65,7 @@ class Record(BaseModel):
     threads: int
     precision: str
     seed: int
-    split: dict[str, Any]  # name, sha256 of the labeled ids, counts
+    split: dict[str, Any]  # name, counts, hashes of the labeled, unlabeled and evaluated ids
     weights: dict[str, str]  # name, sha256
     protocol: str
     evaluated: dict[str, Any]  # number of images
@@ -91,24 +95,16 @@ def save(record: Record, folder: Path) -> None:
 
 
 def load(folder: str | Path) -> Record | None:
-    """The record of a run folder, None where the run is not finished."""
+    """Read the record of a run folder; None where the run is not finished."""
     path = Path(folder) / "record.json"
     if not path.exists():
         return None
     try:
-        record = Record.model_validate_json(path.read_text())
+        return Record.model_validate_json(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is damaged; delete it and the run is finished from its checkpoint. {str(error)[:300]}") from error
-    with suppress(ValueError, OSError):
-        if not record.evaluations:  # of an old version
-            return record.model_copy(update=measured(history(folder)))
-    return record
-
-
-def measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a record keeps of a history: its evaluations, and the confusion matrix of the last (rows of old runs have none)."""
-    found = [{key: row[key] for key in ("step", "miou", "pseudo_labels") if key in row} for row in rows if "miou" in row]
-    return {"evaluations": found, "confusion": rows[-1].get("confusion", []) if found else []}
+        raise ValueError(
+            f"{path} is damaged; delete it and the run is finished from its checkpoint. {str(error)[:300]}"
+        ) from error
 
 
 def history(folder: str | Path) -> list[dict[str, Any]]:
@@ -120,7 +116,9 @@ def history(folder: str | Path) -> list[dict[str, Any]]:
             raise ValueError("a row without a step")
         return rows
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, and a run that goes on writes it anew from its checkpoint") from error
+        raise ValueError(
+            f"{path} is damaged ({error}); delete it, and a run that goes on writes it anew from its checkpoint"
+        ) from error
 
 
 def environment() -> dict[str, str]:
@@ -139,10 +137,14 @@ def commit() -> str:
     """The project's git commit, with "+changes" where the working tree differs; "unknown" outside a checkout."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "mkd_core") else "")
+        return git("rev-parse", "HEAD") + (
+            "+changes" if git("status", "--porcelain", "--", "mkd_core") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -174,7 +176,9 @@ def read_cells(path: str | Path) -> dict[str, dict[str, list[Record]]]:
                 raise ValueError("row and column are names")
             cells.setdefault(row, {}).setdefault(title, []).extend([Record(**line)] if line else [])
         except (ValueError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is cut or damaged, no record with its row and column: {str(error)[:300]}") from error
+            raise ValueError(
+                f"{path}, line {number} is cut or damaged, no record with its row and column: {str(error)[:300]}"
+            ) from error
     return cells
 
 

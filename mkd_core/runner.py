@@ -1,11 +1,8 @@
-"""run(config) -> Record: fit, evaluate, checkpoint and resume. One loop, which does not know which method it trains.
-
-A step is a function of (weights, seed, step): samples, views and every random draw are derived from the seed and the step number, so a
-run that was killed goes on from its last checkpoint and ends with the same weights, bit for bit on a CPU.
-"""
+"""run(config) -> Record: check, train, evaluate, checkpoint, resume, and open what has been trained."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -19,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -28,33 +24,77 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 
 from . import records
-from .choices import choose
-from .config import RunConfig, read_config
-from .data import DATASETS, SegDataset, open_dataset
-from .data.base import DataError, colormap, local
+from .config import RunConfig
+from .data import SegDataset, open_dataset
+from .data.base import DataError
 from .data.check import check
-from .data.splits import Split, load_split
-from .data.stream import Steps, Stream
-from .evaluate import PROTOCOLS, QUALITY_THRESHOLD, Predictor, evaluate, pick_device
+from .data.splits import Split, load_split, set_hash
+from .evaluate import Predictor, evaluate, pick_device
 from .methods import Method
 from .metrics import iou, miou
 from .models import file_sha256, weights_file
 from .progress import Progress
 from .records import Record
-from .train import NonFiniteLoss, _Images, _Relabeled, build_method, make_batch, make_optimizers, poly, seed_step, stage_marks
+from .train import build_method, loaders, make_optimizers, stage_marks, streams, train, write_labels
+from .trained import read_checkpoint
+
+QUALITY_THRESHOLD = 0.95  # MKD's T: pseudo-label quality is reported at it and at 0
 
 
 class Busy(RuntimeError):
     """Another process is at this run."""
 
 
-def prepare(config: RunConfig, deep: bool = False, progress: Callable[[int, int], None] | None = None) -> tuple[SegDataset, Split, Method]:
-    """Data set, split and method of a run, after all that can be found wrong with them (DataError, ValueError); deep: opens every file."""
+def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Record:
+    """Train and evaluate one configuration; go on where it was interrupted; return its record at once where it exists.
+
+    All that can be wrong with the input is found before the first step: DataError, ValueError. Raises NonFiniteLoss, and
+    Busy where another process is at the same run.
+    """
+    folder = (runs or records.RUNS) / config.id
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "lock", timeout=1):  # is_busy() of another process holds it for a moment
+            try:
+                if found := records.load(folder):
+                    if found.id != config.id:
+                        raise ValueError(
+                            f"{folder / 'record.json'} is the record of another run ({found.id}); delete it"
+                        )
+                    with suppress(DataError):  # data that are gone prove nothing
+                        _refuse_other_data(folder, found.split, data_identity(*_open(config)))
+                    return found
+                return _Run(config, folder, quiet).finish()
+            finally:
+                if not (
+                    folder / "config.json"
+                ).exists():  # refused before it began; a notebook that is being executed may lie here
+                    (folder / "lock").unlink(missing_ok=True)
+                    with suppress(OSError):
+                        folder.rmdir()
+    except Timeout as error:
+        raise Busy(
+            f"another process is at run {config.id} (it holds {folder / 'lock'}); wait for it or stop it"
+        ) from error
+
+
+def is_busy(folder: Path) -> bool:
+    """Does a process hold the lock of this run folder, here or on another host that shares it?"""
+    if not (folder / "lock").exists():
+        return False
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def prepare(
+    config: RunConfig, deep: bool = False, progress: Callable[[int, int], None] | None = None
+) -> tuple[SegDataset, Split, Method]:
+    """Open data set and split and build the method of a run; DataError, ValueError for all that is wrong; deep: opens every file."""
     dataset, split = _open(config)
     method = build_method(config, len(dataset.classes))
     _check_data(config, dataset, split, method.min_batch, deep, progress)
@@ -106,7 +146,12 @@ def faults(configs: Sequence[RunConfig]) -> dict[str, list[int]]:
         classes = len(opened[0].classes) if opened else 2
         min_batch = once(i, lambda c=config, n=classes: build_method(c, n).min_batch, config.dataset, nets)  # type: ignore[misc]
         if opened and min_batch:
-            once(i, partial(_check_data, config, opened[0], opened[1], min_batch), images, min_batch > 1 and config.batch)
+            once(
+                i,
+                partial(_check_data, config, opened[0], opened[1], min_batch),
+                images,
+                min_batch > 1 and config.batch,
+            )
     return found
 
 
@@ -127,156 +172,260 @@ def _check_data(
     check(dataset, split, deep, progress).raise_if_bad()
 
 
-@dataclass(frozen=True)
-class OpenRun:
-    """A trained run: configuration, method in eval mode (its `predictors` are what was evaluated), class names, colours (C, 3) uint8."""
+def data_identity(dataset: SegDataset, split: Split) -> dict[str, Any]:
+    """What data a run trains and is evaluated on: kept from its start, compared when it goes on and when its record is asked for.
 
-    folder: Path
-    config: RunConfig
-    checkpoint: str
-    method: Method
-    classes: list[str]
-    palette: NDArray[np.uint8]
-    device: torch.device
-
-    def predictor(self, protocol: str = "") -> Predictor:
-        """All its networks, by the run's protocol (or another), window and precision."""
-        config = self.config
-        return Predictor(
-            self.method.predictors, protocol=protocol or config.protocol, window=config.crop, precision=config.precision, device=self.device
-        )
-
-
-def open_run(run: RunConfig | str | Path, step: int | str | None = None, device: str = "auto") -> OpenRun:
-    """A run by its configuration, its folder, or its id under runs/, with the weights of a checkpoint; no training images are needed.
-
-    step: "best" (of the reported predictor's evaluations), or of a checkpoint-<step>.pt that the run kept; default: the last.
-    ValueError for a run or a checkpoint that does not exist or is damaged. Torch's random state is left as it was.
+    files: hex sha256 of the sizes in bytes of every image and mask of one's own folder: cheap, and other images under the same
+    names show; "" where a file is missing, and for the paper's data sets, whose names say what is in them.
     """
-    folder = find_run(run)
-    config, where = read_config(folder), pick_device(device)
-    kept = sorted(path.name for path in folder.glob("checkpoint-*.pt"))
-    name = "checkpoint.pt" if step is None else choose("checkpoint", f"checkpoint-{step}.pt", kept)
-    state = read_checkpoint(folder / name, where)["method"]
-    names, palette = _classes(config, folder)
-    try:
-        with torch.random.fork_rng():
-            classes = next(len(value) for key, value in state.items() if key.endswith("classifier.weight"))
-            # The checkpoint holds the encoder too: its ImageNet file may be gone.
-            method = build_method(config.model_copy(update={"weights": ""}), classes).to(where)
-        method.load_state_dict(state)
-    except (RuntimeError, StopIteration) as error:
-        raise ValueError(f"{folder / name} does not fit config.json beside it: {str(error)[:300]}") from error
-    return OpenRun(folder, config, name, method.eval(), names, palette, where)
-
-
-def find_run(run: RunConfig | str | Path) -> Path:
-    """The folder of a run: given itself, below the project or by its id under runs/. ValueError that lists the runs there are."""
-    if isinstance(run, RunConfig):
-        run = records.RUNS / run.id
-    for folder in (local(run), records.RUNS / run, records.ROOT / run):
-        if (folder / "config.json").is_file():
-            return folder
-    known = sorted(path.parent.name for path in records.RUNS.glob("*/config.json"))
-    return records.RUNS / choose("run (a folder, or an id under runs/)", str(run), known)
-
-
-def _classes(config: RunConfig, folder: Path) -> tuple[list[str], NDArray[np.uint8]]:
-    """Class names and colours: the data set's own; a person's folder may have gone, so the record's names come before those found there."""
-    if config.dataset != "folder":
-        made: Any = DATASETS[config.dataset]
-        return list(made.classes), made.palette
-    record, colours = records.load(folder), config.dataset_options["palette"]
-    names = record.classes if record else open_dataset(config.dataset, config.root, **config.dataset_options).classes
-    return list(names), colormap(len(names)) if colours is None else np.array(colours, np.uint8)
-
-
-def read_checkpoint(path: Path, device: torch.device | str) -> dict[str, Any]:
-    """The state that a run left; nothing is unpickled. ValueError where there is none or it is damaged."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(state, dict) or not {"step", "method", "optimizers", "history"} <= state.keys():
-            raise KeyError("step, method, optimizers, history")
-        return state
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no checkpoint {path}: the run has not come that far, or did not keep it (keep_every)") from error
-    except (PermissionError, IsADirectoryError, MemoryError, torch.OutOfMemoryError):  # not the file's fault: nothing to delete
-        raise
-    except Exception as error:  # torch raises half a dozen unrelated classes here, with advice to unpickle that nobody should follow
-        raise ValueError(
-            f"{path} is damaged, or no checkpoint of this suite ({type(error).__name__}); delete it, and record.json where there is one, and the run starts anew"
-        ) from error
-
-
-def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Record:
-    """Train and evaluate one configuration; resume it where it was interrupted; return its record at once where it exists.
-
-    Everything that can be wrong with the input is checked before the first step. Raises DataError, ValueError, NonFiniteLoss; Busy where
-    another process is at the same run.
-    """
-    folder = (runs or records.RUNS) / config.id
-    if found := records.load(folder):
-        if found.id != config.id or found.status != "done":
-            raise ValueError(f"{folder / 'record.json'} is the record of another run ({found.id}, {found.status}); delete it")
-        _refuse_other_images(config, found, folder)
-        return found
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / "lock", timeout=1):  # is_busy() of another process holds it for a moment
-            try:
-                return records.load(folder) or _Run(config, folder, quiet).finish()
-            finally:
-                if not (folder / "config.json").exists():  # refused before it began; a notebook that is being executed may lie here
-                    (folder / "lock").unlink(missing_ok=True)
-                    with suppress(OSError):
-                        folder.rmdir()
-    except Timeout as error:
-        raise Busy(f"another process is at run {config.id} (it holds {folder / 'lock'}); wait for it or stop it") from error
-
-
-def _refuse_other_images(config: RunConfig, record: Record, folder: Path) -> None:
-    """An id does not name the folder of the data: other images under the same names and lists are another run. Absent data prove nothing."""
-    try:
-        dataset, split = _open(config)
-    except DataError:
-        return
-    now = {"labeled images": split.sha256, "unlabeled images": split.sha256_unlabeled, "number of evaluated images": len(dataset.val)}
-    then = [record.split["sha256"], record.split["sha256_unlabeled"], record.evaluated["images"]]
-    if (before := record.split.get("files")) and (found := file_sizes(dataset, split)):  # records from before they were kept have none
-        now["sizes of files"] = found
-        then.append(before)
-    if changed := [what for (what, value), old in zip(now.items(), then, strict=True) if value != old]:
-        raise ValueError(
-            f"{folder} holds the record of a run with other data ({', '.join(changed)}) than {config.root or config.dataset} has now; "
-            f"delete it, or keep the new runs apart (MKD_RUNS)"
-        )
-
-
-def file_sizes(dataset: SegDataset, split: Split) -> str:
-    """Hex sha256 of the sizes in bytes of every image and mask of a run on one's own folder: cheap, and others under the same names show.
-
-    "" where a file is missing, and for the paper's data sets, whose names say what is in them.
-    """
-    if dataset.name != "folder":
-        return ""
-    digest = hashlib.sha256()
-    for id in (*split.labeled, *split.unlabeled, *dataset.val):
+    digest, complete = hashlib.sha256(), dataset.name == "folder"
+    for id in (*split.labeled, *split.unlabeled, *dataset.val) if complete else ():
         for file in filter(None, dataset.files(id)):
-            if not file.is_file():
-                return ""
-            digest.update(f"{file.stat().st_size}\n".encode())
-    return digest.hexdigest()
+            complete = complete and file.is_file()
+            digest.update(f"{file.stat().st_size if file.is_file() else ''}\n".encode())
+    return {
+        "name": split.name, "sha256": split.sha256, "sha256_unlabeled": split.sha256_unlabeled, "sha256_val": set_hash(dataset.val),
+        "labeled": len(split.labeled), "unlabeled": len(split.unlabeled), "files": digest.hexdigest() if complete else "",
+    }  # fmt: skip
 
 
-def is_busy(folder: Path) -> bool:
-    """Does a process hold the lock of this run folder, here or on another host that shares it?"""
-    if not (folder / "lock").exists():
-        return False
-    try:
-        with FileLock(folder / "lock", timeout=0):
-            return False
-    except Timeout:
-        return True
+def _refuse_other_data(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    if changed := [key for key, value in then.items() if value and now.get(key) and now[key] != value]:
+        raise ValueError(
+            f"{folder} holds a run on other data than there is now (different: {', '.join(changed)}); delete it, or keep the new "
+            "runs apart (MKD_RUNS)"
+        )
+
+
+class _Run:
+    """One run at work. What a checkpoint must hold is in `state`."""
+
+    def __init__(self, config: RunConfig, folder: Path, quiet: bool):
+        self.config, self.folder, self.progress = config, folder, Progress(config.id, quiet)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.device = pick_device(config.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        # Every file is opened before the first step; a run that goes on has been through that.
+        deep = not (folder / "checkpoint.pt").exists()
+        self.dataset, self.split, self.method = prepare(
+            config, deep, lambda done, of: self.progress(f"checking file {done:,} of {of:,}")
+        )
+        self.data = data_identity(self.dataset, self.split)
+        self.method.to(self.device)
+        self.optimizers = make_optimizers(config, self.method)
+        self.marks = stage_marks(config, self.method)
+        withheld = [i for i in self.split.unlabeled if self.dataset.has_label(i)]
+        rng = np.random.default_rng(config.seed)
+        self.withheld = [withheld[i] for i in sorted(rng.permutation(len(withheld))[: config.quality_images])]
+        self.history: list[dict[str, Any]] = []
+        self.step, self.seconds, self.seconds_training = 0, 0.0, 0.0
+        self._restore()
+        records.write_atomically(folder / "config.json", config.model_dump_json(indent=1) + "\n")
+        start = (
+            f"{config.encoder} from {Path(config.weights).name}"
+            if config.weights
+            else f"{config.encoder} from random weights"
+        )
+        self.progress(f"{config.method} on {config.dataset}, {self.split}; {start}; {self.device}", now=True)
+
+    def finish(self) -> Record:
+        for stage, (start, end) in enumerate(pairwise(self.marks)):
+            if self.step < end:
+                self._train(stage, start, end)
+        record = self._record()
+        records.save(record, self.folder)
+        for labels in self.folder.glob("labels-*"):
+            shutil.rmtree(labels)
+        self.progress(f"done, mIoU {record.miou:.1f} in {record.seconds:.0f} s", now=True)
+        return record
+
+    def _train(self, stage: int, start: int, end: int) -> None:
+        labels = self._labels(stage, anew=self.step == start) if stage else None
+        unlabeled = self.split.unlabeled if self.method.unlabeled or stage else ()
+        steps = streams(self.config, self.dataset, self.split.labeled, unlabeled, labels)
+        for row in train(
+            self.config, self.method, self.optimizers, steps, (self.step, start, end), self._due
+        ):
+            began = time.perf_counter()
+            self.step = step = int(row["step"])
+            self.seconds_training += (spent := row.pop("seconds"))
+            self._say(row)
+            evaluating = self._evaluates(step)
+            if evaluating:
+                row |= self._evaluate()
+            self.seconds += spent + time.perf_counter() - began
+            self._log(row)
+            every, keep = self.config.checkpoint_every, self.config.keep_every
+            names = {
+                "checkpoint-best.pt": evaluating and step == self._best()["step"],
+                f"checkpoint-{step}.pt": keep and step % keep == 0,
+                "checkpoint.pt": step % every == 0
+                or step == self.config.steps,  # last: a run goes on from here
+            }
+            self._save([name for name, wanted in names.items() if wanted])
+
+    def _evaluates(self, step: int) -> bool:
+        return step == self.config.steps or bool(
+            self.config.evaluate_every and step % self.config.evaluate_every == 0
+        )
+
+    def _due(self, step: int) -> bool:
+        return (
+            self._evaluates(step)
+            or step % self.config.log_every == 0
+            or step % self.config.checkpoint_every == 0
+        )
+
+    def _labels(self, stage: int, anew: bool) -> Path:
+        """The folder with the pseudo-labels of a stage, written before its first step."""
+        before, folder = self.folder / f"labels-{stage - 1}", self.folder / f"labels-{stage}"
+        needed = before if anew else folder
+        if (stage > 1 or not anew) and not needed.is_dir():
+            raise ValueError(
+                f"{needed}, pseudo-labels of the run, is gone; delete {self.folder} and the run starts anew"
+            )
+        if anew:
+            began = time.perf_counter()
+            self.progress(
+                f"pseudo-labels of stage {stage} for {len(self.split.unlabeled):,} images", now=True
+            )
+            write_labels(self.config, self.method, stage, self.dataset, self.split.unlabeled, folder, before)
+            self.optimizers = make_optimizers(self.config, self.method)
+            self.seconds += time.perf_counter() - began
+        return folder
+
+    def _images(self, steps: int) -> int:
+        """Images that so many steps train on; a method that wants no unlabeled ones meets them from its second stage on."""
+        return self.config.batch * (steps + max(0, steps - (0 if self.method.unlabeled else self.marks[1])))
+
+    def _say(self, row: dict[str, Any]) -> None:
+        done, steps = self._images(self.step), self.config.steps
+        speed = done / self.seconds_training
+        left = (self._images(steps) - done) / speed / 60
+        self.progress(
+            f"step {self.step:,} of {steps:,}, loss {row['loss']:.3f}, {speed:.3g} images/s, {left:.1f} min left"
+            + ", evaluating" * self._evaluates(self.step)
+        )
+
+    def _evaluate(self) -> dict[str, Any]:
+        config = self.config
+        predictor = Predictor(
+            self.method.predictors,
+            protocol=config.protocol,
+            window=config.crop,
+            precision=config.precision,
+            device=self.device,
+        )
+        measure = partial(evaluate, predictor, self.dataset, workers=loaders(config))
+        confusion, _ = measure(self.dataset.val)
+        found: dict[str, Any] = {"miou": {name: miou(c) for name, c in confusion.items()}}
+        found["confusion"] = next(
+            iter(confusion.values())
+        ).tolist()  # (truth, prediction), of the reported predictor
+        found["iou"] = {
+            name: [None if math.isnan(v) else v for v in iou(c).tolist()] for name, c in confusion.items()
+        }
+        if self.withheld:
+            _, quality = measure(self.withheld, quality=QUALITY_THRESHOLD)
+            found["pseudo_labels"] = {name: q.summary() for name, q in quality.items()}
+        return found
+
+    # What survives a kill.
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self.history.append(row)
+        with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _best(self) -> dict[str, Any]:
+        """The evaluation with the highest mIoU of the reported predictor; of several, the first."""
+        return max(
+            (row for row in self.history if "miou" in row), key=lambda row: next(iter(row["miou"].values()))
+        )
+
+    def _save(self, names: Sequence[str]) -> None:
+        """One file under all of the names: each appears whole or not at all."""
+        if not names:
+            return
+        state = {
+            "step": self.step, "method": self.method.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
+            "history": json.dumps(self.history), "data": json.dumps(self.data), "seconds": self.seconds, "seconds_training": self.seconds_training,
+        }  # fmt: skip
+        temporary, link = self.folder / ".checkpoint.tmp", self.folder / ".checkpoint.link.tmp"
+        try:
+            temporary.unlink(missing_ok=True)  # one that a kill left may be another name of a checkpoint
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            for name in names:
+                link.unlink(missing_ok=True)
+                try:
+                    os.link(temporary, link)
+                except OSError:  # a file system without links
+                    shutil.copyfile(temporary, link)
+                os.replace(link, self.folder / name)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as "unexpected pos"
+            needed = sum(t.nbytes for t in self.method.state_dict().values()) / 2**20
+            raise OSError(
+                errno.ENOSPC,
+                f"the checkpoint could not be written, it needs about {3 * needed:.0f} MB in {self.folder}: {error}",
+            ) from error
+        finally:
+            for left in (temporary, link):
+                left.unlink(missing_ok=True)
+
+    def _restore(self) -> None:
+        path = self.folder / "checkpoint.pt"
+        if path.exists():
+            state = read_checkpoint(path, self.device)
+            _refuse_other_data(self.folder, json.loads(state["data"]), self.data)
+            try:
+                self.method.load_state_dict(state["method"])
+                for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                    optimizer.load_state_dict(saved)
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"{path} is the checkpoint of another run; delete it and this one starts anew: {error}"
+                ) from error
+            self.step, self.history = state["step"], json.loads(state["history"])
+            self.seconds, self.seconds_training = state["seconds"], state["seconds_training"]
+            self.progress(f"goes on from step {self.step:,}", now=True)
+        # Rows after the checkpoint will be written again.
+        records.write_atomically(
+            self.folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in self.history)
+        )
+
+    def _record(self) -> Record:
+        config = self.config
+        evaluations = [row for row in self.history if "miou" in row]
+        last, best = evaluations[-1], self._best()
+        first = next(iter(last["miou"]))
+        cuda = self.device.type == "cuda"
+        bytes_used = (
+            torch.cuda.max_memory_allocated(self.device)
+            if cuda
+            else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        )
+        return Record(
+            id=config.id, config=config.model_dump(mode="json"), seed=config.seed, protocol=config.protocol, precision=config.precision,
+            miou=last["miou"][first], miou_best=best["miou"][first], step_best=best["step"], iou=last["iou"][first],
+            classes=list(self.dataset.classes), predictors=last["miou"], confusion=last["confusion"],
+            predictors_best={name: max(row["miou"][name] for row in evaluations) for name in last["miou"]},
+            pseudo_labels=last.get("pseudo_labels"),
+            evaluations=[{key: row[key] for key in ("step", "miou", "pseudo_labels") if key in row} for row in evaluations],
+            seconds=round(self.seconds, 2), images_per_second=round(self._images(config.steps) / self.seconds_training, 2),
+            peak_memory_mb=round(bytes_used / 2**20, 1), device=torch.cuda.get_device_name(self.device) if cuda else "cpu",
+            threads=torch.get_num_threads(), split=self.data,
+            weights={"name": Path(config.weights).name, "sha256": file_sha256(config.weights) if config.weights else ""},
+            evaluated={"images": len(self.dataset.val), "set": config.dataset_options.get("val", "val")},
+            versions=records.environment(), commit=records.commit(),
+        )  # fmt: skip
+
+
+# Several runs at once.
 
 
 def run_all(configs: Sequence[RunConfig], slots: int = 1, runs: Path | None = None) -> list[Record]:
@@ -294,11 +443,17 @@ def run_all(configs: Sequence[RunConfig], slots: int = 1, runs: Path | None = No
         return [run(config, runs) for config in configs]
     show, started = Progress(f"{len(missing)} runs"), time.monotonic()
     with ProcessPoolExecutor(
-        slots, multiprocessing.get_context("spawn"), max_tasks_per_child=1, initializer=_worker, initargs=(slots,)
+        slots,
+        multiprocessing.get_context("spawn"),
+        max_tasks_per_child=1,
+        initializer=_worker,
+        initargs=(slots,),
     ) as pool:
         futures = [pool.submit(run, config, runs, True) for config in missing]
         while not all(f.done() for f in futures):
-            if error := next((e for f in futures if f.done() and not f.cancelled() and (e := f.exception())), None):
+            if error := next(
+                (e for f in futures if f.done() and not f.cancelled() and (e := f.exception())), None
+            ):
                 show(f"a run failed, those that run now are finished first: {error}", now=True)
                 pool.shutdown(cancel_futures=True)
                 raise error
@@ -327,274 +482,3 @@ def _worker(slots: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-class _Run:
-    """Set-up, loop and record of one run; what a checkpoint must hold is in `state`."""
-
-    def __init__(self, config: RunConfig, folder: Path, quiet: bool):
-        self.config, self.folder = config, folder
-        self.progress = Progress(config.id, quiet)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        self.device = pick_device(config.device)
-        self.workers = min(config.workers, os.cpu_count() or 1)  # results do not depend on them
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        # Every file is opened before the first step; a run that goes on has been through that.
-        deep = not (folder / "checkpoint.pt").exists()
-        self.dataset, self.split, self.method = prepare(config, deep, lambda done, of: self.progress(f"checking file {done:,} of {of:,}"))
-        self.method.to(self.device)
-        self.optimizers = make_optimizers(config, self.method)
-        self.stream = partial(Stream, seed=config.seed, crop=config.crop, scale=config.scale, base=config.base)
-        self.labeled = self.stream(self.dataset, self.split.labeled, name="labeled", labeled=True)
-        unlabeled = self.stream(self.dataset, self.split.unlabeled, name="unlabeled", labeled=False, block=config.batch)
-        self.steps = Steps(self.labeled, unlabeled if self.method.unlabeled else None, config.batch)
-        self.marks = stage_marks(config, self.method)
-        withheld = [i for i in self.split.unlabeled if self.dataset.has_label(i)]
-        rng = np.random.default_rng(config.seed)
-        self.withheld = [withheld[i] for i in sorted(rng.permutation(len(withheld))[: config.quality_images])]
-        self.history: list[dict[str, Any]] = []
-        self.step, self.seconds, self.seconds_training = 0, 0.0, 0.0
-        records.write_atomically(folder / "config.json", config.model_dump_json(indent=1) + "\n")
-        self._restore()
-
-    def finish(self) -> Record:
-        self._fit()
-        record = self._record()
-        records.save(record, self.folder)
-        for labels in self.folder.glob("labels-*"):
-            shutil.rmtree(labels)
-        self.progress(f"done, mIoU {record.miou:.1f} in {record.seconds:.0f} s", now=True)
-        return record
-
-    # The loop.
-
-    def _fit(self) -> None:
-        for stage, (start, end) in enumerate(pairwise(self.marks)):
-            if self.step < end:
-                if stage:
-                    self._enter(stage, anew=self.step == start)
-                self._train(start, end)
-
-    def _enter(self, stage: int, anew: bool) -> None:
-        """Pseudo-labels of a stage, written before its first step and read back through the loader: they share the image's geometry."""
-        config, before, folder = self.config, self.folder / f"labels-{stage - 1}", self.folder / f"labels-{stage}"
-        if (stage > 1 or not anew) and not (needed := before if anew else folder).is_dir():
-            raise ValueError(f"{needed}, the pseudo-labels of stage {stage - anew}, is gone; delete {self.folder} and the run starts anew")
-        if anew:
-            began, temporary = time.perf_counter(), self.folder / f".labels-{stage}.tmp"
-            for old in (folder, temporary):
-                shutil.rmtree(old, ignore_errors=True)
-            if stage > 1:
-                shutil.copytree(before, temporary)
-            else:
-                temporary.mkdir()
-            kept = {int(path.stem) for path in temporary.iterdir()}
-            seed_step(config.seed, -1, stage)
-            self.method.eval()
-            protocol = PROTOCOLS[config.protocol]
-            prob = lambda net, images: protocol(net, images, config.crop)  # noqa: E731
-            images = _Images(
-                self.dataset, self.split.unlabeled, self.device, lambda text: self.progress(f"pseudo-labels, stage {stage}: {text}")
-            )
-            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                for i, label in self.method.relabel(stage, images, prob, kept):
-                    Image.fromarray(label.to("cpu", torch.uint8).numpy()).save(temporary / f"{i}.png")
-            os.replace(temporary, folder)
-            self.optimizers = make_optimizers(config, self.method)
-            self.seconds += time.perf_counter() - began
-        labeled = _Relabeled(self.dataset, self.split.unlabeled, folder)
-        self.steps = Steps(
-            self.labeled, self.stream(labeled, labeled.ids, name="unlabeled", labeled=True, block=config.batch), config.batch
-        )
-
-    def _train(self, start: int, end: int) -> None:
-        config, method = self.config, self.method
-        method.train()
-        batches = self.steps.batches(self.step, end, self.workers, pin=self.device.type == "cuda")
-        bad = torch.full((), -1, device=self.device)  # the first step with a loss that is not finite: read only at logging
-        clock = _Clock()
-        for tensors in batches:
-            seed_step(config.seed, self.step)
-            rate = poly(config, self.step, start, end)
-            for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
-                group["lr"] = group["initial_lr"] * rate
-            batch = make_batch(tensors, config, method.views, self.device)  # colour stays in float32
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16", cache_enabled=False):
-                terms, stats = method(batch, self.step / config.steps)
-            loss = torch.stack([t.float() for t in terms.values()]).sum()
-            bad = torch.where((bad < 0) & ~loss.detach().isfinite(), self.step, bad)
-            for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            for optimizer in self.optimizers:
-                optimizer.step()
-            self.step += 1
-            method.update(self.step)
-
-            last = self.step == config.steps
-            evaluating = last or (config.evaluate_every and self.step % config.evaluate_every == 0)
-            # At the end of a stage too: the next one may start from new weights, and the time since the last row is this one's.
-            if self.step % config.log_every == 0 or evaluating or self.step % config.checkpoint_every == 0 or self.step == end:
-                self._stop_if_bad(bad)
-                row = {"step": self.step, "lr": config.lr * rate, "loss": loss.item()}
-                row |= {f"term/{k}": v.item() for k, v in terms.items()} | {f"stat/{k}": v.item() for k, v in stats.items()}
-                self.seconds_training += clock.lap()
-                speed = self._images(self.step) / self.seconds_training
-                if evaluating:
-                    self.progress(f"step {self.step:,} of {config.steps:,}, evaluating", now=last)
-                    row |= self._evaluate()
-                self.seconds += clock.since()
-                self._log(row)
-                left = (self._images(config.steps) - self._images(self.step)) / speed
-                self.progress(
-                    f"step {self.step:,} of {config.steps:,}, loss {row['loss']:.3f}, {speed:.0f} images/s, {left / 60:.1f} min left"
-                )
-                if evaluating and self.step == self._best()["step"]:
-                    self._save("checkpoint-best.pt")
-                if config.keep_every and self.step % config.keep_every == 0:
-                    self._save(f"checkpoint-{self.step}.pt")
-                if self.step % config.checkpoint_every == 0 or last:
-                    self._save("checkpoint.pt")
-
-    def _images(self, steps: int) -> int:
-        """Images that so many steps train on; a method that wants no unlabeled ones meets them from its second stage on."""
-        return self.config.batch * (steps + max(0, steps - (0 if self.method.unlabeled else self.marks[1])))
-
-    def _stop_if_bad(self, bad: Tensor) -> None:
-        """At logging, evaluation, checkpoints and the end of a stage only, since it waits for the device: was every loss finite, and is every weight?"""
-        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.method.parameters()]))
-        step = int(torch.where((bad < 0) & ~norms.isfinite().all(), self.step - 1, bad))
-        if step >= 0:
-            labeled, unlabeled = self.steps.ids(step)
-            kept = self.folder / "checkpoint.pt"
-            raise NonFiniteLoss(
-                f"run {self.config.id}: the loss was not finite at step {step}, or the weights after it. Labeled images: {', '.join(labeled)}; unlabeled images: "
-                f"{', '.join(unlabeled) or 'none'}. "
-                + (f"The last good checkpoint is {kept}." if kept.exists() else "There is no checkpoint yet.")
-            )
-
-    def _evaluate(self) -> dict[str, Any]:
-        config = self.config
-        predictor = Predictor(
-            self.method.predictors, protocol=config.protocol, window=config.crop, precision=config.precision, device=self.device
-        )
-        measure = partial(evaluate, predictor, self.dataset, workers=self.workers)
-        confusion, _ = measure(self.dataset.val)
-        found: dict[str, Any] = {"miou": {name: miou(c) for name, c in confusion.items()}}
-        found["confusion"] = next(iter(confusion.values())).tolist()  # (truth, prediction), of the reported predictor
-        found["iou"] = {name: [None if math.isnan(v) else v for v in iou(c).tolist()] for name, c in confusion.items()}
-        if self.withheld:
-            _, quality = measure(self.withheld, quality=QUALITY_THRESHOLD)
-            found["pseudo_labels"] = {name: q.summary() for name, q in quality.items()}
-        self.method.train()
-        return found
-
-    # What survives a kill.
-
-    def _log(self, row: dict[str, Any]) -> None:
-        self.history.append(row)
-        with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def _best(self) -> dict[str, Any]:
-        """The evaluation with the highest mIoU of the reported predictor; of several, the first."""
-        return max((row for row in self.history if "miou" in row), key=lambda row: next(iter(row["miou"].values())))
-
-    def _save(self, name: str) -> None:
-        state = {
-            "step": self.step, "method": self.method.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers], "history": json.dumps(self.history),
-            "seconds": self.seconds, "seconds_training": self.seconds_training,
-        }  # fmt: skip
-        temporary = self.folder / f".{name}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def _restore(self) -> None:
-        path = self.folder / "checkpoint.pt"
-        if path.exists():
-            state = read_checkpoint(path, self.device)
-            try:
-                self.method.load_state_dict(state["method"])
-                for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                    optimizer.load_state_dict(saved)
-                self.step, self.history = state["step"], json.loads(state["history"])
-                self.seconds, self.seconds_training = state["seconds"], state["seconds_training"]
-            except torch.OutOfMemoryError:  # a RuntimeError too, and not the file's fault
-                raise
-            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{path} is the checkpoint of another run; delete it and this one starts anew: {str(error)[:300]}"
-                ) from error
-            self.progress(f"goes on from step {self.step:,}", now=True)
-        # Rows after the checkpoint will be written again.
-        records.write_atomically(self.folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in self.history))
-
-    def _record(self) -> Record:
-        config, split = self.config, self.split
-        evaluations = [row for row in self.history if "miou" in row]
-        last, best = evaluations[-1], self._best()
-        first = next(iter(last["miou"]))
-        cuda = self.device.type == "cuda"
-        memory = (
-            torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        )
-        return Record(
-            id=config.id,
-            status="done",
-            config=config.model_dump(mode="json"),
-            miou=last["miou"][first],
-            miou_best=best["miou"][first],
-            step_best=best["step"],
-            iou=last["iou"][first],
-            classes=list(self.dataset.classes),
-            predictors=last["miou"],
-            predictors_best={name: max(row["miou"][name] for row in evaluations) for name in last["miou"]},
-            pseudo_labels=last.get("pseudo_labels"),
-            **records.measured(self.history),
-            seconds=round(self.seconds, 2),
-            images_per_second=round(self._images(config.steps) / self.seconds_training, 2),
-            peak_memory_mb=round(memory, 1),
-            device=torch.cuda.get_device_name(self.device) if cuda else "cpu",
-            threads=torch.get_num_threads(),
-            precision=config.precision,
-            seed=config.seed,
-            split={
-                "name": split.name,
-                "sha256": split.sha256,
-                "sha256_unlabeled": split.sha256_unlabeled,
-                "labeled": len(split.labeled),
-                "unlabeled": len(split.unlabeled),
-                "files": file_sizes(self.dataset, split),
-            },
-            weights={"name": Path(config.weights).name, "sha256": file_sha256(config.weights)}
-            if config.weights
-            else {"name": "", "sha256": ""},
-            protocol=config.protocol,
-            evaluated={"images": len(self.dataset.val), "set": config.dataset_options.get("val", "val")},
-            versions=records.environment(),
-            commit=records.commit(),
-        )
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.mark = self.part = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds of training since the last whole interval ended."""
-        self.part = time.perf_counter()
-        return self.part - self.mark
-
-    def since(self) -> float:
-        """Seconds since the last call, evaluation included."""
-        now = time.perf_counter()
-        elapsed, self.mark = now - self.mark, now
-        return elapsed

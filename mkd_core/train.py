@@ -1,8 +1,15 @@
-"""Configuration in, weights out: networks, batches, optimisers, the loop."""
+"""Configuration in, weights out: networks, batches, optimisers, and the one training loop, which does not know its method.
+
+A step is a function of (weights, seed, step): samples, views and every random draw are derived from the seed and the
+step number. So a run that was killed ends with the same weights, bit for bit on a CPU.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -10,30 +17,100 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 from .augment import STRONG, distort, normalise
 from .config import RunConfig
 from .data import SegDataset
 from .data.base import read_label
+from .data.stream import Steps, Stream
+from .evaluate import PROTOCOLS
 from .methods import METHODS, Batch, Method
 from .models import SegNet, load_encoder
 
 
 class NonFiniteLoss(RuntimeError):
-    """Training met a loss that is not finite; the message names the step and its images. The last checkpoint is from before."""
+    """The loss or a weight is not finite; the message names the step and its images. The last checkpoint is from before."""
+
+
+def train(
+    config: RunConfig, method: Method, optimizers: Sequence[torch.optim.Optimizer], steps: Steps, span: tuple[int, int, int],
+    due: Callable[[int], bool],
+) -> Iterator[dict[str, float]]:  # fmt: skip
+    """Train over span = (first step, start of its stage, end of its stage); yield a row after each step that is due, and after the last.
+
+    A row holds step (those made so far), lr, loss, term/<name>, stat/<name>, and `seconds`, the time since the row before. Only here
+    does the host wait for the device. Raises NonFiniteLoss.
+    """
+    step, start, end = span
+    device = next(method.parameters()).device
+    autocast = partial(
+        torch.autocast,
+        device.type,
+        torch.bfloat16,
+        enabled=config.precision == "bfloat16",
+        cache_enabled=False,
+    )
+    bad = torch.full((), -1, device=device)  # the first step with a loss that is not finite
+    method.train()
+    clock = time.perf_counter()
+    for tensors in steps.batches(step, end, loaders(config), pin=device.type == "cuda"):
+        seed_step(config.seed, step)
+        rate = poly(config, step, start, end)
+        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+            group["lr"] = group["initial_lr"] * rate
+        batch = make_batch(tensors, config, method.views, device)  # colour stays in float32
+        with autocast():
+            terms, stats = method(batch, step / config.steps)
+        loss = torch.stack([t.float() for t in terms.values()]).sum()
+        bad = torch.where((bad < 0) & ~loss.detach().isfinite(), step, bad)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        step += 1
+        method.update(step)
+
+        if due(step) or step == end:
+            _refuse_bad(bad, method, step, steps)
+            row = {"step": step, "lr": config.lr * rate, "loss": loss.item()}
+            row |= {f"term/{k}": v.item() for k, v in terms.items()} | {
+                f"stat/{k}": v.item() for k, v in stats.items()
+            }
+            yield row | {"seconds": time.perf_counter() - clock}
+            clock = time.perf_counter()
+
+
+def _refuse_bad(bad: Tensor, method: Method, step: int, steps: Steps) -> None:
+    norms = torch.stack(torch._foreach_norm([p.detach() for p in method.parameters()]))
+    first = int(torch.where((bad < 0) & ~norms.isfinite().all(), step - 1, bad))
+    if first >= 0:
+        labeled, unlabeled = (", ".join(ids) or "none" for ids in steps.ids(first))
+        raise NonFiniteLoss(
+            f"the loss was not finite at step {first}, or the weights after it. Labeled images: {labeled}; unlabeled images: {unlabeled}. "
+            "The last checkpoint is from before"
+        )
 
 
 def build_net(config: RunConfig, num_classes: int, arch: str | None = None) -> SegNet:
-    """A freshly initialised network, the encoder from config.weights where given. Two calls differ in what is random."""
+    """Make a new network, its encoder from config.weights where given. Two calls differ in what is random."""
     try:
         net = SegNet(
-            num_classes, arch=arch or config.arch, encoder=config.encoder, encoder_depth=config.encoder_depth, channels=config.channels, dropout=config.dropout,
-            norm=config.norm, bn_momentum=config.bn_momentum,
+            num_classes, arch=arch or config.arch, encoder=config.encoder, encoder_depth=config.encoder_depth, channels=config.channels,
+            dropout=config.dropout, norm=config.norm, bn_momentum=config.bn_momentum,
         )  # fmt: skip
-    except (AssertionError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:  # of smp, timm and torch
+    except (
+        AssertionError,
+        IndexError,
+        KeyError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+    ) as error:  # of smp, timm, torch
         raise ValueError(
-            f"{arch or config.arch} on the encoder {config.encoder} cannot be built: {type(error).__name__} {error}"
+            f"{arch or config.arch} on {config.encoder} cannot be built: {type(error).__name__} {error}"
         ) from error
     if config.weights:
         load_encoder(net, config.weights)
@@ -41,15 +118,17 @@ def build_net(config: RunConfig, num_classes: int, arch: str | None = None) -> S
 
 
 def build_method(config: RunConfig, num_classes: int) -> Method:
-    """The method with networks initialised from the seed: the first network is the same for every method."""
+    """Make the method with networks drawn from the seed: the first network is the same for every method."""
     seed_step(config.seed, -1)
     method = METHODS[config.method](partial(build_net, config, num_classes), **config.options)
-    if min(config.crop) < method.min_side:
-        raise ValueError(f"{config.method} needs a crop of at least {method.min_side} x {method.min_side} pixels; got {config.crop}")
-    if config.batch < method.min_batch:
-        raise ValueError(
-            f"{config.method} with these options needs a batch of at least {method.min_batch} (its images need a partner); got {config.batch}"
-        )
+    for what, value, least in (
+        ("crop", min(config.crop), method.min_side),
+        ("batch", config.batch, method.min_batch),
+    ):
+        if value < least:
+            raise ValueError(
+                f"{config.method} with these options needs a {what} of at least {least}; got {getattr(config, what)}"
+            )
     stage_marks(config, method)
     return method
 
@@ -58,13 +137,50 @@ def stage_marks(config: RunConfig, method: Method) -> list[int]:
     """Steps at which the stages of a method begin, and the last step."""
     marks = [0, *(round(share * config.steps) for share in method.stages), config.steps]
     if any(start >= end for start, end in pairwise(marks)):
-        raise ValueError(f"{config.method} trains in {len(marks) - 1} stages; {config.steps} steps are too few for them")
+        raise ValueError(
+            f"{config.method} trains in {len(marks) - 1} stages; {config.steps} steps are too few for them"
+        )
     return marks
 
 
+def make_optimizers(config: RunConfig, method: Method) -> list[torch.optim.Optimizer]:
+    """Make the optimiser of the networks, all but their encoders at head_lr times the rate, and that of a critic where there is one.
+
+    The critic's is Adam with betas (0.9, 0.99), as AdvSemSeg and GCT have it.
+    """
+    judges = set(method.critic[0].parameters()) if method.critic else set()
+    encoders = {p for net in method.modules() if isinstance(net, SegNet) for p in net.encoder.parameters()}
+    mine = [p for p in method.parameters() if p.requires_grad and p not in judges]
+    groups: list[dict[str, Any]] = [{"params": mine, "lr": config.lr}]
+    if config.head_lr != 1:
+        parts = [p for p in mine if p in encoders], [p for p in mine if p not in encoders]
+        groups = [
+            {"params": part, "lr": config.lr * times}
+            for part, times in zip(parts, (1.0, config.head_lr), strict=True)
+        ]
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.optimizer == "adamw":
+        optimizers.append(torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True))
+    else:
+        optimizers.append(torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay, fused=True))
+    if method.critic:
+        critic, lr = method.critic
+        optimizers.append(torch.optim.Adam(critic.parameters(), lr, betas=(0.9, 0.99), fused=True))
+    for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def poly(config: RunConfig, step: int, start: int = 0, end: int = 0) -> float:
+    """Share of the initial learning rate at a step of the stage [start, end); end 0: of the whole run."""
+    return (1 - (step - start) / ((end or config.steps) - start)) ** config.power
+
+
 def seed_step(seed: int, step: int, *stage: int) -> None:
-    """Make torch's random draws on every device a function of (seed, step); step -1: what comes before the first, or before a stage."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step + 1, *stage]).generate_state(1, np.uint64)[0] >> 1))
+    """Make torch's draws on every device a function of (seed, step); step -1: what comes before the first, or before a stage."""
+    torch.manual_seed(
+        int(np.random.SeedSequence([seed, step + 1, *stage]).generate_state(1, np.uint64)[0] >> 1)
+    )
 
 
 def make_batch(tensors: Sequence[Tensor], config: RunConfig, views: int, device: torch.device) -> Batch:
@@ -79,47 +195,75 @@ def make_batch(tensors: Sequence[Tensor], config: RunConfig, views: int, device:
     return Batch(normalise(x), y.long(), normalise(u), strong, valid, label.long())
 
 
-def poly(config: RunConfig, step: int, start: int = 0, end: int = 0) -> float:
-    """Share of the initial learning rate at a step of the stage [start, end); end 0: of the whole run."""
-    return (1 - (step - start) / ((end or config.steps) - start)) ** config.power
+def loaders(config: RunConfig) -> int:
+    """Loader processes: at most a core each. Results do not depend on them."""
+    return min(config.workers, os.cpu_count() or 1)
 
 
-def make_optimizers(config: RunConfig, method: Method) -> list[torch.optim.Optimizer]:
-    """That of the networks, all but the encoders at head_lr times the rate, and, where the method has a critic, the critic's: Adam with betas (0.9, 0.99), as AdvSemSeg and GCT have it."""
-    judges = list(method.critic[0].parameters()) if method.critic else []
-    parameters: Any = [p for p in method.parameters() if p.requires_grad and not any(p is judge for judge in judges)]
-    if config.head_lr != 1:
-        inside = {p for net in method.modules() if isinstance(net, SegNet) for p in net.encoder.parameters()}
-        parts = [[p for p in parameters if (p in inside) == encoder] for encoder in (True, False)]
-        parameters = [{"params": part, "lr": lr} for part, lr in zip(parts, (config.lr, config.lr * config.head_lr), strict=True) if part]
-    optimizers: list[torch.optim.Optimizer] = []
-    if config.optimizer == "adamw":
-        optimizers.append(torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True))
-    else:
-        optimizers.append(torch.optim.SGD(parameters, config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True))
-    if method.critic:
-        optimizers.append(torch.optim.Adam(judges, method.critic[1], betas=(0.9, 0.99), fused=True))
-    for group in (g for optimizer in optimizers for g in optimizer.param_groups):
-        group["initial_lr"] = group["lr"]
-    return optimizers
+def streams(
+    config: RunConfig,
+    dataset: SegDataset,
+    labeled: Sequence[str],
+    unlabeled: Sequence[str],
+    stage: Path | None,
+) -> Steps:
+    """The training steps of a stage: unlabeled images carry the pseudo-labels of the folder `stage`, or none; no unlabeled ones: ()."""
+    make = partial(Stream, seed=config.seed, crop=config.crop, scale=config.scale, base=config.base)
+    first = make(dataset, labeled, name="labeled", labeled=True)
+    if not unlabeled:
+        return Steps(first, None, config.batch)
+    relabeled = _Relabeled(dataset, unlabeled, stage) if stage else None
+    ids = relabeled.ids if relabeled else unlabeled
+    second = make(relabeled or dataset, ids, name="unlabeled", labeled=stage is not None, block=config.batch)
+    return Steps(first, second, config.batch)
+
+
+@torch.no_grad()
+def write_labels(
+    config: RunConfig,
+    method: Method,
+    stage: int,
+    dataset: SegDataset,
+    ids: Sequence[str],
+    folder: Path,
+    before: Path,
+) -> None:
+    """Write the pseudo-labels of a stage to `folder`, all or nothing: those of the folder `before` (where it is there) and new ones."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    for old in (folder, temporary):
+        shutil.rmtree(old, ignore_errors=True)
+    if before.is_dir():
+        shutil.copytree(before, temporary)
+    temporary.mkdir(exist_ok=True)
+    kept = {int(path.stem) for path in temporary.iterdir()}
+    device = next(method.parameters()).device
+    seed_step(config.seed, -1, stage)
+    method.eval()
+
+    def prob(net: nn.Module, images: Tensor) -> Tensor:
+        return PROTOCOLS[config.protocol](net, images, config.crop)
+
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        for i, label in method.relabel(stage, _Images(dataset, ids, device), prob, kept):
+            Image.fromarray(label.to("cpu", torch.uint8).numpy()).save(temporary / f"{i}.png")
+    os.replace(temporary, folder)
 
 
 class _Images(Sequence[Tensor]):
-    """Normalised images (1, 3, H, W) on the device by position, loaded when asked for, which `progress` is told."""
+    """Normalised images (1, 3, H, W) on the device by position, loaded when asked for."""
 
-    def __init__(self, dataset: SegDataset, ids: Sequence[str], device: torch.device, progress: Callable[[str], None]):
-        self.dataset, self.ids, self.device, self.progress = dataset, ids, device, progress
+    def __init__(self, dataset: SegDataset, ids: Sequence[str], device: torch.device):
+        self.dataset, self.ids, self.device = dataset, ids, device
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, i: Any) -> Any:
-        self.progress(f"image {i + 1:,} of {len(self):,}")
         return normalise(self.dataset.image(self.ids[i])[None].to(self.device).float() / 255)
 
 
 class _Relabeled(SegDataset):
-    """The images of a stage with the pseudo-labels that were written for it."""
+    """The images that a stage has pseudo-labels for; read back through the loader, labels share the images' geometry."""
 
     def __init__(self, dataset: SegDataset, ids: Sequence[str], folder: Path):
         self.dataset, self.folder = dataset, folder

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from measures import measures
 
 from mkd_core import Grid, RunConfig, published, table
 from mkd_core.records import read_cells
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "RESULTS.md"))
 EVIDENCE = sorted(path.parent for path in ROOT.glob("figures/*/records.jsonl"))
 
 
@@ -19,10 +20,17 @@ EVIDENCE = sorted(path.parent for path in ROOT.glob("figures/*/records.jsonl"))
 def test_committed_tables_and_the_readme_show_the_committed_records(folder):
     """Row and column names stand in the records; the paper's table in the folder's name: 30_table4_components."""
     text = (folder / "table.md").read_text()
-    quoted = next((path.stem for path in ROOT.glob("parameters/published/table*.yaml") if path.stem in folder.name), "")
-    assert text == table(read_cells(folder / "records.jsonl"), published(quoted) if quoted else None).markdown() + "\n"
-    shown = text.split("\n\n")[0 if text.startswith("|") else 1]  # rows alone are one table; else the overview is the second paragraph
-    assert shown.strip() in README, f"README does not hold figures/{folder.name}/table.md"
+    quoted = next((path.stem for path in ROOT.glob("published/table*.yaml") if path.stem in folder.name), "")
+    assert (
+        text
+        == table(read_cells(folder / "records.jsonl"), published(quoted) if quoted else None).markdown()
+        + "\n"
+    )
+    shown = text.split("\n\n")[
+        0 if text.startswith("|") else 1
+    ]  # rows alone are one table; else the overview is the second paragraph
+    assert shown.strip() in RESULTS, f"RESULTS.md does not hold figures/{folder.name}/table.md"
+    assert shown.strip() in README or folder.name != "00_quickstart"
 
 
 def test_there_is_evidence():
@@ -33,7 +41,10 @@ def test_the_embedded_data_set_meets_its_target_over_five_seeds():
     """MKD above SupOnly by 10 points and above co-training by 5, each by more than two standard errors of the paired difference."""
     cells = read_cells(ROOT / "figures/00_quickstart/records.jsonl")
     scores = {name: {r.seed: r.miou for r in of[""]} for name, of in cells.items()}
-    assert scores["MKD"].keys() == scores["SupOnly"].keys() == scores["co-training"].keys() and len(scores["MKD"]) == 5
+    assert (
+        scores["MKD"].keys() == scores["SupOnly"].keys() == scores["co-training"].keys()
+        and len(scores["MKD"]) == 5
+    )
     for other, margin in {"SupOnly": 10, "co-training": 5}.items():
         gains = [scores["MKD"][seed] - scores[other][seed] for seed in scores["MKD"]]
         mean = sum(gains) / 5
@@ -41,25 +52,37 @@ def test_the_embedded_data_set_meets_its_target_over_five_seeds():
         assert mean > margin and mean > 2 * error
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "parameters/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "parameters/recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_recipes_are_complete_configurations(path):
     config = RunConfig(**yaml.safe_load(path.read_text()))
     assert config.method == "mkd" and config.dataset == "voc_aug"
     # 10_run's smoke defaults must not leak in: a recipe states every field but the user's files and the seed
-    assert RunConfig.model_fields.keys() - yaml.safe_load(path.read_text()).keys() == {"root", "weights", "seed", "device"}
+    assert RunConfig.model_fields.keys() - yaml.safe_load(path.read_text()).keys() == {
+        "root",
+        "weights",
+        "seed",
+        "device",
+    }
     named = set(re.findall(r"^  (\w+):", path.read_text(), re.M))
     assert named <= set(config.options), "every option of a recipe is one of the method's"
 
 
 def test_the_released_recipe_differs_from_the_paper_where_the_readme_says():
-    paper, released = (RunConfig(**yaml.safe_load((ROOT / f"parameters/recipes/{n}.yaml").read_text())) for n in ("paper", "released"))
+    paper, released = (
+        RunConfig(**yaml.safe_load((ROOT / f"parameters/recipes/{n}.yaml").read_text()))
+        for n in ("paper", "released")
+    )
     assert (paper.options["threshold"], released.options["threshold"]) == (0.95, 0)
     assert (paper.options["stride"], released.options["stride"]) == (1, 8)
     assert (paper.options["decay"], released.options["decay"]) == (0.99, 0.6)
     assert released.weak_photometric and not paper.weak_photometric
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("parameters/*/00_quickstart.yaml")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("parameters/*/00_quickstart.yaml")), ids=lambda path: path.parent.name
+)
 def test_quickstart_grids_are_valid(path):
     values = yaml.safe_load(path.read_text())
     common = values["common"] | {"weights": ""}  # the file is the user's
@@ -68,16 +91,32 @@ def test_quickstart_grids_are_valid(path):
 
 
 def test_every_parameters_file_says_how_it_is_run():
-    for path in set(ROOT.glob("parameters/*/*.yaml")) - set(ROOT.glob("parameters/published/*")):  # those are numbers, not runs
+    for path in ROOT.glob("parameters/*/*.yaml"):
         head = path.read_text().split("\n", 12)[:12]
         assert any("Command:" in line for line in head) and any("Expected:" in line for line in head), path
 
 
 def test_the_tree_in_the_readme_is_the_tree():
+    """A newcomer finds the equation, the loop, the evaluation and the EMA there; what it names exists, and no folder is left out."""
     tree = README.split("## The tree")[1].split("```")[1]
-    modules = {path.name for path in (ROOT / "mkd_core").rglob("*.py")} - {"__init__.py", "base.py"}
-    listed = set(re.findall(r"[\w.]+\.py", tree)) - {"bench.py", "hours.py", "tidy.py", "base.py"}
-    assert modules - {path.name for path in (ROOT / "mkd_core/methods").glob("*.py")} == listed
+    named = set(re.findall(r"mkd_core/[\w./]+|^[a-z]+/", tree, re.M))
+    assert all((ROOT / name).exists() for name in named)
+    assert {
+        "mkd_core/methods/",
+        "mkd_core/train.py",
+        "mkd_core/evaluate.py",
+        "mkd_core/ema.py",
+        "notebooks/",
+    } <= named
+    folders = {f"mkd_core/{path.parent.name}/" for path in (ROOT / "mkd_core").glob("*/__init__.py")}
+    assert folders <= named
+
+
+@pytest.mark.parametrize("what", measures())
+def test_the_suite_stays_thin(what):
+    """`python tests/measures.py` prints all of them."""
+    value, most, where = measures()[what]
+    assert value <= most, f"{what}: {value}, {where}"
 
 
 def test_requirements_and_lock_pin_the_same():

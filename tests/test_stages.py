@@ -117,7 +117,7 @@ def test_labels_that_are_gone_are_an_error(stop, checkpoint_every, gone, tmp_pat
     assert [(folder / f"labels-{k}").is_dir() for k in (1, 2)] == [True, stop >= 8]
     shutil.rmtree(folder / f"labels-{gone}")
     kept = (folder / "checkpoint.pt").read_bytes()
-    with pytest.raises(ValueError, match=f"labels-{gone}, the pseudo-labels of stage {gone}, is gone; delete .* starts anew"):
+    with pytest.raises(ValueError, match=f"labels-{gone}, pseudo-labels of the run, is gone; delete .* starts anew"):
         run(c, tmp_path, quiet=True)
     assert (folder / "checkpoint.pt").read_bytes() == kept
 

@@ -70,8 +70,8 @@ def record(id: str = "a", miou: float = 50.0, seed: int = 0, **keys: Any) -> Rec
     c = config(seed=seed)
     return Record(
         **{
-            "id": id, "status": "done", "config": c.model_dump(mode="json"), "miou": miou, "miou_best": miou + 1, "step_best": 3,
-            "iou": [miou, None], "classes": ["x", "y"], "predictors": {"net": miou}, "predictors_best": {"net": miou + 1}, "pseudo_labels": None,
+            "id": id, "config": c.model_dump(mode="json"), "miou": miou, "miou_best": miou + 1, "step_best": 3,
+            "iou": [miou, None], "classes": ["x", "y"], "predictors": {"net": miou}, "predictors_best": {"net": miou + 1}, "pseudo_labels": None, "evaluations": [], "confusion": [],
             "seconds": 2.0, "images_per_second": 3.0, "peak_memory_mb": 4.0, "device": "cpu", "threads": 1, "precision": "float32", "seed": seed,
             "split": {"name": "random/6@0", "sha256": f"labeled by seed {seed}", "labeled": 6, "unlabeled": 18}, "weights": {"name": "", "sha256": ""},
             "protocol": "whole", "evaluated": {"images": 6, "set": "val"}, "versions": {}, "commit": "unknown",
@@ -80,7 +80,9 @@ def record(id: str = "a", miou: float = 50.0, seed: int = 0, **keys: Any) -> Rec
     )  # fmt: skip
 
 
-def child(keys: dict[str, Any], runs: str, delay: float = 0.0, wait: bool = False, die: str = "", limit: int = 0) -> None:
+def child(
+    keys: dict[str, Any], runs: str, delay: float = 0.0, wait: bool = False, die: str = "", limit: int = 0
+) -> None:
     """runner.run in a process of its own, every step `delay` seconds slower; it kills itself inside the operation named by `die`.
 
     wait   stop before the last step until killed
