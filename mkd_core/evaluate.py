@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .augment import normalise
 from .choices import choose
+from .config import RunConfig
 from .data import SegDataset
 from .metrics import PseudoLabelQuality, confusion_matrix
 from .models import resize
@@ -96,6 +97,16 @@ class Predictor:
         self.nets, self.protocol, self.window = dict(nets), choose("protocol", protocol, PROTOCOLS), window
         self.precision, self.device = precision, torch.device(device)
         self.names = [*self.nets, "mean"] if len(self.nets) > 1 else [*self.nets]
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, nets: Mapping[str, nn.Module], device: torch.device, protocol: str = ""
+    ) -> Predictor:
+        """Take protocol (unless another is named), window and precision from a run's configuration."""
+        precision, window = config.precision, config.crop
+        return cls(
+            nets, protocol=protocol or config.protocol, window=window, precision=precision, device=device
+        )
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -25,7 +23,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from . import records
+from . import checkpoints, records
 from .config import RunConfig
 from .data import SegDataset, open_dataset
 from .data.base import DataError
@@ -38,7 +36,6 @@ from .models import file_sha256, weights_file
 from .progress import Progress
 from .records import Record
 from .train import build_method, loaders, make_optimizers, stage_marks, streams, train, write_labels
-from .trained import read_checkpoint
 
 QUALITY_THRESHOLD = 0.95  # MKD's T: pseudo-label quality is reported at it and at 0
 
@@ -60,24 +57,18 @@ def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Rec
             try:
                 if found := records.load(folder):
                     if found.id != config.id:
-                        raise ValueError(
-                            f"{folder / 'record.json'} is the record of another run ({found.id}); delete it"
-                        )
+                        raise ValueError(f"{folder}/record.json is of another run ({found.id}); delete it")
                     with suppress(DataError):  # data that are gone prove nothing
                         _refuse_other_data(folder, found.split, data_identity(*_open(config)))
                     return found
                 return _Run(config, folder, quiet).finish()
             finally:
-                if not (
-                    folder / "config.json"
-                ).exists():  # refused before it began; a notebook that is being executed may lie here
+                if not (folder / "config.json").exists():  # refused before it began; other files may lie here
                     (folder / "lock").unlink(missing_ok=True)
                     with suppress(OSError):
                         folder.rmdir()
     except Timeout as error:
-        raise Busy(
-            f"another process is at run {config.id} (it holds {folder / 'lock'}); wait for it or stop it"
-        ) from error
+        raise Busy(f"another process is at run {config.id}: it holds {folder}/lock") from error
 
 
 def is_busy(folder: Path) -> bool:
@@ -223,12 +214,11 @@ class _Run:
         self.step, self.seconds, self.seconds_training = 0, 0.0, 0.0
         self._restore()
         records.write_atomically(folder / "config.json", config.model_dump_json(indent=1) + "\n")
-        start = (
-            f"{config.encoder} from {Path(config.weights).name}"
-            if config.weights
-            else f"{config.encoder} from random weights"
+        start = Path(config.weights).name or "random weights"
+        about = (
+            f"{config.method} on {config.dataset}, {self.split}; {config.encoder} from {start}; {self.device}"
         )
-        self.progress(f"{config.method} on {config.dataset}, {self.split}; {start}; {self.device}", now=True)
+        self.progress(about, now=True)
 
     def finish(self) -> Record:
         for stage, (start, end) in enumerate(pairwise(self.marks)):
@@ -242,13 +232,13 @@ class _Run:
         return record
 
     def _train(self, stage: int, start: int, end: int) -> None:
+        config = self.config
         labels = self._labels(stage, anew=self.step == start) if stage else None
         unlabeled = self.split.unlabeled if self.method.unlabeled or stage else ()
-        steps = streams(self.config, self.dataset, self.split.labeled, unlabeled, labels)
-        for row in train(
-            self.config, self.method, self.optimizers, steps, (self.step, start, end), self._due
-        ):
-            began = time.perf_counter()
+        steps = streams(config, self.dataset, self.split.labeled, unlabeled, labels)
+        span = self.step, start, end
+        for row in train(config, self.method, self.optimizers, steps, span, self._due):
+            began, names = time.perf_counter(), []
             self.step = step = int(row["step"])
             self.seconds_training += (spent := row.pop("seconds"))
             self._say(row)
@@ -257,26 +247,22 @@ class _Run:
                 row |= self._evaluate()
             self.seconds += spent + time.perf_counter() - began
             self._log(row)
-            every, keep = self.config.checkpoint_every, self.config.keep_every
-            names = {
-                "checkpoint-best.pt": evaluating and step == self._best()["step"],
-                f"checkpoint-{step}.pt": keep and step % keep == 0,
-                "checkpoint.pt": step % every == 0
-                or step == self.config.steps,  # last: a run goes on from here
-            }
-            self._save([name for name, wanted in names.items() if wanted])
+            if evaluating and step == self._best()["step"]:
+                names.append("checkpoint-best.pt")
+            if config.keep_every and step % config.keep_every == 0:
+                names.append(f"checkpoint-{step}.pt")
+            if step % config.checkpoint_every == 0 or step == config.steps:
+                names.append("checkpoint.pt")  # last: a run goes on from here
+            if names:
+                self._save(*names)
 
     def _evaluates(self, step: int) -> bool:
-        return step == self.config.steps or bool(
-            self.config.evaluate_every and step % self.config.evaluate_every == 0
-        )
+        every = self.config.evaluate_every
+        return step == self.config.steps or (every > 0 and step % every == 0)
 
     def _due(self, step: int) -> bool:
-        return (
-            self._evaluates(step)
-            or step % self.config.log_every == 0
-            or step % self.config.checkpoint_every == 0
-        )
+        config = self.config
+        return self._evaluates(step) or step % config.log_every == 0 or step % config.checkpoint_every == 0
 
     def _labels(self, stage: int, anew: bool) -> Path:
         """The folder with the pseudo-labels of a stage, written before its first step."""
@@ -284,20 +270,18 @@ class _Run:
         needed = before if anew else folder
         if (stage > 1 or not anew) and not needed.is_dir():
             raise ValueError(
-                f"{needed}, pseudo-labels of the run, is gone; delete {self.folder} and the run starts anew"
+                f"{needed}, pseudo-labels of the run, is gone; delete {self.folder} to start anew"
             )
         if anew:
             began = time.perf_counter()
-            self.progress(
-                f"pseudo-labels of stage {stage} for {len(self.split.unlabeled):,} images", now=True
-            )
+            self.progress(f"labels {len(self.split.unlabeled):,} images for stage {stage}", now=True)
             write_labels(self.config, self.method, stage, self.dataset, self.split.unlabeled, folder, before)
             self.optimizers = make_optimizers(self.config, self.method)
             self.seconds += time.perf_counter() - began
         return folder
 
     def _images(self, steps: int) -> int:
-        """Images that so many steps train on; a method that wants no unlabeled ones meets them from its second stage on."""
+        """Count the images that so many steps train on; without `unlabeled`, a method meets them from stage 1 on."""
         return self.config.batch * (steps + max(0, steps - (0 if self.method.unlabeled else self.marks[1])))
 
     def _say(self, row: dict[str, Any]) -> None:
@@ -310,22 +294,13 @@ class _Run:
         )
 
     def _evaluate(self) -> dict[str, Any]:
-        config = self.config
-        predictor = Predictor(
-            self.method.predictors,
-            protocol=config.protocol,
-            window=config.crop,
-            precision=config.precision,
-            device=self.device,
-        )
-        measure = partial(evaluate, predictor, self.dataset, workers=loaders(config))
+        predictor = Predictor.of(self.config, self.method.predictors, self.device)
+        measure = partial(evaluate, predictor, self.dataset, workers=loaders(self.config))
         confusion, _ = measure(self.dataset.val)
         found: dict[str, Any] = {"miou": {name: miou(c) for name, c in confusion.items()}}
-        found["confusion"] = next(
-            iter(confusion.values())
-        ).tolist()  # (truth, prediction), of the reported predictor
+        found["confusion"] = confusion[predictor.names[0]].tolist()  # (truth, prediction)
         found["iou"] = {
-            name: [None if math.isnan(v) else v for v in iou(c).tolist()] for name, c in confusion.items()
+            name: [v if v == v else None for v in iou(c).tolist()] for name, c in confusion.items()
         }
         if self.withheld:
             _, quality = measure(self.withheld, quality=QUALITY_THRESHOLD)
@@ -341,62 +316,34 @@ class _Run:
 
     def _best(self) -> dict[str, Any]:
         """The evaluation with the highest mIoU of the reported predictor; of several, the first."""
-        return max(
-            (row for row in self.history if "miou" in row), key=lambda row: next(iter(row["miou"].values()))
-        )
+        evaluations = [row for row in self.history if "miou" in row]
+        return max(evaluations, key=lambda row: next(iter(row["miou"].values())))
 
-    def _save(self, names: Sequence[str]) -> None:
-        """One file under all of the names: each appears whole or not at all."""
-        if not names:
-            return
+    def _save(self, *names: str) -> None:
         state = {
-            "step": self.step, "method": self.method.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
-            "history": json.dumps(self.history), "data": json.dumps(self.data), "seconds": self.seconds, "seconds_training": self.seconds_training,
+            "step": self.step, "method": self.method.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers], "history": json.dumps(self.history),
+            "data": json.dumps(self.data), "seconds": self.seconds, "seconds_training": self.seconds_training,
         }  # fmt: skip
-        temporary, link = self.folder / ".checkpoint.tmp", self.folder / ".checkpoint.link.tmp"
-        try:
-            temporary.unlink(missing_ok=True)  # one that a kill left may be another name of a checkpoint
-            with open(temporary, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            for name in names:
-                link.unlink(missing_ok=True)
-                try:
-                    os.link(temporary, link)
-                except OSError:  # a file system without links
-                    shutil.copyfile(temporary, link)
-                os.replace(link, self.folder / name)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as "unexpected pos"
-            needed = sum(t.nbytes for t in self.method.state_dict().values()) / 2**20
-            raise OSError(
-                errno.ENOSPC,
-                f"the checkpoint could not be written, it needs about {3 * needed:.0f} MB in {self.folder}: {error}",
-            ) from error
-        finally:
-            for left in (temporary, link):
-                left.unlink(missing_ok=True)
+        checkpoints.write(state, self.folder, names)
 
     def _restore(self) -> None:
         path = self.folder / "checkpoint.pt"
         if path.exists():
-            state = read_checkpoint(path, self.device)
+            state = checkpoints.read(path, self.device)
             _refuse_other_data(self.folder, json.loads(state["data"]), self.data)
             try:
                 self.method.load_state_dict(state["method"])
                 for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                     optimizer.load_state_dict(saved)
             except (KeyError, RuntimeError, ValueError) as error:
-                raise ValueError(
-                    f"{path} is the checkpoint of another run; delete it and this one starts anew: {error}"
-                ) from error
+                raise ValueError(f"{path} is of another run; delete it to start anew: {error}") from error
             self.step, self.history = state["step"], json.loads(state["history"])
             self.seconds, self.seconds_training = state["seconds"], state["seconds_training"]
             self.progress(f"goes on from step {self.step:,}", now=True)
         # Rows after the checkpoint will be written again.
-        records.write_atomically(
-            self.folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in self.history)
-        )
+        rows = "".join(json.dumps(row) + "\n" for row in self.history)
+        records.write_atomically(self.folder / "history.jsonl", rows)
 
     def _record(self) -> Record:
         config = self.config
@@ -404,11 +351,8 @@ class _Run:
         last, best = evaluations[-1], self._best()
         first = next(iter(last["miou"]))
         cuda = self.device.type == "cuda"
-        bytes_used = (
-            torch.cuda.max_memory_allocated(self.device)
-            if cuda
-            else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        )
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = torch.cuda.max_memory_allocated(self.device) if cuda else peak
         return Record(
             id=config.id, config=config.model_dump(mode="json"), seed=config.seed, protocol=config.protocol, precision=config.precision,
             miou=last["miou"][first], miou_best=best["miou"][first], step_best=best["step"], iou=last["iou"][first],
@@ -417,7 +361,7 @@ class _Run:
             pseudo_labels=last.get("pseudo_labels"),
             evaluations=[{key: row[key] for key in ("step", "miou", "pseudo_labels") if key in row} for row in evaluations],
             seconds=round(self.seconds, 2), images_per_second=round(self._images(config.steps) / self.seconds_training, 2),
-            peak_memory_mb=round(bytes_used / 2**20, 1), device=torch.cuda.get_device_name(self.device) if cuda else "cpu",
+            peak_memory_mb=round(peak / 2**20, 1), device=torch.cuda.get_device_name(self.device) if cuda else "cpu",
             threads=torch.get_num_threads(), split=self.data,
             weights={"name": Path(config.weights).name, "sha256": file_sha256(config.weights) if config.weights else ""},
             evaluated={"images": len(self.dataset.val), "set": config.dataset_options.get("val", "val")},

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from . import records
+from . import checkpoints, records
 from .choices import choose
 from .config import RunConfig, read_config
 from .data import DATASETS, open_dataset
@@ -34,14 +34,7 @@ class OpenRun:
 
     def predictor(self, protocol: str = "") -> Predictor:
         """All its networks, by the run's protocol (or another), window and precision."""
-        config = self.config
-        return Predictor(
-            self.method.predictors,
-            protocol=protocol or config.protocol,
-            window=config.crop,
-            precision=config.precision,
-            device=self.device,
-        )
+        return Predictor.of(self.config, self.method.predictors, self.device, protocol)
 
 
 def open_run(run: RunConfig | str | Path, step: int | str | None = None, device: str = "auto") -> OpenRun:
@@ -54,7 +47,7 @@ def open_run(run: RunConfig | str | Path, step: int | str | None = None, device:
     config, where = read_config(folder), pick_device(device)
     kept = sorted(path.name for path in folder.glob("checkpoint-*.pt"))
     name = "checkpoint.pt" if step is None else choose("checkpoint", f"checkpoint-{step}.pt", kept)
-    state = read_checkpoint(folder / name, where)["method"]
+    state = checkpoints.read(folder / name, where)["method"]
     names, palette = _classes(config, folder)
     try:
         with torch.random.fork_rng():
@@ -90,30 +83,3 @@ def _classes(config: RunConfig, folder: Path) -> tuple[list[str], NDArray[np.uin
         else open_dataset(config.dataset, config.root, **config.dataset_options).classes
     )
     return list(names), colormap(len(names)) if colours is None else np.array(colours, np.uint8)
-
-
-def read_checkpoint(path: Path, device: torch.device | str) -> dict[str, Any]:
-    """The state that a run left; nothing is unpickled. ValueError where there is none or it is damaged."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        if (
-            not isinstance(state, dict)
-            or not {"step", "method", "optimizers", "history", "data"} <= state.keys()
-        ):
-            raise KeyError("data")
-        return state
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"there is no checkpoint {path}: the run has not come that far, or did not keep it (keep_every)"
-        ) from error
-    except (
-        PermissionError,
-        IsADirectoryError,
-        MemoryError,
-        torch.OutOfMemoryError,
-    ):  # not the file's fault: nothing to delete
-        raise
-    except Exception as error:  # torch raises half a dozen unrelated classes here, with advice to unpickle that nobody should follow
-        raise ValueError(
-            f"{path} is damaged, or no checkpoint of this suite ({type(error).__name__}); delete it, and record.json where there is one, and the run starts anew"
-        ) from error

@@ -19,7 +19,7 @@ from PIL import Image
 from tiny import CLASSES, batch, build, child, config, gradients, make
 from torch import Tensor, nn
 
-from mkd_core import records, runner
+from mkd_core import checkpoints, records, runner
 from mkd_core.augment import normalise
 from mkd_core.config import RunConfig
 from mkd_core.data import load_split, open_dataset
@@ -30,7 +30,7 @@ from mkd_core.methods.mean_teacher import MeanTeacher
 from mkd_core.metrics import miou
 from mkd_core.runner import run
 from mkd_core.train import NonFiniteLoss, build_method, make_batch, make_optimizers, poly
-from mkd_core.trained import open_run, read_checkpoint
+from mkd_core.trained import open_run
 
 # Children are forked from a clean process that has imported torch once.
 server = multiprocessing.get_context("forkserver")
@@ -682,7 +682,7 @@ def test_a_whole_checkpoint_of_another_run_is_refused(tmp_path):
         (tmp_path / c.id / "record.json").unlink()
     path = tmp_path / mine.id / "checkpoint.pt"
     path.write_bytes((tmp_path / other.id / "checkpoint.pt").read_bytes())
-    with pytest.raises(ValueError, match="checkpoint.pt is the checkpoint of another run; delete it"):
+    with pytest.raises(ValueError, match="checkpoint.pt is of another run; delete it"):
         run(mine, tmp_path, quiet=True)
 
 
@@ -709,7 +709,7 @@ def test_all_runs_are_looked_at_before_the_first_trains(tmp_path):
 def test_a_checkpoint_that_is_none_is_called_damaged(tmp_path):
     torch.save({"a": 1}, tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="damaged"):
-        read_checkpoint(tmp_path / "checkpoint.pt", "cpu")
+        checkpoints.read(tmp_path / "checkpoint.pt", "cpu")
     with pytest.raises(ValueError, match="no run"):
         open_run(tmp_path)
 

@@ -1,0 +1,57 @@
+"""Checkpoints: written whole or not at all, read without unpickling."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write(state: dict[str, Any], folder: Path, names: Sequence[str]) -> None:
+    """Write one file under all of the names, in their order; each appears whole or not at all. OSError on a full disk."""
+    temporary, link = folder / ".checkpoint.tmp", folder / ".checkpoint.link.tmp"
+    try:
+        temporary.unlink(missing_ok=True)  # one that a kill left may be another name of a checkpoint
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        for name in names:
+            link.unlink(missing_ok=True)
+            try:
+                os.link(temporary, link)
+            except OSError:  # a file system without links
+                shutil.copyfile(temporary, link)
+            os.replace(link, folder / name)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as "unexpected pos"
+        megabytes = shutil.disk_usage(folder).free / 2**20
+        text = f"{', '.join(names)} could not be written to {folder} ({megabytes:,.0f} MB free): {error}"
+        raise OSError(getattr(error, "errno", None) or errno.ENOSPC, text) from error
+    finally:
+        for left in (temporary, link):
+            left.unlink(missing_ok=True)
+
+
+def read(path: Path, device: torch.device | str) -> dict[str, Any]:
+    """Read the state that a run left; nothing is unpickled. ValueError where there is none or it is damaged."""
+    if not path.exists():
+        raise ValueError(
+            f"there is no checkpoint {path}: the run has not come that far, or did not keep it (keep_every)"
+        )
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        return {
+            key: state[key]
+            for key in ("step", "method", "optimizers", "history", "data", "seconds", "seconds_training")
+        }
+    except (OSError, MemoryError, torch.OutOfMemoryError):  # not the file's fault: nothing to delete
+        raise
+    except Exception as error:  # torch raises half a dozen unrelated classes here, with advice to unpickle
+        raise ValueError(
+            f"{path} is damaged, or no checkpoint of this suite ({type(error).__name__}); delete it and the run starts anew"
+        ) from error
