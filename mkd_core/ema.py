@@ -9,22 +9,32 @@ from torch import Tensor, nn
 
 
 class EMA(nn.Module):
-    """A teacher: an exact copy at first, then teacher <- m * teacher + (1 - m) * student with m = min(1 - 1 / (step + 1), decay).
+    """A teacher: an exact copy at first, then teacher <- m * teacher + (1 - m) * student with m = min(1 - 1 /
+    (step + 1), decay).
 
-    decay    the cap (MKD Eq. (1)'s gamma); the warm start is MKD's and U2PL's; warmup=False keeps m = decay throughout
-    buffers  "none": parameters only, BatchNorm statistics come from the teacher's own forwards (MKD, CPS authors' MT);
-             "all": floating buffers are averaged too, integers copied (CutMix-Seg, PS-MT)
+    decay    the cap (MKD Eq. (1)'s gamma); the warm start is MKD's and U2PL's; warmup=False keeps m = decay
+             throughout
+    buffers  "none": parameters only, BatchNorm statistics come from the teacher's own forwards (MKD, CPS
+             authors' MT); "all": floating buffers are averaged too, integers copied (CutMix-Seg, PS-MT)
     mode     of the teacher while its method trains: "train" (statistics of the batch; MKD) or "eval"
 
-    The copy shares no storage with the student, asks for no gradient, and `method.train()` does not flip a teacher in mode "eval".
+    The copy shares no storage with the student, asks for no gradient, and `method.train()` does not flip a
+    teacher in mode "eval".
     """
 
-    def __init__(self, module: nn.Module, decay: float, *, buffers: str = "none", mode: str = "train", warmup: bool = True):
+    def __init__(
+        self,
+        module: nn.Module,
+        decay: float,
+        *,
+        buffers: str = "none",
+        mode: str = "train",
+        warmup: bool = True,
+    ):
         super().__init__()
         if not 0 <= decay <= 1 or buffers not in ("none", "all") or mode not in ("train", "eval"):
-            raise ValueError(
-                f"EMA needs decay in [0, 1], buffers 'none' or 'all', mode 'train' or 'eval'; got {decay=}, {buffers=}, {mode=}"
-            )
+            raise ValueError("EMA needs decay in [0, 1], buffers 'none' or 'all', mode 'train' or 'eval'; "
+                             f"got {decay=}, {buffers=}, {mode=}")  # fmt: skip
         self.module = copy.deepcopy(module).requires_grad_(False)
         self.decay, self.buffers_of, self.mode, self.warmup = decay, buffers, mode, warmup
         self.train()
