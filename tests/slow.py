@@ -1,8 +1,9 @@
-"""What the tests of the methods share: slow references written from the specification, and networks with opinions."""
+"""What the tests of the methods share: slow references written from the specification, confident networks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from mkd_core.methods import Method
 
 IGNORE = 255
+close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-6)
 
 
 def sharp(name: str, factor: float = 4.0, **options) -> Method:
@@ -33,7 +35,7 @@ def blocks(n: int = 3, size: int = 32, seed: int = 0) -> Tensor:
 
 
 def fix(monkeypatch: pytest.MonkeyPatch, target: str, *masks: Tensor) -> Tensor:
-    """The CutMix masks of a method, as "cps.xor_boxes", are these in turn, one block mask if none is given."""
+    """The masks that a method draws (as "cps.xor_boxes") are these in turn, or one of blocks."""
     masks = masks or (blocks(),)
     upcoming = iter(masks * 8)
     monkeypatch.setattr(f"mkd_core.methods.{target}", lambda *args, **kwargs: next(upcoming))

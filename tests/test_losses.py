@@ -1,4 +1,4 @@
-"""Cross-entropy, pseudo-labels, distances and ramps against torch and against loops written from the definitions."""
+"""Cross-entropy, pseudo-labels, distances and ramps against torch and against slow loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MKD and its ablations: equal at the defaults bit for bit, the paper's tables as options, whole losses against slow references."""
+"""MKD and its ablations: equal at the defaults, the paper's tables as options, slow references."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_mkd_has_eight_options_and_mkd_ablation_the_same_with_the_same_defaults(
 
 
 OFF = {"boxes": 0}  # with strong="none": everybody sees the weak view
-PAPER = {  # row -> its ticks (mutual MT, SDA, KS on L_st, KS on L_ss, FDA) and its options; co-training has all of them
+PAPER = {  # row -> ticks besides co-training (mutual MT, SDA, KS on L_st or L_ss, FDA), and options
     "Table 4, co-training": ("", {"alpha": 0.0, "threshold": 0.0} | OFF),
     "Table 4, + MT": ("MT", {"threshold": 0.0} | OFF),
     "Table 4, + MT + FDA": ("MT FDA", {"threshold": 0.0, "fda": 1.5} | OFF),
@@ -76,9 +76,13 @@ def test_every_row_of_the_papers_ablations_is_a_configuration(row):
     method = build_method(c, CLASSES)
     first, second = method.students
     found = {
-        "MT": bool(method.teachers), "SDA": c.strong != "none" and method.boxes > 0, "KS": method.threshold == 0.95,
-        "KS_ss": method.threshold_ss == 0.95, "FDA": bool(method.moments), "HN": type(first.decoder) is not type(second.decoder),
-    }  # fmt: skip
+        "MT": bool(method.teachers),
+        "SDA": c.strong != "none" and method.boxes > 0,
+        "KS": method.threshold == 0.95,
+        "KS_ss": method.threshold_ss == 0.95,
+        "FDA": bool(method.moments),
+        "HN": type(first.decoder) is not type(second.decoder),
+    }
     assert {name for name, there in found.items() if there} == set(ticks.split())
     assert [n.stride for n in method.students] == [
         n.module.stride for n in method.teachers
@@ -89,7 +93,8 @@ def test_every_row_of_the_papers_ablations_is_a_configuration(row):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"fda_ramp": "linear"}, "fda above 0"), ({"fda_detach": False}, "fda above 0"), ({"fda_own": True}, "fda above 0"),
+    ({"fda_ramp": "linear"}, "fda above 0"), ({"fda_detach": False}, "fda above 0"),
+    ({"fda_own": True}, "fda above 0"),
     ({"law": "half", "boxes": 1}, "law='xor'")])  # fmt: skip
 def test_options_without_effect_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
@@ -144,7 +149,7 @@ def test_nothing_selected_is_zero_not_nan():
 
 
 def one_shot_table(weight: Tensor, seen: list[tuple[Tensor, Tensor]], strength: float) -> Tensor:
-    """The C x C shifts of Eq. (4) from all (features (N, A), labels (N,)) so far, in float64, entry by entry."""
+    """The C x C shifts of Eq. (4) from all (features (N, A), labels (N,)) so far, float64, entry by entry."""
     features, label = (torch.cat([s[k] for s in seen]) for k in (0, 1))
     w = weight.double()
     table = torch.zeros(len(w), len(w), dtype=torch.float64)
@@ -176,8 +181,8 @@ class Reference:
         self.t = [copy.deepcopy(t.module) for t in method.teachers]
         self.seen: list[list] = [[], [], [], []]
 
-    def paper(self, b: Batch, mask: Tensor, *, alpha=1.5, beta=1.0, threshold=0.0, threshold_ss=0.0, mutual=True, fda=0.0,
-              fda_detach=True, progress=0.0) -> dict[str, Tensor]:  # fmt: skip
+    def paper(self, b: Batch, mask: Tensor, *, alpha=1.5, beta=1.0, threshold=0.0, threshold_ss=0.0,
+              mutual=True, fda=0.0, fda_detach=True, progress=0.0) -> dict[str, Tensor]:  # fmt: skip
         """Unlabeled pixels inside the image at full resolution; Eq. (2), (3), (4), (7)."""
         x, v = mixed(b.strong[0], mask), mixed(b.valid, mask)
         z = [s(x) for s in self.s]
@@ -209,7 +214,7 @@ class Reference:
         return terms
 
     def released(self, b: Batch, mask: Tensor, *, progress: float, threshold: float) -> dict[str, Tensor]:
-        """Labeled and unlabeled pixels on the 1/8 grid, padding included; FDA on all four networks; argmax after FDA."""
+        """Labeled and unlabeled pixels on the 1/8 grid, padding too; FDA on all four; argmax after FDA."""
         grid = [side // 8 for side in b.weak.shape[-2:]]
         x, m, y = mixed(b.strong[0], mask), coarse(mask, grid), coarse(b.y, grid)
         strength = 1.5 * (1 - (math.cos(math.pi * progress) + 1) / 2)
@@ -239,7 +244,7 @@ class Reference:
 
 
 def sharpen(method: Method, factor: float = 4.0) -> Method:
-    """Larger classifiers, and teachers that differ from their students: thresholds select a part, FDA matters."""
+    """Larger classifiers, teachers that differ from their students: thresholds select a part, FDA matters."""
     g = torch.Generator().manual_seed(7)
     for net in [*method.students, *(t.module for t in method.teachers)]:
         net.classifier.weight.data.mul_(factor)
@@ -264,8 +269,10 @@ def compare(ours: dict[str, Tensor], reference: dict[str, Tensor], method: Metho
 
 @pytest.mark.parametrize("name, options", [
     ("mkd", {"threshold": 0.0}), ("mkd", {"threshold": 0.6}), ("mkd", {"threshold": 0.6, "fda": 1.5}),
-    ("mkd_ablation", {"threshold": 0.0, "threshold_ss": 0.6}), ("mkd_ablation", {"threshold": 0.6, "threshold_ss": 0.6}),
-    ("mkd_ablation", {"threshold": 0.6, "mutual": False}), ("mkd_ablation", {"threshold": 0.6, "fda": 1.5, "fda_detach": False}),
+    ("mkd_ablation", {"threshold": 0.0, "threshold_ss": 0.6}),
+    ("mkd_ablation", {"threshold": 0.6, "threshold_ss": 0.6}),
+    ("mkd_ablation", {"threshold": 0.6, "mutual": False}),
+    ("mkd_ablation", {"threshold": 0.6, "fda": 1.5, "fda_detach": False}),
     ("mkd_ablation", {"threshold": 0.0, "fda": 1.5, "mutual": False, "alpha": 0.7, "beta": 0.4}),
     ("mkd_ablation", {"threshold": 0.6, "fda": 1.5, "arch2": "pspnet"})], ids=str)  # fmt: skip
 def test_the_paper_s_losses_are_the_reference(name, options, monkeypatch):
@@ -309,7 +316,7 @@ def test_the_strength_of_fda_grows_as_asked_for():
         torch.manual_seed(7)
         return [term.item() for term in method(batch(), progress)[0].values()]
 
-    for progress in (0.05, 0.3, 0.9):
+    for progress in (0.3, 0.9):
         for name, share in (
             ("linear", progress),
             ("cosine", (1 - math.cos(math.pi * progress)) / 2),

@@ -1,4 +1,4 @@
-"""FDA: the online moments against one-shot ones, the table against the per-pixel definition, the bound against sampling."""
+"""FDA: online moments against one-shot ones, the table against its definition, the bound against sampling."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def one_shot(
 def per_pixel(
     logits: torch.Tensor, label: torch.Tensor, weight: torch.Tensor, var: torch.Tensor, strength: float
 ) -> torch.Tensor:
-    """Eq. (4) pixel by pixel, the N x C x A form: logits (N, C) + strength/2 (w_j - w_y)^T Sigma_y (w_j - w_y); IGNORE unchanged."""
+    """Eq. (4) pixel by pixel: logits (N, C) + strength/2 (w_j - w_y)^T Sigma_y (w_j - w_y); not at IGNORE."""
     known = label != IGNORE
     y = label.masked_fill(~known, 0)
     v = weight[None] - weight[y][:, None]  # (N, C, A)
@@ -196,7 +196,7 @@ def test_shift_leaves_ignored_pixels_alone():
 
 
 def test_equation_4_bounds_the_expected_cross_entropy():
-    """E over f~ ~ N(f, strength Sigma) of CE(W f~ + b, y) <= CE(shifted logits, y), with room, and with equality at strength 0."""
+    """E over f~ ~ N(f, strength Sigma) of CE(W f~ + b, y) <= CE(shifted logits, y), with room."""
     g = torch.Generator().manual_seed(0)
     classes, channels, strength, y = 5, 16, 0.8, 2
     moments = ClassMoments(classes, channels)
