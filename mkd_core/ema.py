@@ -23,7 +23,8 @@ class EMA(nn.Module):
     """
 
     def __init__(
-        self, module: nn.Module, decay: float, *, buffers: str = "none", mode: str = "train", warmup: bool = True
+        self, module: nn.Module, decay: float, *, warmup: bool = True, buffers: str = "none",
+        mode: str = "train",
     ):  # fmt: skip
         super().__init__()
         self.module = copy.deepcopy(module).requires_grad_(False)
