@@ -9,22 +9,24 @@ from torch import Tensor, nn
 
 
 class EMA(nn.Module):
-    """A teacher: an exact copy at first, then teacher <- m * teacher + (1 - m) * student with m = min(1 - 1 / (step + 1), decay).
+    """A teacher: at first an exact copy, then teacher <- m teacher + (1 - m) student.
 
-    decay    the cap (MKD Eq. (1)'s gamma); the warm start is MKD's and U2PL's; warmup=False keeps m = decay throughout
-    buffers  "none": parameters only, BatchNorm statistics come from the teacher's own forwards (MKD, CPS authors' MT);
+    m = min(1 - 1 / (step + 1), decay), the warm start of MKD (Eq. (1)) and U2PL.
+
+    decay    the cap of m
+    warmup   False: m = decay from the first step on
+    buffers  "none": parameters only; BatchNorm statistics come from the teacher's own forwards (MKD)
              "all": floating buffers are averaged too, integers copied (CutMix-Seg, PS-MT)
     mode     of the teacher while its method trains: "train" (statistics of the batch; MKD) or "eval"
 
-    The copy shares no storage with the student, asks for no gradient, and `method.train()` does not flip a teacher in mode "eval".
+    It shares no storage with the student and asks for no gradient; `method.train()` keeps its mode.
     """
 
-    def __init__(self, module: nn.Module, decay: float, *, buffers: str = "none", mode: str = "train", warmup: bool = True):
+    def __init__(
+        self, module: nn.Module, decay: float, *, warmup: bool = True, buffers: str = "none",
+        mode: str = "train",
+    ):  # fmt: skip
         super().__init__()
-        if not 0 <= decay <= 1 or buffers not in ("none", "all") or mode not in ("train", "eval"):
-            raise ValueError(
-                f"EMA needs decay in [0, 1], buffers 'none' or 'all', mode 'train' or 'eval'; got {decay=}, {buffers=}, {mode=}"
-            )
         self.module = copy.deepcopy(module).requires_grad_(False)
         self.decay, self.buffers_of, self.mode, self.warmup = decay, buffers, mode, warmup
         self.train()
@@ -42,8 +44,7 @@ class EMA(nn.Module):
     def update(self, module: nn.Module, step: int) -> None:
         """Follow `module` after optimiser step number `step` (the first is 1)."""
         keep = min(1 - 1 / (step + 1), self.decay) if self.warmup else self.decay
-        mine: list[Tensor] = list(self.module.parameters())
-        theirs: list[Tensor] = list(module.parameters())
+        mine, theirs = list[Tensor](self.module.parameters()), list[Tensor](module.parameters())
         if self.buffers_of == "all":
             for own, other in zip(self.module.buffers(), module.buffers(), strict=True):
                 if own.is_floating_point():

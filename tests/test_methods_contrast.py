@@ -1,46 +1,26 @@
-"""Methods with a critic or a contrastive term: AdvSemSeg, GCT, U2PL, PC2Seg. References are loops written from the specification."""
+"""Methods with a critic or a contrastive term, against slow loops: AdvSemSeg, GCT, U2PL, PC2Seg."""
 
 from __future__ import annotations
 
 import copy
 import math
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_methods import CASES
+from slow import IGNORE, close, fix, mixed
 from tiny import CLASSES, batch, config, gradients, make
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mkd_core.augment import half_box
-from mkd_core.losses import draw, percentiles, sigmoid
+from mkd_core.losses import sigmoid
 from mkd_core.methods import Method
-from mkd_core.methods.base import frozen
+from mkd_core.methods.critics import frozen
 from mkd_core.methods.gct import flaw_map, handle
 from mkd_core.runner import run
 from mkd_core.train import build_method, make_optimizers
-
-IGNORE = 255
-
-
-def same_steps_as_supervised(name: str, options: dict, network: str = "net") -> None:
-    """After three steps the network has the weights of the supervised run, exactly."""
-    results = []
-    for method, net in ((m := make(name, **options), m.get_submodule(network)), (m := make("supervised"), m.net)):
-        judged = {id(p) for p in method.critic[0].parameters()} if method.critic else set()
-        optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad and id(p) not in judged], 0.05, momentum=0.9)
-        for step in range(3):
-            torch.manual_seed(step)
-            terms, _ = method(batch(step), step / 3)
-            optimizer.zero_grad()
-            torch.stack([*terms.values()]).sum().backward()
-            optimizer.step()
-            method.update(step + 1)
-        results.append([p.detach().clone() for p in net.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
 
 # The contract of critics.
 
@@ -68,7 +48,8 @@ def test_the_critic_has_an_optimiser_of_its_own(name):
     ours, theirs = ({id(p) for g in o.param_groups for p in g["params"]} for o in (nets, judge))
     assert theirs == {id(p) for p in method.critic[0].parameters()} and not ours & theirs
     assert ours | theirs == {id(p) for p in method.parameters() if p.requires_grad}
-    assert isinstance(judge, torch.optim.Adam) and judge.defaults["betas"] == (0.9, 0.99) and judge.defaults["lr"] == 3e-4
+    assert isinstance(judge, torch.optim.Adam)
+    assert judge.defaults["betas"] == (0.9, 0.99) and judge.defaults["lr"] == 3e-4
 
 
 STATES = CRITICS | {"u2pl": {"dim": 8, "bank": 50}, "pc2seg": {"dim": 8}}
@@ -80,7 +61,8 @@ def test_critics_and_memories_are_trained_and_saved(name, tmp_path):
     run(c, tmp_path, quiet=True)
     saved, fresh = torch.load(tmp_path / c.id / "checkpoint.pt", weights_only=True), build_method(c, 5)
     assert len(saved["optimizers"]) == (2 if fresh.critic else 1)
-    own = [k for k in fresh.state_dict() if k.startswith(("discriminator", "detector", "head.", "bank", "projector")) and "num" not in k]
+    parts = ("discriminator", "detector", "head.", "bank", "projector")
+    own = [k for k in fresh.state_dict() if k.startswith(parts) and "num" not in k]
     assert own and all(not torch.equal(fresh.state_dict()[k], saved["method"][k]) for k in own)
 
 
@@ -97,7 +79,7 @@ def adversary(**options) -> Method:
 
 
 def test_advsemseg_is_the_reference():
-    """methods.md 17, pixel by pixel."""
+    """Pixel by pixel."""
     method, b = adversary(), batch(size=64)
     net, judge = copy.deepcopy(method.net), copy.deepcopy(method.discriminator)
     prob, prob_u = net(b.x).softmax(1), net(b.weak).softmax(1)
@@ -111,115 +93,88 @@ def test_advsemseg_is_the_reference():
     method.threshold = real_u.median().item()  # a part of the pixels is trusted
     truth = torch.zeros_like(prob)
     sums = {k: [] for k in ("adversarial", "adversarial_unlabeled", "self_training", "fake", "real")}
-    for i in range(len(b.y)):
-        for r in range(64):
-            for c in range(64):
-                if b.y[i, r, c] != IGNORE:
-                    truth[i, b.y[i, r, c], r, c] = 1
+    for i, r, c in product(range(len(b.y)), range(64), range(64)):
+        if b.y[i, r, c] != IGNORE:
+            truth[i, b.y[i, r, c], r, c] = 1
     real_y = score(truth)
-    for i in range(len(b.y)):
-        for r in range(64):
-            for c in range(64):
-                if b.y[i, r, c] != IGNORE:
-                    sums["adversarial"].append(-real_x[i, r, c].log())
-                    sums["fake"].append(-(1 - real_x[i, r, c]).log())
-                    sums["real"].append(-real_y[i, r, c].log())
-                if b.valid[i, r, c]:
-                    sums["adversarial_unlabeled"].append(-real_u[i, r, c].log())
-                    sums["fake"].append(-(1 - real_u[i, r, c]).log())
-                    if real_u[i, r, c] >= method.threshold:
-                        sums["self_training"].append(-prob_u[i, :, r, c].max().log())
+    for i, r, c in product(range(len(b.y)), range(64), range(64)):
+        if b.y[i, r, c] != IGNORE:
+            sums["adversarial"].append(-real_x[i, r, c].log())
+            sums["fake"].append(-(1 - real_x[i, r, c]).log())
+            sums["real"].append(-real_y[i, r, c].log())
+        if b.valid[i, r, c]:
+            sums["adversarial_unlabeled"].append(-real_u[i, r, c].log())
+            sums["fake"].append(-(1 - real_u[i, r, c]).log())
+            if real_u[i, r, c] >= method.threshold:
+                sums["self_training"].append(-prob_u[i, :, r, c].max().log())
     share = len(sums["self_training"]) / len(sums["adversarial_unlabeled"])
     assert 0.05 < share < 0.95
     mean = {k: torch.stack(v).mean() for k, v in sums.items()}
     terms, stats = method(b, 0.5)
-    torch.testing.assert_close(terms["adversarial"], 0.01 * mean["adversarial"], rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(terms["adversarial_unlabeled"], 0.001 * mean["adversarial_unlabeled"], rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(terms["self_training"], 0.1 * mean["self_training"], rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(terms["critic"], (mean["fake"] + mean["real"]) / 2, rtol=1e-4, atol=1e-7)
+    close(terms["adversarial"], 0.01 * mean["adversarial"])
+    close(1000 * terms["adversarial_unlabeled"], mean["adversarial_unlabeled"])
+    close(terms["self_training"], 0.1 * mean["self_training"])
+    close(terms["critic"], (mean["fake"] + mean["real"]) / 2)
     torch.testing.assert_close(stats["trusted"], torch.tensor(share))
 
 
 def test_advsemseg_trains_itself_from_its_start_and_on_trusted_pixels_only():
     b = batch()
-    assert adversary(start=0.25)(b, 0.249)[0]["self_training"] == 0 < adversary(start=0.25)(b, 0.25)[0]["self_training"]
+    early, late = (adversary(start=0.25)(b, progress)[0]["self_training"] for progress in (0.249, 0.25))
+    assert early == 0 < late
     terms, stats = adversary(threshold=1.0)(b, 0.5)  # nothing is selected
     assert terms["self_training"] == 0 and stats["trusted"] == 0
     assert adversary(threshold=0.0)(b, 0.5)[1]["trusted"] == 1
 
 
-def test_advsemseg_without_its_weights_is_supervised():
-    off = {"width": 8, "adversarial": 0.0, "adversarial_unlabeled": 0.0, "weight": 0.0}
-    terms, _ = adversary(**off)(batch(), 0.5)
-    assert all(terms[k] == 0 for k in ("adversarial", "adversarial_unlabeled", "self_training"))
-    same_steps_as_supervised("advsemseg", off)
-
-
-def test_a_discriminator_that_learns_tells_labels_from_predictions():
-    """One critic alone, on one batch: its loss falls from log 2, and then the network's adversarial term is large."""
-    method, b = make("advsemseg", width=16), batch()
-    optimizer = torch.optim.Adam(method.discriminator.parameters(), 1e-3)
-    before = method(b, 0.0)[0]
-    for _ in range(15):
+@pytest.mark.parametrize("name", CRITICS)
+def test_a_critic_that_learns_tells_right_from_wrong(name):
+    """Alone, on one batch, its loss falls from the start; and then AdvSemSeg's adversarial term is large."""
+    method, b = make(name, width=16), batch(padded=name == "advsemseg")
+    optimizer = torch.optim.Adam(method.critic[0].parameters(), 1e-3)
+    found = []
+    for _ in range(16):
         optimizer.zero_grad()
-        critic = method(b, 0.0)[0]["critic"]
-        critic.backward()
+        found.append(method(b, 0.0)[0])
+        found[-1]["critic"].backward()
         optimizer.step()
-    after = method(b, 0.0)[0]
-    assert abs(before["critic"].item() - math.log(2)) < 0.05 and after["critic"] < 0.3
-    assert after["adversarial"] > 2 * before["adversarial"]
+    assert found[-1]["critic"] < 0.45 * found[0]["critic"]
+    if name == "advsemseg":
+        assert abs(found[0]["critic"].item() - math.log(2)) < 0.05
+        assert found[-1]["adversarial"] > 2 * found[0]["adversarial"]
 
 
 # GCT.
 
 
-def kernel_of(side: int) -> list[float]:
-    side += side % 2 == 0
-    sigma = 0.3 * ((side - 1) * 0.5 - 1) + 0.8
-    weight = [math.exp(-((k - side // 2) ** 2) / (2 * sigma**2)) for k in range(side)]
-    return [w / sum(weight) for w in weight]
-
-
-def mirrored(i: int, n: int) -> int:
-    return -i if i < 0 else 2 * (n - 1) - i if i >= n else i
-
-
-def slow_blur(image: list[list[float]], side: int) -> list[list[float]]:
+def slow_blur(image: np.ndarray, side: int) -> np.ndarray:
     """In two dimensions at once, pixel by pixel, reflected at the borders."""
-    kernel, n = kernel_of(side), len(image)
-    half = len(kernel) // 2
-    return [
-        [
-            sum(
-                a * b * image[mirrored(r + i - half, n)][mirrored(c + j - half, n)]
-                for i, a in enumerate(kernel)
-                for j, b in enumerate(kernel)
-            )
-            for c in range(n)
-        ]
-        for r in range(n)
-    ]
+    side += side % 2 == 0
+    sigma, half, n = 0.3 * ((side - 1) * 0.5 - 1) + 0.8, side // 2, len(image)
+    weight = np.array([math.exp(-((k - half) ** 2) / (2 * sigma**2)) for k in range(side)])
+    kernel, padded = np.outer(weight, weight) / weight.sum() ** 2, np.pad(image, half, mode="reflect")
+    return np.array(
+        [[(kernel * padded[r : r + side, c : c + side]).sum() for c in range(n)] for r in range(n)]
+    )
 
 
-def slow_scaled(image: list[list[float]]) -> list[list[float]]:
-    values = [v for row in image for v in row]
-    return [[(v - min(values)) / (max(values) - min(values) + 1e-9) for v in row] for row in image]
+def slow_scaled(image: np.ndarray) -> Tensor:
+    return torch.tensor((image - image.min()) / (image.max() - image.min() + 1e-9)).float()
 
 
 def test_gct_flaw_map_is_the_reference():
-    """methods.md 15: |onehot - p| summed, halved, blurred, dilated, blurred, scaled to [0, 1]."""
+    """|onehot - p| summed, halved, blurred, dilated, blurred, scaled to [0, 1]."""
     b, n = batch(n=2), 32
     prob = torch.randn(2, CLASSES, n, n, generator=torch.Generator().manual_seed(1)).mul(2).softmax(1)
     for p, y, ours in zip(prob, b.y, flaw_map(prob, b.y), strict=True):
-        flaw = [[0.0] * n for _ in range(n)]
-        for r in range(n):
-            for c in range(n):
-                if y[r, c] != IGNORE:
-                    flaw[r][c] = 0.5 * sum(abs(float(k == y[r, c]) - float(p[k, r, c])) for k in range(CLASSES))
+        flaw, around = np.zeros((n, n)), np.zeros((n, n))
+        for r, c in product(range(n), range(n)):
+            if y[r, c] != IGNORE:
+                flaw[r, c] = 0.5 * sum(abs(float(k == y[r, c]) - float(p[k, r, c])) for k in range(CLASSES))
         flaw = slow_blur(flaw, n // 8)
-        around = [[max(flaw[i][j] for i in range(max(0, r - 1), min(n, r + 2)) for j in range(max(0, c - 1), min(n, c + 2)))
-                   for c in range(n)] for r in range(n)]  # fmt: skip
-        torch.testing.assert_close(ours, torch.tensor(slow_scaled(slow_blur(around, n // 4))), rtol=1e-4, atol=1e-5)
+        for r, c in product(range(n), range(n)):
+            around[r, c] = flaw[max(0, r - 1) : r + 2, max(0, c - 1) : c + 2].max()
+        close(ours, slow_scaled(slow_blur(around, n // 4)), atol=1e-5)
         assert ours.min() == 0 and ours.max() > 0.999
     perfect = F.one_hot(b.y.masked_fill(b.y == IGNORE, 0), CLASSES).movedim(-1, 1).float()
     assert (flaw_map(perfect, b.y) == 0).all()
@@ -228,17 +183,15 @@ def test_gct_flaw_map_is_the_reference():
 def test_gct_handled_flaw_is_the_reference():
     raw = torch.randn(2, 48, 48, generator=torch.Generator().manual_seed(1))
     for f, ours in zip(raw, handle(raw), strict=True):
-        expected = slow_scaled(slow_blur([[max(0.0, float(v)) for v in row] for row in f], 48 // 16))
-        torch.testing.assert_close(ours, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+        close(ours, slow_scaled(slow_blur(np.maximum(f.numpy(), 0), 48 // 16)), atol=1e-5)
     faint = torch.stack((torch.full((48, 48), -1.0), 0.09 * torch.rand(48, 48), torch.rand(48, 48)))
     assert handle(faint).amax((1, 2)).tolist() == [0, 0, 1]  # each image by itself
 
 
-def detected(method: Method, monkeypatch: pytest.MonkeyPatch, seed: int = 2) -> tuple[list[Tensor], list[Tensor]]:
+def detected(method: Method, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[Tensor]]:
     """A detector that says the same whatever it sees: raw and handled flaw of both networks."""
-    g = torch.Generator().manual_seed(seed)
-    raw = [torch.rand(6, 32, 32, generator=g), torch.rand(6, 32, 32, generator=g)]
-    handled = [torch.rand(6, 32, 32, generator=g) for _ in raw]
+    g = torch.Generator().manual_seed(2)
+    raw, handled = ([torch.rand(6, 32, 32, generator=g) for _ in range(2)] for _ in range(2))
     calls, known = [], {f.data_ptr(): h for f, h in zip(raw, handled, strict=True)}
 
     def detector(images: Tensor, prob: Tensor) -> Tensor:
@@ -251,7 +204,7 @@ def detected(method: Method, monkeypatch: pytest.MonkeyPatch, seed: int = 2) -> 
 
 
 def test_gct_terms_are_the_reference(monkeypatch):
-    """methods.md 15: who follows whom, pixel by pixel."""
+    """Who follows whom, pixel by pixel."""
     method, b = make("gct", rampup=0.0), batch()
     nets = copy.deepcopy(method.students)
     raw, handled = detected(method, monkeypatch)
@@ -259,24 +212,22 @@ def test_gct_terms_are_the_reference(monkeypatch):
     inside = torch.cat((b.y != IGNORE, b.valid))
     distance, correction, error, count = [], [], [], 0
     truth = [flaw_map(p[:3].detach(), b.y) for p in probs]
-    for i in range(6):
-        for r in range(32):
-            for c in range(32):
-                if not inside[i, r, c]:
-                    continue
-                count += 1
-                flaw = [1.0 if h[i, r, c] > 0.6 else float(h[i, r, c]) for h in handled]
-                for k in (0, 1):
-                    if flaw[1 - k] < flaw[k]:
-                        distance.append((probs[k][i, :, r, c] - probs[1 - k][i, :, r, c]).square().mean())
-                    if min(flaw) == 1:
-                        correction.append(raw[k][i, r, c] ** 2)
-                    if i < 3:
-                        error.append((raw[k][i, r, c] - truth[k][i, r, c]) ** 2)
+    for i, r, c in product(range(6), range(32), range(32)):
+        if not inside[i, r, c]:
+            continue
+        count += 1
+        flaw = [1.0 if h[i, r, c] > 0.6 else float(h[i, r, c]) for h in handled]
+        for k in (0, 1):
+            if flaw[1 - k] < flaw[k]:
+                distance.append((probs[k][i, :, r, c] - probs[1 - k][i, :, r, c]).square().mean())
+            if min(flaw) == 1:
+                correction.append(raw[k][i, r, c] ** 2)
+            if i < 3:
+                error.append((raw[k][i, r, c] - truth[k][i, r, c]) ** 2)
     terms, stats = method(b, 0.0)
-    torch.testing.assert_close(terms["consistency"], 100 * torch.stack(distance).sum() / count, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(terms["correction"], torch.stack(correction).sum() / count, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(terms["critic"], 10 * torch.stack(error).mean(), rtol=1e-4, atol=1e-6)
+    close(terms["consistency"], 100 * torch.stack(distance).sum() / count)
+    close(terms["correction"], torch.stack(correction).sum() / count)
+    close(terms["critic"], 10 * torch.stack(error).mean())
     torch.testing.assert_close(stats["both_bad"], torch.tensor(len(correction) / 2 / count))
     assert 0.05 < stats["both_bad"] < 0.95
 
@@ -288,14 +239,16 @@ def test_gct_the_network_with_more_flaw_follows_the_other(better, monkeypatch):
     for k, h in enumerate(handled):
         h.fill_(0.2 if k == better else 0.5)
     consistency = method(batch(), 0.5)[0]["consistency"]
-    assert gradients(consistency, method.students[better]) == 0 < gradients(consistency, method.students[1 - better])
+    reached = [gradients(consistency, student) for student in method.students]
+    assert reached[better] == 0 < reached[1 - better]
     for h in handled:
         h.fill_(0.7)  # both bad: nobody follows, both are to be corrected
     assert method(batch(), 0.5)[0]["consistency"] == 0
 
 
 def test_gct_ramp_and_weights():
-    assert math.isclose(sigmoid(0.0, 0.09), math.exp(-5)) and sigmoid(0.09, 0.09) == sigmoid(0.5, 0.09) == sigmoid(0.0, 0.0) == 1
+    assert math.isclose(sigmoid(0.0, 0.09), math.exp(-5))
+    assert sigmoid(0.09, 0.09) == sigmoid(0.5, 0.09) == sigmoid(0.0, 0.0) == 1
     assert math.isclose(sigmoid(0.045, 0.09), math.exp(-1.25))
     at = {}
     for progress in (0.0, 0.045, 0.09):
@@ -305,27 +258,13 @@ def test_gct_ramp_and_weights():
     for key, change in (("consistency", math.exp(-5)), ("sup", 1.0), ("correction", 1.0), ("critic", 1.0)):
         assert at[0.09][key] > 0
         torch.testing.assert_close(at[0.0][key], change * at[0.09][key])
-    same_steps_as_supervised("gct", {"weight": 0.0, "correction": 0.0, "width": 8}, "students.0")
-
-
-def test_a_flaw_detector_learns_where_a_prediction_is_wrong():
-    method, b = make("gct", width=16), batch(padded=False)
-    optimizer = torch.optim.Adam(method.detector.parameters(), 1e-3)
-    losses = []
-    for _ in range(12):
-        optimizer.zero_grad()
-        critic = method(b, 0.0)[0]["critic"]
-        critic.backward()
-        optimizer.step()
-        losses.append(critic.item())
-    assert losses[-1] < 0.3 * losses[0]
 
 
 # U2PL.
 
 
 def test_half_box_is_the_released_law():
-    """BOX-U2 of methods.md 1.3: one box of half the area, wider than half the image, anywhere inside; the rest is the own image."""
+    """One box of half the area, wider than half the image, anywhere inside; the rest is the own image."""
     torch.manual_seed(0)
     height, width = 48, 64
     masks = half_box(400, (height, width), probability=1.0)
@@ -333,40 +272,19 @@ def test_half_box_is_the_released_law():
     for mask in masks:
         rows, columns = (~mask).any(1).nonzero().flatten(), (~mask).any(0).nonzero().flatten()
         top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-        assert not mask[top:bottom, left:right].any() and (~mask).sum() == (bottom - top) * (right - left)  # one rectangle
-        assert width // 2 + 1 <= right - left < width and bottom - top == round(height * width / 2 / int(right - left))
+        tall, wide = int(bottom - top), int(right - left)
+        assert not mask[top:bottom, left:right].any() and (~mask).sum() == tall * wide  # one rectangle
+        assert width // 2 + 1 <= wide < width and tall == round(height * width / 2 / wide)
         own.append(mask.float().mean())
         edges.append((top == 0, bottom == height, left == 0, right == width))
     assert abs(torch.stack(own).mean() - 0.5) < 0.005 and torch.tensor(edges).any(0).all()
     assert half_box(3, (32, 32), probability=0.0).all()
-    coins = [half_box(4, (32, 32)).flatten(1).all(1) for _ in range(60)]
-    assert all(c.all() or not c.any() for c in coins) and 15 < sum(bool(c.all()) for c in coins) < 45  # one coin a batch
-
-
-def test_percentiles_are_numpys():
-    g = torch.Generator().manual_seed(0)
-    values = torch.rand(3, 20, 20, generator=g)
-    for mask in (torch.rand(values.shape, generator=g) < 0.7, values < 0.001, torch.ones_like(values) > 0, values == values[1, 2, 3]):
-        for share in (0.0, 0.013, 0.2, 0.5, 0.8, 1.0):
-            expected = np.percentile(values[mask].numpy(), 100 * share) if mask.any() else math.inf
-            assert math.isclose(percentiles(values, mask, (0.5, share))[1].item(), expected, rel_tol=1e-6)
-
-
-def test_draw_is_a_random_subset():
-    torch.manual_seed(0)
-    mask = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0]]).bool()
-    counts = torch.zeros(6)
-    for _ in range(300):
-        place, found = draw(mask, 2)
-        assert found.sum(1).tolist() == [2, 0, 1] and place[2, 0] == 3 and place[0, 0] != place[0, 1] and mask[0, place[0]].all()
-        counts[place[0]] += 1
-    assert (counts[mask[0]] > 110).all()  # 150 each
-    place, found = draw(mask, 100)
-    assert place.shape == (3, 6) and (found == torch.tensor([[1] * 4 + [0] * 2, [0] * 6, [1] + [0] * 5]).bool()).all()
+    coins = torch.stack([half_box(4, (32, 32)).flatten(1).all(1) for _ in range(60)])
+    assert (coins == coins[:, :1]).all() and 15 < coins[:, 0].sum() < 45  # one coin a batch
 
 
 def pixels(seed: int = 0, classes: int = 5, side: int = 6) -> dict[str, Tensor]:
-    """What `contrastive` is given: two labeled and two unlabeled images; class 2 does not occur, class 3 is never confident."""
+    """For `contrastive`: two labeled, two unlabeled images; class 2 never occurs, class 3 is never sure."""
     g = torch.Generator().manual_seed(seed)
     label = torch.randint(0, classes, (4, side, side), generator=g)
     label[label == 2] = 4
@@ -377,14 +295,20 @@ def pixels(seed: int = 0, classes: int = 5, side: int = 6) -> dict[str, Tensor]:
     sure, doubtful = (inside & (torch.rand(label.shape, generator=g) < share) for share in (0.6, 0.5))
     sure[:2], doubtful[:2] = inside[:2], inside[:2]
     own, theirs = (torch.randn(4, 8, side, side, generator=g) for _ in range(2))
-    return {"own": own.requires_grad_(), "theirs": theirs, "prob": prob, "label": label, "sure": sure, "doubtful": doubtful}
+    return dict(own=own.requires_grad_(), theirs=theirs, prob=prob, label=label, sure=sure, doubtful=doubtful)
 
 
 def u2pl(classes: int = 5, **options) -> Method:
     """With a memory for `contrastive` alone: its networks have another number of classes."""
     method = make("u2pl", **{"dim": 8, "bank": 400} | options)
-    method.bank, method.seen = torch.zeros(classes, method.bank.shape[1], 8), torch.zeros(classes, dtype=torch.int64)
+    method.bank = torch.zeros(classes, method.bank.shape[1], 8)
+    method.seen = torch.zeros(classes, dtype=torch.int64)
     return method
+
+
+def same_gradient(found: Tensor, expected: Tensor, to: Tensor) -> None:
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, to)[0] for loss in (found, expected)))
 
 
 def places_of(prob: Tensor) -> list[int]:
@@ -393,7 +317,7 @@ def places_of(prob: Tensor) -> list[int]:
 
 
 def test_u2pl_contrast_is_the_reference(monkeypatch):
-    """methods.md 10, pixel by pixel; every class has one key, which it stores many times, and all of its anchors are used."""
+    """Pixel by pixel; every class has one key, stored many times, and all of its anchors are used."""
     method, data = u2pl(anchors=1000, negatives=7), pixels()
     key = torch.randn(5, 8, generator=torch.Generator().manual_seed(5))
     method.bank.copy_(F.normalize(key, dim=1)[:, None].expand_as(method.bank))
@@ -402,13 +326,11 @@ def test_u2pl_contrast_is_the_reference(monkeypatch):
     losses, present, anchors = [], 0, {}
     for c in range(5):
         mine, means = [], []
-        for i in range(4):
-            for r in range(6):
-                for q in range(6):
-                    if data["label"][i, r, q] == c and data["sure"][i, r, q]:
-                        means.append(data["theirs"][i, :, r, q])
-                        if data["prob"][i, c, r, q] > 0.3:
-                            mine.append(data["own"][i, :, r, q])
+        for i, r, q in product(range(4), range(6), range(6)):
+            if data["label"][i, r, q] == c and data["sure"][i, r, q]:
+                means.append(data["theirs"][i, :, r, q])
+                if data["prob"][i, c, r, q] > 0.3:
+                    mine.append(data["own"][i, :, r, q])
         present += bool(means)
         anchors[c] = len(mine)
         if not mine or not method.seen[c]:
@@ -419,15 +341,14 @@ def test_u2pl_contrast_is_the_reference(monkeypatch):
             others = 7 * (torch.cosine_similarity(z, key[c], dim=0) / 0.5).exp()
             of_class.append(-(similar.exp() / (similar.exp() + others)).log())
         losses.append(torch.stack(of_class).mean())
-    assert anchors[2] == anchors[3] == 0 and min(anchors[c] for c in (0, 1, 4)) >= 3 and len(losses) == 2 and present == 4
+    assert anchors[2] == anchors[3] == 0 and min(anchors[c] for c in (0, 1, 4)) >= 3
+    assert len(losses) == 2 and present == 4
     expected = torch.stack(losses).sum() / present
-    found = method.contrastive(**data, labeled=2)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found, data["own"])[0], torch.autograd.grad(expected, data["own"])[0])
+    same_gradient(method.contrastive(**data, labeled=2), expected, data["own"])
 
 
 def test_u2pl_negatives_are_what_a_pixel_is_probably_not():
-    """Unlabeled: doubtful, and the class at place 3 or later; labeled: another class than the true one, among the first three.
+    """Unlabeled: doubtful, the class at place 3 or later; labeled: not the true one, among the first 3.
 
     The released mask also asked that the (pseudo-)label be the class: no labeled negative was left.
     """
@@ -436,17 +357,15 @@ def test_u2pl_negatives_are_what_a_pixel_is_probably_not():
     labeled = 0
     for c in range(5):
         expected = []
-        for i in range(4):
-            for r in range(6):
-                for q in range(6):
-                    place = places_of(data["prob"][i, :, r, q])[c]
-                    if i < 2:
-                        is_negative = data["label"][i, r, q] not in (c, IGNORE) and place < 3
-                        labeled += is_negative
-                    else:
-                        is_negative = bool(data["doubtful"][i, r, q]) and place == 3
-                    if is_negative:
-                        expected.append(F.normalize(data["theirs"][i, :, r, q], dim=0))
+        for i, r, q in product(range(4), range(6), range(6)):
+            place = places_of(data["prob"][i, :, r, q])[c]
+            if i < 2:
+                is_negative = data["label"][i, r, q] not in (c, IGNORE) and place < 3
+                labeled += is_negative
+            else:
+                is_negative = bool(data["doubtful"][i, r, q]) and place == 3
+            if is_negative:
+                expected.append(F.normalize(data["theirs"][i, :, r, q], dim=0))
         assert 3 < len(expected) == method.seen[c]
         stored, wanted = method.bank[c, : len(expected)], torch.stack(expected)
         assert torch.allclose(stored[stored[:, 0].argsort()], wanted[wanted[:, 0].argsort()])
@@ -470,7 +389,8 @@ def test_u2pl_memory_is_bounded_and_drops_the_oldest():
     assert method.seen.tolist() == [75, 13] and method.bank.shape == (2, 30, 8)
     for c in (0, 1):
         kept = pushed[c][-30:]
-        assert all(any(torch.allclose(k, slot) for slot in method.bank[c]) for k in kept) and len(kept) == min(30, len(pushed[c]))
+        assert len(kept) == min(30, len(pushed[c]))
+        assert all(any(torch.allclose(k, slot) for slot in method.bank[c]) for k in kept)
     assert (method.bank[1, 13:] == 0).all()
 
 
@@ -487,82 +407,56 @@ def test_u2pl_draws_keys_from_the_filled_part_only():
 
 @pytest.mark.parametrize("progress", [0.0, 0.5])
 def test_u2pl_pseudo_labels_are_the_reference(progress, monkeypatch):
-    """Labels by the teacher in eval mode on the plain image, entropy in train mode on the mixed one; the loss grows with what is dropped."""
+    """Labels by the teacher in eval mode on the plain image, entropy in train mode on the mixed one."""
     method, b = make("u2pl", dim=8, bank=50, drop=0.4), batch(n=3)
     for p in method.teacher.parameters():
         p.data.mul_(1.3)
-    mask = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)) < 0.5
-    monkeypatch.setattr("mkd_core.methods.u2pl.half_box", lambda *args: mask)
-    given = {}
-    monkeypatch.setattr(method, "contrastive", lambda *args: given.update(zip("rtplsdn", args, strict=True)) or args[0].sum())
+    mask = fix(monkeypatch, "u2pl.half_box")
+    given, drop = [], 0.4 * (1 - progress)
+    monkeypatch.setattr(method, "contrastive", lambda *args: given.extend(args) or args[0].sum())
     net, teacher = copy.deepcopy(method.net), copy.deepcopy(method.teacher.module)
-
-    def mixed(t: Tensor) -> Tensor:
-        return torch.stack([torch.where(mask[i], t[i], t[(i + 1) % 3]) for i in range(3)])
-
-    label, x, valid = mixed(teacher.eval()(b.weak).argmax(1)), torch.cat((b.x, mixed(b.weak))), mixed(b.valid)
-    prob = teacher.train()(x).softmax(1)
+    label, valid = mixed(teacher.eval()(b.weak).argmax(1), mask), mixed(b.valid, mask)
+    x = torch.cat((b.x, mixed(b.weak, mask)))
+    prob = teacher.train()(x).softmax(1).detach()
     entropies = -(prob * (prob + 1e-10).log()).sum(1)[3:]
-    drop = 0.4 * (1 - progress)
-    low, high = (float(np.percentile(entropies[valid].detach().numpy(), 100 * share)) for share in (drop, 1 - drop))
+    low, high = np.percentile(entropies[valid].numpy(), [100 * drop, 100 - 100 * drop])
     losses, z = [], net(x)[3:].log_softmax(1)
-    for i in range(3):
-        for r in range(32):
-            for c in range(32):
-                if valid[i, r, c] and entropies[i, r, c] <= high:
-                    losses.append(-z[i, label[i, r, c], r, c])
+    for i, r, c in product(range(3), range(32), range(32)):
+        if valid[i, r, c] and entropies[i, r, c] <= high:
+            losses.append(-z[i, label[i, r, c], r, c])
     expected = torch.stack(losses).mean() * int(valid.sum()) / len(losses)
     terms, stats = method(b, progress)
-    torch.testing.assert_close(terms["unsup"], expected, rtol=1e-4, atol=1e-5)
+    close(terms["unsup"], expected)
     assert abs(stats["kept"].item() - (1 - drop)) < 0.01
-    # On the grid of the features: pixel (4 i, 4 j).
+    own, theirs, _, *maps, labeled = given
     known = b.y != IGNORE
-    for key, maps in (("l", torch.cat((b.y, label.masked_fill(~valid, IGNORE)))), ("s", torch.cat((known, valid & (entropies <= low)))),
-                      ("d", torch.cat((known, valid & (entropies >= high))))):  # fmt: skip
-        assert given[key].shape[-1] == 8 and torch.equal(given[key], maps[:, ::4, ::4]), key
-    assert given["n"] == 3 and not given["t"].requires_grad and given["r"].requires_grad
+    expected = [
+        (b.y, label.masked_fill(~valid, IGNORE)),
+        (known, valid & (entropies <= low)),
+        (known, valid & (entropies >= high)),
+    ]
+    for found, pair in zip(maps, expected, strict=True):  # on the grid of the features: pixel (4 i, 4 j)
+        assert torch.equal(found, torch.cat(pair)[:, ::4, ::4])
+    assert labeled == 3 and not theirs.requires_grad and own.requires_grad
 
 
 def test_u2pl_drop_zero_keeps_every_pixel():
     assert make("u2pl", dim=8, bank=50, drop=0.0)(batch(), 0.0)[1]["kept"] == 1
 
 
-def test_u2pl_teacher_never_shares_storage_with_the_student():
-    """Released: the first copy made the teacher's parameters the student's own until its first update."""
-    method = make("u2pl", dim=8, bank=50)
-    for step in range(3):
-        mine, theirs = ({t.untyped_storage().data_ptr() for m in pair for t in m.state_dict().values()}
-                        for pair in ((method.net, method.head), (method.teacher, method.head_teacher)))  # fmt: skip
-        assert not mine & theirs and len(theirs) == len(mine)
-        before = copy.deepcopy(method.teacher.state_dict())
-        with torch.no_grad():
-            for p in (*method.net.parameters(), *method.head.parameters()):
-                p.add_(1.0)
-        assert all(torch.equal(v, before[k]) for k, v in method.teacher.state_dict().items())
-        method.update(step + 1)
-    assert not any(p.requires_grad for m in (method.teacher, method.head_teacher) for p in m.parameters())
-    assert method.teacher.training and method.teacher.module.training
-
-
-def test_u2pl_the_teacher_labels_in_eval_mode_and_learns_its_statistics_in_train_mode(monkeypatch):
+def test_u2pl_the_teacher_labels_in_eval_mode_and_learns_its_statistics_in_train_mode():
     method, modes = make("u2pl", dim=8, bank=50), []
-    features = method.teacher.module.features
-    monkeypatch.setattr(
-        method.teacher.module, "features", lambda x: (modes.append((method.teacher.module.training, len(x))), features(x))[1]
-    )
-    running = [m.running_mean.clone() for m in method.teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+    teacher = method.teacher.module
+    teacher.encoder.register_forward_pre_hook(lambda net, args: modes.append((net.training, len(args[0]))))
+    norms = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+    running = [m.running_mean.clone() for m in norms]
     method(batch(), 0.5)
     assert modes == [(False, 3), (True, 6)]
-    now = [m.running_mean for m in method.teacher.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert all(not torch.equal(a, b) for a, b in zip(running, now, strict=True))
+    assert all(not torch.equal(a, m.running_mean) for a, m in zip(running, norms, strict=True))
     method.eval()
     method(batch(), 0.5)  # does not put its teacher back into train mode
     assert not method.teacher.module.training and not method.head_teacher.module.training
-    assert make("u2pl", dim=8, bank=50).min_batch == 2 and make("u2pl", dim=8, bank=50, cutmix=0.0).min_batch == 1
-
-
-def test_u2pl_without_its_weights_is_supervised():
-    same_steps_as_supervised("u2pl", {"weight": 0.0, "contrast": 0.0, "joint": False, "dim": 8, "bank": 50})
+    assert [make("u2pl", dim=8, bank=50, cutmix=share).min_batch for share in (0.5, 0.0)] == [2, 1]
 
 
 # PC2Seg.
@@ -577,7 +471,8 @@ def test_pc2seg_contrast_is_the_reference(monkeypatch):
     """InfoNCE and the law of its negatives, pair by pair."""
     method, g = make("pc2seg", dim=8, negatives=5), torch.Generator().manual_seed(0)
     own, keys = (torch.randn(3, 8, 2, 2, generator=g) for _ in range(2))
-    prob, valid = torch.randn(3, CLASSES, 2, 2, generator=g).mul(3).softmax(1), torch.ones(3, 2, 2, dtype=torch.bool)
+    prob = torch.randn(3, CLASSES, 2, 2, generator=g).mul(3).softmax(1)
+    valid = torch.ones(3, 2, 2, dtype=torch.bool)
     valid[0, 1, 1] = valid[2, 0, 0] = False
     pick = torch.tensor([[(i + 4 + k) % 12 for k in (0, 1, 2, 1, 3)] for i in range(12)])  # of the next image
     weights = []
@@ -585,28 +480,26 @@ def test_pc2seg_contrast_is_the_reference(monkeypatch):
     monkeypatch.setattr(torch, "multinomial", lambda w, n, replacement: weights.append(w) or pick)
     own.requires_grad_()
     found = method.contrastive(own, keys, prob, valid)
-    flat = [(i, r, c) for i in range(3) for r in range(2) for c in range(2)]
+    flat = [*product(range(3), range(2), range(2))]
     losses = []
     for a, (i, r, c) in enumerate(flat):
         for b, (j, s, d) in enumerate(flat):
-            law = float(1 - sum(prob[i, k, r, c] * prob[j, k, s, d] for k in range(CLASSES))) if i != j and valid[j, s, d] else 0.0
+            law = 1 - (prob[i, :, r, c] * prob[j, :, s, d]).sum() if i != j and valid[j, s, d] else 0.0
             assert math.isclose(weights[0][a, b], law, rel_tol=1e-4, abs_tol=1e-7)
         if valid[i, r, c]:
             z = [torch.cosine_similarity(own[i, :, r, c], keys[j, :, s, d], dim=0) / 0.1
                  for j, s, d in ((i, r, c), *(flat[k] for k in pick[a]))]  # fmt: skip
             losses.append(-(z[0].exp() / torch.stack(z).exp().sum()).log())
-    expected = torch.stack(losses).mean()
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found, own)[0], torch.autograd.grad(expected, own)[0])
+    same_gradient(found, torch.stack(losses).mean(), own)
 
 
 def test_pc2seg_negatives_come_from_other_images_and_other_classes():
     torch.manual_seed(0)
     method = make("pc2seg", dim=4, negatives=40, temperature=1.0)
-    prob = F.one_hot(torch.tensor([[0, 1], [0, 1]]), 2).movedim(-1, 1)[..., None].float()  # 2 images, 2 classes, 2 x 1 pixels
-    keys = torch.tensor([[[1.0, 0, 0, 0], [0, 1.0, 0, 0]], [[0, 0, 1.0, 0], [0, 0, 0, 1.0]]]).movedim(1, 2)[..., None]
+    prob = torch.eye(2)[None, ..., None].expand(2, -1, -1, -1)  # 2 images, 2 classes, 2 x 1 pixels
+    keys = torch.eye(4).view(2, 2, 4).movedim(1, 2)[..., None]
     own = keys.clone()
-    own[0, :, 0, 0] = torch.tensor([1.0, 0, 1.0, 0])  # like its own key and the key of the same class in the other image
+    own[0, 2, 0, 0] = 1.0  # like its own key and the key of the same class in the other image
     loss = method.contrastive(own, keys, prob, torch.ones(2, 2, 1, dtype=torch.bool))
     half = 1 / math.sqrt(2)
     only_other_class = (3 * math.log(1 + 40 * math.exp(-1)) + math.log(1 + 40 * math.exp(-half))) / 4
@@ -617,8 +510,8 @@ def test_pc2seg_without_a_partner_is_zero_not_nan():
     method = make("pc2seg", dim=8)
     one = torch.zeros(2, 4, 4, dtype=torch.bool)
     for valid in (one, torch.stack((~one[0], one[1]))):
-        own = torch.randn(2, 8, 4, 4, requires_grad=True)
-        loss = method.contrastive(own, torch.randn(2, 8, 4, 4), torch.rand(2, CLASSES, 4, 4).softmax(1), valid)
+        own, prob = torch.randn(2, 8, 4, 4, requires_grad=True), torch.rand(2, CLASSES, 4, 4).softmax(1)
+        loss = method.contrastive(own, torch.randn(2, 8, 4, 4), prob, valid)
         assert loss == 0 and torch.autograd.grad(loss, own)[0].isfinite().all()
 
 
@@ -627,58 +520,4 @@ def test_pc2seg_consistency_is_the_squared_distance_of_unit_vectors():
     net = copy.deepcopy(method.net)
     weak, strong = (F.normalize(net(v).softmax(1), dim=1) for v in (b.weak, b.strong[0]))
     expected = ((strong - weak).square().sum(1) / 2)[b.valid].mean()
-    torch.testing.assert_close(method(b, 0.5)[0]["consistency"], expected, rtol=1e-4, atol=1e-6)
-    same_steps_as_supervised("pc2seg", {"weight": 0.0, "contrast": 0.0, "dim": 8})
-
-
-def test_rampups_of_u2pl_and_pc2seg():
-    for name, keys in (("u2pl", ("unsup", "contrast")), ("pc2seg", ("consistency", "contrast"))):
-        plain, ramped = [], []
-        for rampup, found in ((0.0, plain), (0.4, ramped)):
-            method = make(name, rampup=rampup, dim=8)
-            torch.manual_seed(3)
-            found.append(method(batch(), 0.1)[0])
-        torch.testing.assert_close(plain[0]["sup"], ramped[0]["sup"])
-        for key in keys:
-            torch.testing.assert_close(plain[0][key] / 16, ramped[0][key])  # (0.1 / 0.4)^2
-
-
-# The hot loop.
-
-
-class _NoQuestions(TorchDispatchMode):
-    """Raises where a step would ask the device for a value, or for how many values there are."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        by_mask = name in ("index", "index_put", "index_put_") and any(t is not None and t.dtype == torch.bool for t in args[1])
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique") and not by_mask, (
-            f"{name} waits for the device"
-        )
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_a_step_asks_the_device_nothing(name, monkeypatch):
-    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)  # a draw on the host checks its parameters there
-    method = make(CASES[name][0], **CASES[name][1])
-    with _NoQuestions():
-        terms, _ = method(batch(), 0.7)
-        torch.stack([*terms.values()]).sum().backward()
-        method.update(1)
-    with pytest.raises(AssertionError, match="waits"), _NoQuestions():
-        bool(terms["sup"] > 0)
-
-
-@pytest.mark.parametrize("name", ["advsemseg", "gct", "u2pl", "pc2seg"])
-def test_bfloat16_gives_nearly_the_same_terms(name):
-    found = []
-    for enabled in (False, True):
-        method = make(*CASES[name][:1], **CASES[name][1])
-        torch.manual_seed(1)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            found.append(method(batch(size=64), 0.7)[0])
-        sum(t.float() for t in found[-1].values()).backward()
-        assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
-    for key, term in found[0].items():
-        assert abs(found[1][key] - term) < 0.15 * term + 0.01, key
+    close(method(b, 0.5)[0]["consistency"], expected)

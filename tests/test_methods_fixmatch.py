@@ -1,94 +1,41 @@
-"""FixMatch, UniMatch, SPEED, VAT, PS-MT: special cases, and whole losses against slow references written from the specification."""
+"""FixMatch, UniMatch, SPEED, VAT, PS-MT: special cases, and whole losses against slow references."""
 
 from __future__ import annotations
 
 import copy
 import math
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from slow import bilinear, blocks, ce, fix, mixed, owner, same, sharp
 from tiny import batch, make
-from torch import Tensor, nn
+from torch import Tensor
 
 from mkd_core.augment import beta_box, ratio_box, xor_boxes
 from mkd_core.methods import Batch, Method
 
-IGNORE = 255
+cosine = F.cosine_similarity
 SOFT = 0.4  # what sharpened networks at their random start reach on a part of the pixels
 
 
-def sharp(name: str, factor: float = 4.0, **options) -> Method:
-    """A method with confident networks, and teachers that differ from their students."""
-    method = make(name, **options)
-    g = torch.Generator().manual_seed(7)
-    for i, net in enumerate(m for m in method.modules() if hasattr(m, "classifier")):
-        net.classifier.weight.data.mul_(factor)
-        for p in net.parameters() if i else ():
-            p.data.add_(0.2 * p.data.abs().mean() * torch.randn(p.shape, generator=g))
-    return method
-
-
-def blocks(n: int = 3, size: int = 32, seed: int = 0) -> Tensor:
-    """A mask of blocks of 8 pixels whose edges lie on no grid."""
-    drawn = torch.rand(n, size // 8, size // 8, generator=torch.Generator().manual_seed(seed)) < 0.5
-    return drawn.repeat_interleave(8, 1).repeat_interleave(8, 2).roll((3, 5), (1, 2))
-
-
-def fix(monkeypatch: pytest.MonkeyPatch, target: str, *masks: Tensor) -> tuple[Tensor, ...]:
-    """The next CutMix masks of a method are these."""
-    upcoming = iter(masks * 4)
-    monkeypatch.setattr(f"mkd_core.methods.{target}", lambda *args, **kwargs: next(upcoming))
-    return masks
-
-
-def owner(mask: Tensor, i: int, r: int, c: int) -> int:
-    """Whose pixel (r, c) of mixed sample i is."""
-    return i if mask[i, r, c] else (i + 1) % len(mask)
-
-
-def blended(images: Tensor, mask: Tensor) -> Tensor:
-    following = torch.stack([images[(i + 1) % len(images)] for i in range(len(images))])
-    m = mask[:, None].to(images.dtype)
-    return m * images + (1 - m) * following
-
-
-def supervised(logits: Tensor, y: Tensor) -> Tensor:
-    logs = logits.log_softmax(1)
-    kept = [-logs[i, y[i, r, c], r, c] for i in range(len(y)) for r in range(y.shape[1]) for c in range(y.shape[2]) if y[i, r, c] != IGNORE]
-    return torch.stack(kept).mean()
-
-
-def confident(strong: Tensor, weak: Tensor, valid: Tensor, mask: Tensor | None, threshold: float) -> tuple[Tensor, float]:
-    """CE_thr of methods.md 1.2, pixel by pixel: (sum over confident valid pixels) / (number of valid pixels), and the share kept."""
+def confident(
+    strong: Tensor, weak: Tensor, valid: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """Pixel by pixel: (sum over confident valid pixels) / (number of valid pixels), and the share kept."""
     mask = torch.ones_like(valid) if mask is None else mask
     prob, logs = weak.detach().softmax(1), strong.log_softmax(1)
     total, count, kept = strong.new_zeros(()), 0, 0
-    for i in range(len(valid)):
-        for r in range(valid.shape[1]):
-            for c in range(valid.shape[2]):
-                k = owner(mask, i, r, c)
-                if valid[k, r, c]:
-                    count += 1
-                    q, label = prob[k, :, r, c].max(0)
-                    if q >= threshold:
-                        total, kept = total - logs[i, label, r, c], kept + 1
+    for i, r, c in product(range(len(valid)), range(valid.shape[1]), range(valid.shape[2])):
+        k = owner(mask, i, r, c)
+        if valid[k, r, c]:
+            count += 1
+            q, label = prob[k, :, r, c].max(0)
+            if q >= SOFT:
+                total, kept = total - logs[i, label, r, c], kept + 1
     return total / count, kept / count
-
-
-def same(ours: dict[str, Tensor], theirs: dict[str, Tensor], mine: nn.Module, other: nn.Module, rtol: float = 2e-3) -> None:
-    """Terms, and the gradient of each up to `rtol` of its length, the terms up to a 20th of it."""
-    assert ours.keys() == theirs.keys()
-    for key in ours:
-        torch.testing.assert_close(ours[key], theirs[key], rtol=rtol / 20, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
-        a, b = (
-            torch.autograd.grad(t[key], [*net.parameters()], retain_graph=True, allow_unused=True)
-            for t, net in ((ours, mine), (theirs, other))
-        )
-        pairs = [(g, h) for g, h in zip(a, b, strict=True) if g is not None or h is not None]
-        norm = torch.stack([h.square().sum() for _, h in pairs]).sum().sqrt()
-        assert torch.stack([(g - h).square().sum() for g, h in pairs]).sum().sqrt() < rtol * norm, key
 
 
 # Boxes.
@@ -112,11 +59,12 @@ def test_ratio_box_has_the_published_area_and_the_law_of_the_rejection_loop():
     boxes = ~ratio_box(6000, (48, 48), probability=1.0)
     rows, columns = boxes.any(2), boxes.any(1)
     assert torch.equal(boxes, rows[:, :, None] & columns[:, None])  # one rectangle
-    ours = [v.double() for v in (rows.sum(1), columns.sum(1), rows.byte().argmax(1), columns.byte().argmax(1))]
+    ours = rows.sum(1), columns.sum(1), rows.byte().argmax(1), columns.byte().argmax(1)
     rng = np.random.default_rng(0)
     theirs = torch.tensor([released_ratio_box(rng, 48) for _ in range(6000)], dtype=torch.float64).T
     quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
     for what, a, b in zip(("height", "width", "top", "left"), ours, theirs, strict=True):
+        a = a.double()
         assert (torch.quantile(a, quantiles) - torch.quantile(b, quantiles)).abs().max() <= 1, what
         assert a.mean().item() == pytest.approx(b.mean().item(), abs=0.75), what
     applied = (~ratio_box(4000, (32, 32))).flatten(1).any(1).float().mean().item()
@@ -130,7 +78,8 @@ def test_beta_box_has_the_published_area():
     area = boxes.float().mean((2, 3))
     assert area.mean().item() == pytest.approx(0.36, abs=0.015)
     rows, columns = boxes.any(3).sum(2), boxes.any(2).sum(2)
-    both = torch.cat([rows, columns], 1).amax(1).float() / 128  # one side for the whole batch: sqrt(1 - p) where nothing is cut off
+    # One side for the whole batch: sqrt(1 - p) where nothing is cut off.
+    both = torch.cat([rows, columns], 1).amax(1).float() / 128
     assert (1 - both**2).mean().item() == pytest.approx(0.5, abs=0.06)
     assert beta_box(3, (16, 32)).shape == (3, 16, 32)
 
@@ -149,18 +98,18 @@ def test_boxes_are_drawn_per_sample_and_by_the_seed(law):
 
 @pytest.mark.parametrize("joint", [True, False])
 def test_fixmatch_is_the_reference(joint, monkeypatch):
-    (mask,) = fix(monkeypatch, "fixmatch.ratio_box", blocks())
+    mask = fix(monkeypatch, "fixmatch.ratio_box")
     method = sharp("fixmatch", threshold=SOFT, joint=joint, weight=3.0)
     net, b = copy.deepcopy(method.net), batch()
     labeled, weak = net(torch.cat((b.x, b.weak))).split(3) if joint else (net(b.x), net(b.weak))
-    strong, kept = confident(net(blended(b.strong[0], mask)), weak, b.valid, mask, SOFT)
+    strong, kept = confident(net(mixed(b.strong[0], mask)), weak, b.valid, mask)
     ours, stats = method(b, 0.5)
-    same(ours, {"sup": supervised(labeled, b.y) / 2, "strong": 1.5 * strong}, method.net, net)
+    same(ours, {"sup": ce(labeled, b.y) / 2, "strong": 1.5 * strong}, method.net, net)
     assert 0.05 < kept < 0.95 and 0.05 < stats["kept"] < 0.95
 
 
 def test_unsure_pixels_count_in_the_denominator(monkeypatch):
-    """Over all valid pixels: with a threshold the term is the sum over kept pixels, divided by the same number as without."""
+    """With a threshold the term is the sum over kept pixels, divided by the same number as without."""
     mask = torch.ones(3, 32, 32, dtype=torch.bool)
     fix(monkeypatch, "fixmatch.ratio_box", mask)
     everything, some, none = (sharp("fixmatch", threshold=t) for t in (0.0, SOFT, 0.9999))
@@ -174,7 +123,8 @@ def test_unsure_pixels_count_in_the_denominator(monkeypatch):
 
 @pytest.mark.parametrize("threshold", [0.0, SOFT])
 def test_unimatch_with_one_stream_and_without_feature_perturbation_is_fixmatch(threshold):
-    fixmatch, unimatch = sharp("fixmatch", threshold=threshold), sharp("unimatch", threshold=threshold, streams=1, feature=0.0)
+    fixmatch = sharp("fixmatch", threshold=threshold)
+    unimatch = sharp("unimatch", threshold=threshold, streams=1, feature=0.0)
     results = []
     for method in (fixmatch, unimatch):
         torch.manual_seed(5)  # boxes
@@ -187,7 +137,8 @@ def test_unimatch_with_one_stream_and_without_feature_perturbation_is_fixmatch(t
 
 
 def test_unimatch_is_the_reference(monkeypatch):
-    masks = fix(monkeypatch, "unimatch.ratio_box", blocks(seed=1), blocks(seed=2))
+    masks = blocks(seed=1), blocks(seed=2)
+    fix(monkeypatch, "unimatch.ratio_box", *masks)
 
     def even(maps: Tensor, p: float) -> Tensor:
         out = maps / (1 - p)
@@ -200,13 +151,14 @@ def test_unimatch_is_the_reference(monkeypatch):
     net, b = copy.deepcopy(method.net), batch()
     maps = net.encoder(torch.cat((b.x, b.weak)))
     shallow, deep = maps[2], maps[-1]  # 1/4 and the last, all that the decoder reads
-    doubled = [None, None, torch.cat((shallow, even(shallow[3:], 0.5))), *[None] * (len(maps) - 4), torch.cat((deep, even(deep[3:], 0.5)))]
+    shallow, deep = (torch.cat((m, even(m[3:], 0.5))) for m in (shallow, deep))
+    doubled = [None, None, shallow, *[None] * (len(maps) - 4), deep]
     z = F.interpolate(net.classifier(net.decoder(doubled)), (32, 32), mode="bilinear")
-    strong = net(torch.cat([blended(s, m) for s, m in zip(b.strong, masks, strict=True)])).split(3)
-    first, second = (confident(k, z[3:6], b.valid, m, SOFT)[0] for k, m in zip(strong, masks, strict=True))
-    feature, kept = confident(z[6:], z[3:6], b.valid, None, SOFT)
+    strong = net(torch.cat([mixed(s, m) for s, m in zip(b.strong, masks, strict=True)])).split(3)
+    first, second = (confident(k, z[3:6], b.valid, m)[0] for k, m in zip(strong, masks, strict=True))
+    feature, kept = confident(z[6:], z[3:6], b.valid)
     assert 0.05 < kept < 0.95
-    theirs = {"sup": supervised(z[:3], b.y) / 2, "strong": 0.15 * (first + second), "feature": 0.2 * feature}
+    theirs = {"sup": ce(z[:3], b.y) / 2, "strong": 0.15 * (first + second), "feature": 0.2 * feature}
     same(method(b, 0.5)[0], theirs, method.net, net)
 
 
@@ -235,23 +187,24 @@ def entropymix(views: tuple[Tensor, Tensor], logits: list[Tensor], grid: int) ->
     """Patch by patch, the view with the higher mean entropy."""
     out, side = views[0].clone(), views[0].shape[-1] // grid
     small = logits[0].shape[-1] // grid
-    for i in range(len(out)):
-        for r in range(grid):
-            for c in range(grid):
-                scores = [entropies(z)[i, r * small : (r + 1) * small, c * small : (c + 1) * small].mean() for z in logits]
-                here = (i, slice(None), slice(r * side, (r + 1) * side), slice(c * side, (c + 1) * side))
-                out[here] = views[int(scores[1] >= scores[0])][here]
+    for i, r, c in product(range(len(out)), range(grid), range(grid)):
+        patch = (i, slice(r * small, (r + 1) * small), slice(c * small, (c + 1) * small))
+        scores = [entropies(z)[patch].mean() for z in logits]
+        here = (i, slice(None), slice(r * side, (r + 1) * side), slice(c * side, (c + 1) * side))
+        out[here] = views[int(scores[1] >= scores[0])][here]
     return out
 
 
-def relations(features: Tensor, logits: Tensor, target: tuple[Tensor, Tensor], valid: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """(mean squared difference of cosine similarities, mean KL of the rows), pair by pair, over pixels inside; every pixel of the 1/8 grid."""
+def relations(
+    features: Tensor, logits: Tensor, target: tuple[Tensor, Tensor], valid: Tensor, tau: float
+) -> tuple[Tensor, Tensor]:
+    """(mean squared difference of cosine similarities, mean KL of the rows), pair by pair, inside."""
     squares, kls = [], []
     for i in range(len(valid)):
         inside = valid[i].flatten().nonzero().flatten().tolist()
         f, z, fw, zw = (m[i].flatten(1).T for m in (features, logits, *target))
         for a in inside:
-            squares += [(F.cosine_similarity(f[a], f[b], 0) - F.cosine_similarity(fw[a], fw[b], 0)) ** 2 for b in inside]
+            squares += [(cosine(f[a], f[b], 0) - cosine(fw[a], fw[b], 0)) ** 2 for b in inside]
             q, qw = (torch.stack([(m[a] * m[b]).sum() / tau for b in inside]).softmax(0) for m in (z, zw))
             kls.append((qw * (qw.log() - q.log())).sum())
     return torch.stack(squares).mean(), torch.stack(kls).mean()
@@ -265,13 +218,13 @@ def test_speed_is_the_reference():
     z = net.classifier(features)
     up = F.interpolate(z, (32, 32), mode="bilinear")
     first, second = (net.features(s) for s in b.strong)
-    mixed = net.features(entropymix(b.strong, [net.classifier(f).detach() for f in (first, second)], 4))
-    theirs = {"sup": supervised(up[:3], b.y) / 2, "relation": 0.0}
+    patched = net.features(entropymix(b.strong, [net.classifier(f).detach() for f in (first, second)], 4))
+    theirs = {"sup": ce(up[:3], b.y) / 2, "relation": 0.0}
     coarse = b.valid[:, ::8, ::8]  # decoder at 1/4, relations at half of it
     target = [F.avg_pool2d(m, 2).detach() for m in (features[3:], z[3:])]
-    for key, f in (("strong", first), ("entropymix", mixed)):
+    for key, f in (("strong", first), ("entropymix", patched)):
         logits = net.classifier(f)
-        theirs[key] = confident(F.interpolate(logits, (32, 32), mode="bilinear"), up[3:], b.valid, None, SOFT)[0] / 4
+        theirs[key] = confident(bilinear(logits, (32, 32)), up[3:], b.valid)[0] / 4
         square, kl = relations(F.avg_pool2d(f, 2), F.avg_pool2d(logits, 2), target, coarse, 2.0)
         theirs["relation"] = theirs["relation"] + feature * square + logit * kl
     ours, stats = method(b, 0.5)
@@ -283,7 +236,8 @@ def test_speed_without_its_losses_and_with_equal_views_is_fixmatch():
     """Two equal strong views mix to themselves: the two quarters are FixMatch's half."""
     b = batch()
     b = Batch(b.x, b.y, b.weak, (b.strong[0],) * 2, b.valid, b.label)
-    fixmatch, speed = sharp("fixmatch", threshold=SOFT, cutmix=0.0), sharp("speed", threshold=SOFT, feature=0.0, logit=0.0)
+    fixmatch = sharp("fixmatch", threshold=SOFT, cutmix=0.0)
+    speed = sharp("speed", threshold=SOFT, feature=0.0, logit=0.0)
     a, c = fixmatch(b, 0.5)[0], speed(b, 0.5)[0]
     same(a, {"sup": c["sup"], "strong": c["strong"] + c["entropymix"]}, fixmatch.net, speed.net)
 
@@ -296,7 +250,8 @@ def test_speed_draws_as_many_pixels_as_asked_for():
         method = sharp("speed", pixels=pixels)
         torch.manual_seed(len(losses))
         losses.append(method(b, 0.5)[0]["relation"].item())
-    assert losses[0] != losses[1] and losses[2] == pytest.approx(losses[3], rel=1e-4)  # 64 places there are: all of them, in any order
+    assert losses[0] != losses[1]
+    assert losses[2] == pytest.approx(losses[3], rel=1e-4)  # 64 places there are: all of them, in any order
 
 
 def test_an_image_that_is_all_padding_has_no_relations():
@@ -305,7 +260,8 @@ def test_an_image_that_is_all_padding_has_no_relations():
     method = sharp("speed")
     terms, _ = method(b, 0.5)
     sum(terms.values()).backward()
-    assert all(t.isfinite() for t in terms.values()) and all(p.grad.isfinite().all() for p in method.parameters())
+    assert all(t.isfinite() for t in terms.values())
+    assert all(p.grad.isfinite().all() for p in method.parameters())
 
 
 # VAT.
@@ -326,14 +282,16 @@ def test_vat_is_the_reference(monkeypatch):
         kl = sum((target[i, c] * (target[i, c].log() - q[c]))[v].sum() for c in range(4))
         (g,) = torch.autograd.grad(kl, d)
         rows = sum((image[k, r + 2] - image[k, r]).square().sum() for k in range(3) for r in range(30))
-        columns = sum((image[k, :, c + 2] - image[k, :, c]).square().sum() for k in range(3) for c in range(30))
+        columns = sum(
+            (image[k, :, c + 2] - image[k, :, c]).square().sum() for k, c in product(range(3), range(30))
+        )
         moved.append(image + 0.8 * 0.5 * (rows + columns).sqrt() * g / g.square().sum().sqrt())
     q = s(torch.stack(moved).float()).log_softmax(1)
     distance = (target.float() * (target.float().log() - q)).sum(1)[b.valid].mean()
     confidence = (target.amax(1)[b.valid] >= method.threshold).float().mean()
     assert 0.05 < confidence < 0.95
     ours, stats = method(b, 0.5)
-    same(ours, {"sup": supervised(s(b.x), b.y), "consistency": 2.0 * confidence * distance}, method.net, s)
+    same(ours, {"sup": ce(s(b.x), b.y), "consistency": 2.0 * confidence * distance}, method.net, s)
     torch.testing.assert_close(stats["confident"], confidence)
 
 
@@ -341,7 +299,11 @@ def test_vat_with_radius_0_is_mean_teacher(monkeypatch):
     """Up to its distance, and to the colour of what the student sees."""
     mt = sharp("mean_teacher", weight=2.0, decay=0.9, teacher_mode="eval", ema_buffers="all")
     vat = sharp("vat", weight=2.0, decay=0.9, radius=0.0, threshold=0.0)
-    monkeypatch.setattr("mkd_core.methods.vat.kl_divergence", lambda z, t: (z.softmax(1) - t.softmax(1)).square().mean(1))
+
+    def distance(z: Tensor, t: Tensor) -> Tensor:
+        return (z.softmax(1) - t.softmax(1)).square().mean(1)
+
+    monkeypatch.setattr("mkd_core.methods.vat.kl_divergence", distance)
     b = batch()
     same(mt(b, 0.5)[0], vat(Batch(b.x, b.y, b.weak, (b.weak,), b.valid, b.label), 0.5)[0], mt.net, vat.net)
     for method in (mt, vat):
@@ -366,7 +328,7 @@ def test_vat_moves_the_prediction_more_than_noise_of_the_same_length():
 
 
 def test_vat_leaves_no_trace_of_the_direction():
-    """No gradient and no BatchNorm statistics in the teacher; the teacher's mode stays; flat images of no contrast stay finite."""
+    """No gradient and no BatchNorm statistics in the teacher, whose mode stays; flat images stay finite."""
     method = sharp("vat", threshold=0.0)
     before = copy.deepcopy(method.teacher.state_dict())
     b = batch()
@@ -374,8 +336,9 @@ def test_vat_leaves_no_trace_of_the_direction():
     for view in (b, flat):
         terms, _ = method(view, 0.5)
         sum(terms.values()).backward()
-    assert all(torch.equal(x, y) for x, y in zip(before.values(), method.teacher.state_dict().values(), strict=True))
-    assert all(p.grad is None for p in method.teacher.parameters()) and not method.teacher.module.training and method.training
+    assert all(torch.equal(before[k], t) for k, t in method.teacher.state_dict().items())
+    assert all(p.grad is None for p in method.teacher.parameters())
+    assert not method.teacher.module.training and method.training
     assert all(p.grad.isfinite().all() for p in method.net.parameters())
 
 
@@ -383,37 +346,35 @@ def test_vat_leaves_no_trace_of_the_direction():
 
 
 def joined(core: Tensor, assistant: Tensor, top: int) -> Tensor:
-    """Half the core, half the assistant where it ranks a class among its first `top`, else half the core again; pixel by pixel."""
+    """Half the core, half the assistant in its first `top` classes, else the core again; pixel by pixel."""
     out = torch.empty_like(core)
-    for i in range(len(core)):
-        for r in range(core.shape[2]):
-            for c in range(core.shape[3]):
-                ranked = sorted(range(core.shape[1]), key=lambda k: -assistant[i, k, r, c].item())
-                for k in range(core.shape[1]):
-                    other = assistant if k in ranked[:top] else core
-                    out[i, k, r, c] = (core[i, k, r, c] + other[i, k, r, c]) / 2
+    for i, r, c in product(range(len(core)), range(core.shape[2]), range(core.shape[3])):
+        ranked = sorted(range(core.shape[1]), key=lambda k: -assistant[i, k, r, c].item())
+        for k in range(core.shape[1]):
+            other = assistant if k in ranked[:top] else core
+            out[i, k, r, c] = (core[i, k, r, c] + other[i, k, r, c]) / 2
     return out
 
 
-def weighted(strong: Tensor, target: Tensor, valid: Tensor, mask: Tensor, threshold: float) -> tuple[Tensor, float]:
+def weighted(strong: Tensor, target: Tensor, valid: Tensor, mask: Tensor) -> tuple[Tensor, float]:
     """sum q CE / number, over the confident pixels inside; the target's logits are mixed, pixel by pixel."""
     logs, total, count, inside = strong.log_softmax(1), strong.new_zeros(()), 0, 0
-    for i in range(len(valid)):
-        for r in range(valid.shape[1]):
-            for c in range(valid.shape[2]):
-                k = owner(mask, i, r, c)
-                q, label = target[k, :, r, c].softmax(0).max(0)
-                inside += int(valid[k, r, c])
-                if valid[k, r, c] and q >= threshold:
-                    total, count = total - q * logs[i, label, r, c], count + 1
+    for i, r, c in product(range(len(valid)), range(valid.shape[1]), range(valid.shape[2])):
+        k = owner(mask, i, r, c)
+        q, label = target[k, :, r, c].softmax(0).max(0)
+        inside += int(valid[k, r, c])
+        if valid[k, r, c] and q >= SOFT:
+            total, count = total - q * logs[i, label, r, c], count + 1
     return total / count, count / inside
 
 
 @pytest.mark.parametrize("core", [0, 1])
 def test_ps_mt_is_the_reference(core, monkeypatch):
-    (mask,) = fix(monkeypatch, "ps_mt.beta_box", blocks())
-    monkeypatch.setattr("mkd_core.methods.ps_mt.PROBE", 1.0)  # with the shorter one, float32 is 5 % off float64 on maps of 2 x 2
-    monkeypatch.setattr(torch, "rand_like", lambda x: torch.rand(x.shape, generator=torch.Generator().manual_seed(4), dtype=x.dtype))
+    mask = fix(monkeypatch, "ps_mt.beta_box")
+    # With the shorter probe, float32 is 5 % off float64 on maps of 2 x 2.
+    monkeypatch.setattr("mkd_core.methods.ps_mt.PROBE", 1.0)
+    noise = torch.rand(10**5, generator=torch.Generator().manual_seed(4))
+    monkeypatch.setattr(torch, "rand_like", lambda x: noise[: x.numel()].view(x.shape))
     method = sharp("ps_mt", threshold=SOFT, top=2, vat=1.3, weight=2.0, rampup=0.8, period=0.3)
     s, b = copy.deepcopy(method.net), batch()
     t = [copy.deepcopy(teacher.module) for teacher in method.teachers]
@@ -429,7 +390,8 @@ def test_ps_mt_is_the_reference(core, monkeypatch):
         for i in range(len(images)):
 
             def logits(f: Tensor, i: int = i) -> Tensor:
-                return sum(net.classifier(net.decoder([*(m[i : i + 1] for m in still), f])) for net in exact) / 2
+                maps = [*(m[i : i + 1] for m in still), f]
+                return sum(net.classifier(net.decoder(maps)) for net in exact) / 2
 
             f = deep[i : i + 1].detach().double()
             d = (noise[i].double() / noise[i].double().square().sum().sqrt()).requires_grad_()
@@ -438,18 +400,18 @@ def test_ps_mt_is_the_reference(core, monkeypatch):
             out.append(deep[i] + (1.3 * g / g.square().sum().sqrt()).float())
         return F.interpolate(s.classifier(s.decoder([*maps, torch.stack(out)])), (32, 32), mode="bilinear")
 
-    labeled, strong = attacked(b.x), attacked(blended(b.strong[0], mask))
+    labeled, strong = attacked(b.x), attacked(mixed(b.strong[0], mask))
     progress = 0.2 + 0.3 * core
     ramped = 2.0 * (1 - math.cos(math.pi * progress / 0.8)) / 2
-    loss, kept = weighted(strong, target, b.valid, mask, SOFT)
+    loss, kept = weighted(strong, target, b.valid, mask)
     assert 0.05 < kept < 0.95
     ours, stats = method(b, progress)
-    same(ours, {"sup": supervised(labeled, b.y), "consistency": ramped * loss}, method.net, s)
+    same(ours, {"sup": ce(labeled, b.y), "consistency": ramped * loss}, method.net, s)
     assert stats["kept"].item() == pytest.approx(kept)
 
 
 def test_ps_mt_teachers_take_turns():
-    """Teacher 1 in the first period, teacher 2 in the second, and so on: one follows the student, the other one stays."""
+    """Teacher 1 in the first period, teacher 2 in the second, and so on: one follows, the other one stays."""
     method = make("ps_mt", period=0.25, vat=0.0)
     for progress, core in ((0.0, 0), (0.24, 0), (0.25, 1), (0.49, 1), (0.5, 0), (0.99, 1)):
         method(batch(), progress)
@@ -457,8 +419,10 @@ def test_ps_mt_teachers_take_turns():
             p.data.add_(0.1)
         before = [[p.clone() for p in t.parameters()] for t in method.teachers]
         method.update(5)
+        now = [[*t.parameters()] for t in method.teachers]
         moved = [
-            any(not torch.equal(a, b) for a, b in zip(x, t.parameters(), strict=True)) for x, t in zip(before, method.teachers, strict=True)
+            not all(torch.equal(a, b) for a, b in zip(*pair, strict=True))
+            for pair in zip(before, now, strict=True)
         ]
         assert moved == [core == 0, core == 1], progress
         a, b = before[core][0], next(method.teachers[core].parameters())
@@ -466,15 +430,14 @@ def test_ps_mt_teachers_take_turns():
 
 
 def test_ps_mt_ramp_and_empty_selection():
-    terms = {
-        p: make("ps_mt", threshold=0.0, rampup=0.4, vat=0.0, cutmix=False)(batch(), p)[0]["consistency"].item()
-        for p in (0.0, 0.2, 0.4, 0.9)
-    }
-    assert terms[0.0] == 0 and terms[0.2] == pytest.approx(terms[0.4] / 2, rel=1e-4) and terms[0.4] == pytest.approx(terms[0.9], rel=1e-4)
+    options = {"threshold": 0.0, "rampup": 0.4, "vat": 0.0, "cutmix": False}
+    found = [make("ps_mt", **options)(batch(), p)[0]["consistency"].item() for p in (0.0, 0.2, 0.4, 0.9)]
+    assert found == pytest.approx([0, found[3] / 2, found[3], found[3]], rel=1e-4)
     none = make("ps_mt", threshold=0.9999, rampup=0.0)
     found, stats = none(batch(), 0.0)
     sum(found.values()).backward()
-    assert found["consistency"] == 0 and stats["kept"] == 0 and all(p.grad.isfinite().all() for p in none.net.parameters())
+    assert found["consistency"] == 0 == stats["kept"]
+    assert all(p.grad.isfinite().all() for p in none.net.parameters())
 
 
 def test_ps_mt_attack_leaves_no_trace_in_the_teachers():
@@ -482,9 +445,10 @@ def test_ps_mt_attack_leaves_no_trace_in_the_teachers():
     with_attack, without = make("ps_mt"), make("ps_mt", vat=0.0)
     for method in (with_attack, without):
         sum(method(batch(), 0.5)[0].values()).backward()
-        assert all(m.training for m in method.modules()) and all(p.grad is None for p in method.teachers.parameters())
-    for x, y in zip(with_attack.teachers.state_dict().values(), without.teachers.state_dict().values(), strict=True):
-        assert torch.equal(x, y)
+        assert all(m.training for m in method.modules())
+        assert all(p.grad is None for p in method.teachers.parameters())
+    found, expected = with_attack.teachers.state_dict(), without.teachers.state_dict()
+    assert all(torch.equal(found[k], expected[k]) for k in expected)
 
 
 def test_ps_mt_reports_the_mean_of_its_teachers_logits():
@@ -495,13 +459,10 @@ def test_ps_mt_reports_the_mean_of_its_teachers_logits():
     assert torch.equal(method.predictors["teacher 1"](images), a) and not torch.equal(a, b)
 
 
-# All of them.
-
-
 @pytest.mark.parametrize("name, released", [("vat", 48 * 48 / 1e9), ("ps_mt", 1e-6)])
 def test_float32_resolves_our_probe_and_not_the_released_one(name, released, monkeypatch):
     """The direction of the attack on an image that both networks see alike, beside that of float64."""
-    method, images = sharp(name, cutmix=False) if name == "ps_mt" else sharp(name), batch(size=48, padded=False).weak
+    method, images = sharp(name), batch(size=48, padded=False).weak
     for net in [t.module for t in method.modules() if hasattr(t, "decay")]:
         net.train()
         for _ in range(5):
@@ -513,31 +474,15 @@ def test_float32_resolves_our_probe_and_not_the_released_one(name, released, mon
 
     def direction(method: Method, images: Tensor) -> Tensor:
         if name == "vat":
-            return method._perturbation(images, method.teacher(images), torch.ones_like(images[:, 0], dtype=torch.bool))
+            return method._perturbation(images, method.teacher(images), torch.ones(images[:, 0].shape) > 0)
         *maps, deep = method.net.eval().encoder(images)
         return method._direction([m.detach() for m in maps], deep.detach())
 
     cosines = []
     for probe in (0.01, released):
         monkeypatch.setattr(f"mkd_core.methods.{name}.PROBE", probe)
-        pair = [direction(m, i).double().flatten(1) for m, i in ((method, images), (copy.deepcopy(method).double(), images.double()))]
+        exact = copy.deepcopy(method).double()
+        pair = [d.double().flatten(1) for d in (direction(method, images), direction(exact, images.double()))]
         a, b = (d / d.norm(dim=1, keepdim=True) for d in pair)
         cosines.append((a * b).sum(1))
     assert cosines[0].min() > 0.99 and cosines[1].max() < 0.9, cosines
-
-
-@pytest.mark.parametrize("name", ["fixmatch", "unimatch", "speed", "vat", "ps_mt"])
-def test_bfloat16_is_close_to_float32(name, monkeypatch):
-    """A step under autocast: finite, near the terms of float32, gradients everywhere."""
-    options = {"threshold": 0.0} | ({"rampup": 0.0} if name == "ps_mt" else {})
-    results = []
-    for enabled in (False, True):
-        method = make(name, **options)
-        torch.manual_seed(1)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            terms, _ = method(batch(), 0.5)
-        sum(t.float() for t in terms.values()).backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in method.net.parameters())
-        results.append(terms)
-    for key in results[0]:
-        assert results[1][key].item() == pytest.approx(results[0][key].item(), rel=0.25, abs=0.02), key

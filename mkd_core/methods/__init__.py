@@ -9,6 +9,7 @@ from .fixmatch import FixMatch
 from .gct import GCT
 from .mean_teacher import MeanTeacher
 from .mkd import MKD
+from .mkd_ablation import MKDAblation
 from .pc2seg import PC2Seg
 from .ps_mt import PSMT
 from .pseudoseg import PseudoSeg
@@ -26,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
     "cutmix_seg": CutMixSeg,
     "cps": CPS,
     "mkd": MKD,
+    "mkd_ablation": MKDAblation,
     "fixmatch": FixMatch,
     "unimatch": UniMatch,
     "speed": SPEED,

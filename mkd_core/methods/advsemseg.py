@@ -1,11 +1,9 @@
-"""AdvSemSeg: a discriminator D tells label maps from predictions, pixel by pixel; the network fools it and trains on what D takes for real.
+"""AdvSemSeg: a discriminator D tells label maps from predictions; what it takes for real is trained on.
 
 Hung et al. 2018, arXiv:1802.07934.   p = softmax f(.), BCE(., 1) = "real"
 L   = CE(f(x), y) + a BCE(D(p_x), 1) + a_u BCE(D(p_u), 1) + w CE(f(u), argmax p_u where sigmoid D(p_u) >= T)
 L_D = 1/2 BCE(D([p_x; p_u]), 0) + 1/2 BCE(D(one-hot y), 1)
 """
-
-from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +11,8 @@ from torch import Tensor, nn
 
 from ..data.base import IGNORE
 from ..losses import cross_entropy, masked_mean, pseudo_label
-from .base import Batch, Build, Method, PositiveCount, Share, Terms, Weight, both, frozen
-from .critics import Discriminator
+from .base import Batch, Build, Method, PositiveCount, Share, Terms, Weight, both
+from .critics import Discriminator, frozen
 
 
 class AdvSemSeg(Method):
@@ -24,18 +22,21 @@ class AdvSemSeg(Method):
     adversarial_unlabeled  a_u: 0.001, from the first step
     weight, threshold      w 0.1 and T 0.2 of the self-training term
     start                  its beginning: step 5,000 of 20,000
-    critic_lr, width       of D: Adam with 1e-4; 64, 128, 256, 512 channels (from scratch on small images fewer do)
-    Deviations: all three terms leave out the padding of unlabeled images (theirs: it counts); the label maps that D sees are those of the
-    batch (theirs: drawn by a loader of their own); strides, weights and augmentation are the run's (theirs: DeepLabV2 trained on COCO, lr
-    2.5e-4).
+    critic_lr, width       of D: Adam with 1e-4; 64, 128, 256, 512 channels (from scratch on small images
+                           fewer do)
+    Deviations: all three terms leave out the padding of unlabeled images (theirs: it counts); the label maps
+    that D sees are those of the batch (theirs: drawn by a loader of their own); strides, weights and
+    augmentation are the run's (theirs: DeepLabV2 trained on COCO, lr 2.5e-4).
     """
 
+    label, colour, passes = "AdvSemSeg", "#009e73", (2, 0)
+    terms = ("sup", "adversarial", "adversarial_unlabeled", "self_training", "critic")
     min_side = 32  # of its critic
 
     def __init__(
-        self, build: Build, *, adversarial: Weight = 0.01, adversarial_unlabeled: Weight = 0.001, weight: Weight = 0.1,
-        threshold: Share = 0.2, start: Share = 0.25, critic_lr: Weight = 1e-4, width: PositiveCount = 64,
-        joint: bool = False,
+        self, build: Build, *, adversarial: Weight = 0.01, adversarial_unlabeled: Weight = 0.001,
+        weight: Weight = 0.1, threshold: Share = 0.2, start: Share = 0.25, critic_lr: Weight = 1e-4,
+        width: PositiveCount = 64, joint: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.net = build()
@@ -50,25 +51,29 @@ class AdvSemSeg(Method):
         with frozen(self.discriminator):
             judged, judged_u = self.discriminator(prob), self.discriminator(prob_u)
         trusted = batch.valid & (judged_u.detach().sigmoid() >= self.threshold)
-        truth = (batch.y[:, None] == torch.arange(prob.shape[1], device=prob.device)[:, None, None]).to(prob.dtype)  # IGNORE: zero vector
+        truth = (batch.y[:, None] == torch.arange(prob.shape[1], device=prob.device)[:, None, None]).to(
+            prob.dtype
+        )  # IGNORE: zero vector
         fake = self.discriminator(torch.cat((prob, prob_u)).detach())
         return {
             "sup": cross_entropy(labeled, batch.y),
             "adversarial": self.adversarial * bce(judged, 1, inside),
             "adversarial_unlabeled": self.adversarial_unlabeled * bce(judged_u, 1, batch.valid),
-            "self_training": self.weight * (progress >= self.start) * cross_entropy(unlabeled, pseudo_label(unlabeled, valid=trusted)),
-            "critic": (bce(fake, 0, torch.cat((inside, batch.valid))) + bce(self.discriminator(truth), 1, inside)) / 2,
+            "self_training": self.weight
+            * (progress >= self.start)
+            * cross_entropy(unlabeled, pseudo_label(unlabeled, valid=trusted)),
+            "critic": (
+                bce(fake, 0, torch.cat((inside, batch.valid))) + bce(self.discriminator(truth), 1, inside)
+            )
+            / 2,
         }, {"trusted": masked_mean(trusted.float(), batch.valid)}
 
     @property
     def critic(self) -> tuple[nn.Module, float]:
         return self.discriminator, self.critic_lr
 
-    @property
-    def predictors(self) -> dict[str, nn.Module]:
-        return {"net": self.net}
-
 
 def bce(logits: Tensor, real: int, over: Tensor) -> Tensor:
-    """Mean binary cross-entropy of logits (B, H, W) against one answer, 0 or 1, over the True pixels of `over`."""
+    """Mean binary cross-entropy of logits (B, H, W) against one answer, 0 or 1, over the True pixels of
+    `over`."""
     return masked_mean(F.softplus(-logits if real else logits), over)

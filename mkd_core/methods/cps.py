@@ -1,10 +1,9 @@
-"""CPS: two networks, differently initialised, teach each other with hard pseudo-labels (co-training), with or without CutMix.
+"""CPS: two networks, differently initialised, teach each other with hard pseudo-labels (co-training).
 
-Chen et al. 2021, arXiv:2106.01226.   L = sum_i CE(f_i(x), y) + w r(t) sum_i CE(f_i(u), argmax f_j(u)),  j != i
+Chen et al. 2021, arXiv:2106.01226.
+L = sum_i CE(f_i(x), y) + w r(t) sum_i CE(f_i(u), argmax f_j(u)),  j != i
 With CutMix: f_i sees mix(u) and the label is argmax mix(f_j(u)) with the same mask.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import nn
@@ -16,18 +15,21 @@ from .base import Batch, Build, Count, Method, Share, Terms, Weight, both
 
 
 class CPS(Method):
-    """Defaults of the released VOC configuration without CutMix (weight 1.5; with CutMix 1.0 and boxes 3; Cityscapes 6 and 5).
+    """Defaults of the released VOC configuration without CutMix (weight 1.5; with CutMix 1.0 and boxes 3;
+    Cityscapes 6 and 5).
 
     boxes       0: students see the weak image and label the image that they see; 3: CPS with CutMix
     on_labeled  the cross term on labeled pixels too; None: as released, with boxes 0 only
     ignore_padding  padded pixels are left out of the cross term (released: they count)
-    Deviations: padding ignored; the CutMix partner is the next sample of the batch (theirs: a second stream that under DDP yields the same
-    image); the optimiser has one learning rate, without their double scaling.
+    Deviations: padding ignored; the CutMix partner is the next sample of the batch (theirs: a second stream
+    that under DDP yields the same image); the optimiser has one learning rate, without their double scaling.
     """
 
+    label, colour, passes, terms = "CPS", "#d55e00", (4, 0), ("sup", "cross")
+
     def __init__(
-        self, build: Build, *, weight: Weight = 1.5, boxes: Count = 0, on_labeled: bool | None = None, ignore_padding: bool = True,
-        rampup: Share = 0.0, joint: bool = False,
+        self, build: Build, *, weight: Weight = 1.5, boxes: Count = 0, on_labeled: bool | None = None,
+        ignore_padding: bool = True, rampup: Share = 0.0, joint: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.students = nn.ModuleList([build(), build()])
@@ -42,7 +44,9 @@ class CPS(Method):
         if self.boxes:
             mask = xor_boxes(len(batch.weak), batch.weak.shape[-2:], batch.weak.device, self.boxes)
             with torch.no_grad():
-                labels = [pseudo_label(mix(net(batch.weak), mask), valid=mix(valid, mask)) for net in self.students]
+                labels = [
+                    pseudo_label(mix(net(batch.weak), mask), valid=mix(valid, mask)) for net in self.students
+                ]
             seen = mix(batch.weak, mask)
         (x1, u1), (x2, u2) = (both(net, batch.x, seen, self.joint) for net in self.students)
         if not self.boxes:

@@ -1,7 +1,7 @@
-"""Critics, networks that judge predictions: AdvSemSeg's discriminator and GCT's flaw detector. See Method.critic."""
+"""Critics, networks that judge predictions: AdvSemSeg's discriminator and GCT's flaw detector."""
 
-from __future__ import annotations
-
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -11,7 +11,8 @@ from ..models import resize
 
 
 class Discriminator(nn.Sequential):
-    """Class probabilities (B, C, H, W), sides of at least 32 -> logits (B, H, W) of "this is a label map"; five 4x4 convolutions of stride 2."""
+    """Class probabilities (B, C, H, W), sides of at least 32 -> logits (B, H, W) of "this is a label map";
+    five 4x4 convolutions of stride 2."""
 
     def __init__(self, num_classes: int, width: int):
         widths = [num_classes, width, 2 * width, 4 * width, 8 * width]
@@ -25,14 +26,27 @@ class Discriminator(nn.Sequential):
 
 
 class FlawDetector(nn.Module):
-    """Images (B, 3, H, W) and class probabilities (B, C, H, W), sides of at least 32 -> flaw (B, H, W), not bounded."""
+    """Images (B, 3, H, W) and class probabilities (B, C, H, W), sides of at least 32 -> flaw (B, H, W), not
+    bounded."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
         layers: list[nn.Module] = []
-        for after, kernel, stride in ((1, 4, 2), (2, 4, 2), (2, 3, 1), (4, 4, 2), (4, 3, 1), (8, 4, 2), (8, 3, 1)):
+        for after, kernel, stride in (
+            (1, 4, 2),
+            (2, 4, 2),
+            (2, 3, 1),
+            (4, 4, 2),
+            (4, 3, 1),
+            (8, 4, 2),
+            (8, 3, 1),
+        ):
             after *= width
-            layers += [nn.Conv2d(channels, after, kernel, stride, padding=1), HalfInstanceNorm(after), nn.LeakyReLU(0.2, inplace=True)]
+            layers += [
+                nn.Conv2d(channels, after, kernel, stride, padding=1),
+                HalfInstanceNorm(after),
+                nn.LeakyReLU(0.2, inplace=True),
+            ]
             channels = after
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 4, stride=2, padding=1))
 
@@ -50,3 +64,17 @@ class HalfInstanceNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         first, rest = x.split([self.batch.num_features, self.instance.num_features], 1)
         return torch.cat((self.batch(first), self.instance(rest)), 1)
+
+
+@contextmanager
+def frozen(net: nn.Module) -> Iterator[None]:
+    """Gradients pass through `net` and do not reach its parameters: a critic while it judges for the
+    networks."""
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)

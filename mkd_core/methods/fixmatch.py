@@ -1,12 +1,9 @@
 """FixMatch: what the network is sure of on the weak view is the label of its strong view, cut and mixed.
 
-Sohn et al. 2020, arXiv:2001.07685; for segmentation as released with UniMatch.   y = argmax f(weak), q = max softmax f(weak)
+Sohn et al. 2020, arXiv:2001.07685; for segmentation as released with UniMatch.
+y = argmax f(weak),   q = max softmax f(weak)
 L = 1/2 CE(f(x), y_x) + w/2 sum 1[q >= T] CE(f(mix(strong)), mix(y)) / (number of pixels inside the image)
 """
-
-from __future__ import annotations
-
-from torch import nn
 
 from ..augment import mix, ratio_box
 from ..data.base import IGNORE
@@ -15,17 +12,28 @@ from .base import Batch, Build, Method, Share, Terms, Weight, both
 
 
 class FixMatch(Method):
-    """Defaults of UniMatch's released code: threshold 0.95 (Cityscapes 0), a CutMix box with probability 0.5, both terms halved, labeled and
-    weak images in one forward, the strong ones in another. An unsure pixel still counts in the mean: the term grows with confidence.
+    """Defaults of UniMatch's released code: threshold 0.95 (Cityscapes 0), a CutMix box with probability 0.5,
+    both terms halved, labeled and weak images in one forward, the strong ones in another. An unsure pixel
+    still counts in the mean: the term grows with confidence.
 
     cutmix      probability of a box; 0: nothing is mixed
-    Deviations: the partner is the next sample of the batch, labelled by the forward that labels everything (theirs: a second pass over the
-    loader, predicted in eval mode in a forward of its own). Cityscapes' OHEM is not used.
+    Deviations: the partner is the next sample of the batch, labelled by the forward that labels everything
+    (theirs: a second pass over the loader, predicted in eval mode in a forward of its own). Cityscapes' OHEM
+    is not used.
     """
 
+    label, colour, passes, terms = "FixMatch", "#009e73", (3, 0), ("sup", "strong")
     views = 1
 
-    def __init__(self, build: Build, *, weight: Weight = 1.0, threshold: Share = 0.95, cutmix: Share = 0.5, joint: bool = True):
+    def __init__(
+        self,
+        build: Build,
+        *,
+        weight: Weight = 1.0,
+        threshold: Share = 0.95,
+        cutmix: Share = 0.5,
+        joint: bool = True,
+    ):
         super().__init__()
         self.net = build()
         self.weight, self.threshold, self.cutmix, self.joint = weight, threshold, cutmix, joint
@@ -35,12 +43,10 @@ class FixMatch(Method):
         mask = ratio_box(len(batch.weak), batch.weak.shape[-2:], batch.weak.device, self.cutmix)
         labeled, weak = both(self.net, batch.x, batch.weak, self.joint)
         label = pseudo_label(weak, self.threshold, batch.valid)
-        strong = cross_entropy(self.net(mix(batch.strong[0], mask)), mix(label, mask), over=mix(batch.valid, mask))
+        strong = cross_entropy(
+            self.net(mix(batch.strong[0], mask)), mix(label, mask), over=mix(batch.valid, mask)
+        )
         return {
             "sup": cross_entropy(labeled, batch.y) / 2,
             "strong": self.weight / 2 * strong,
         }, {"kept": masked_mean((label != IGNORE).float(), batch.valid)}
-
-    @property
-    def predictors(self) -> dict[str, nn.Module]:
-        return {"net": self.net}

@@ -1,12 +1,12 @@
-"""PS-MT: two mean teachers that take turns in following the student, its loss weighted by their confidence, its features under attack.
+"""PS-MT: two mean teachers take turns in following the student, whose features are under attack.
 
-Liu et al. 2022, arXiv:2111.12903.   z = 1/2 core + 1/2 (assistant in its top 7 classes, core elsewhere), logits of t_1 and t_2 on the weak view
+Liu et al. 2022, arXiv:2111.12903.
+z = 1/2 core + 1/2 (assistant in its top 7 classes, core elsewhere), logits of t_1 and t_2 on the weak view
 y = argmax mix(z), q = max softmax mix(z)
 L = CE(s~(x), y_x) + w r(t) sum 1[q >= T] q CE(s~(mix(strong)), y) / sum 1[q >= T]
-s~: the student with its features moved by eps g / |g|, g = gradient in a small random d of KL(mean teacher decoder (f) || (f + d))
+s~: the student with its features f moved by eps g / |g|,
+g = gradient in a small random d of KL(mean teacher decoder (f) || (f + d))
 """
-
-from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
@@ -23,24 +23,29 @@ PROBE = 0.01  # |d|
 
 
 class PSMT(Method):
-    """Defaults of the released code for VOC with the augmented lists: weight 1.5 (few labels: 0.06 for 92, 0.6 for 183 to 732; Cityscapes 3),
-    cosine ramp over 12 of 80 epochs, T 0.6, EMA 0.996 of parameters and buffers without warm start, teachers in train mode, one box a sample.
+    """Defaults of the released code for VOC with the augmented lists: weight 1.5 (few labels: 0.06 for 92,
+    0.6 for 183 to 732; Cityscapes 3), cosine ramp over 12 of 80 epochs, T 0.6, EMA 0.996 of parameters and
+    buffers without warm start, teachers in train mode, one box a sample.
 
-    period      share of training after which the teachers change roles (one of 80 epochs); only the core one follows the student
+    period      share of training after which the teachers change roles (one of 80 epochs); only the core one
+                follows the student
     vat         eps, length of the attack on the features of an image; 0: none
     top         classes in which the assistant counts
-    Deviations: the teachers start as copies of the student (theirs: three networks, trained on the labels for 5 epochs); labeled images in the
-    weak view (theirs: strong); attacked is the deepest map of the encoder (theirs: the input of the decoder's last layers, hence `vat` is 2 for
-    304 x 128 x 128 numbers: a small network wants less); divergence and roles at the decoder's resolution; |d| = 0.01, our choice (theirs:
-    1e-6, whose gradient is rounding in float32, as a test shows); the partner is the next sample of the batch (theirs: a random one);
-    pixels inside the image only; Cityscapes' boxes and OHEM are not used.
+    Deviations: the teachers start as copies of the student (theirs: three networks, trained on the labels for
+    5 epochs); labeled images in the weak view (theirs: strong); attacked is the deepest map of the encoder
+    (theirs: the input of the decoder's last layers, hence `vat` is 2 for 304 x 128 x 128 numbers: a small
+    network wants less); divergence and roles at the decoder's resolution; |d| = 0.01, our choice (theirs:
+    1e-6, whose gradient is rounding in float32, as a test shows); the partner is the next sample of the batch
+    (theirs: a random one); pixels inside the image only; Cityscapes' boxes and OHEM are not used.
     """
 
+    label, colour, passes, terms = "PS-MT", "#8a8a8a", (2, 2), ("sup", "consistency")
     views = 1
 
     def __init__(
-        self, build: Build, *, weight: Weight = 1.5, rampup: Share = 0.15, threshold: Share = 0.6, decay: Share = 0.996,
-        period: Positive = 0.0125, vat: Weight = 2.0, top: PositiveCount = 7, cutmix: bool = True, joint: bool = False,
+        self, build: Build, *, weight: Weight = 1.5, rampup: Share = 0.15, threshold: Share = 0.6,
+        decay: Share = 0.996, period: Positive = 0.0125, vat: Weight = 2.0, top: PositiveCount = 7,
+        cutmix: bool = True, joint: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.net = build()
@@ -52,7 +57,8 @@ class PSMT(Method):
 
     def forward(self, batch: Batch, progress: float) -> tuple[Terms, Terms]:
         self.core = int(progress / self.period) % 2
-        target, seen, valid = resize(self._target(batch.weak), batch.weak.shape[-2:]), batch.strong[0], batch.valid
+        seen, valid = batch.strong[0], batch.valid
+        target = resize(self._target(batch.weak), seen.shape[-2:])
         if self.cutmix:
             mask = beta_box(len(seen), seen.shape[-2:], seen.device)
             target, seen, valid = mix(target, mask), mix(seen, mask), mix(valid, mask)
@@ -70,7 +76,8 @@ class PSMT(Method):
 
     @property
     def predictors(self) -> dict[str, nn.Module]:
-        return {"teachers": self.teachers, "teacher 1": self.teachers[0], "student": self.net}  # reported on VOC, on Cityscapes
+        # The first is reported on VOC, the second on Cityscapes.
+        return {"teachers": self.teachers, "teacher 1": self.teachers[0], "student": self.net}
 
     @torch.no_grad()
     def _target(self, images: Tensor) -> Tensor:
@@ -82,10 +89,11 @@ class PSMT(Method):
         return (core + assistant) / 2
 
     def _attacked(self, images: Tensor) -> Tensor:
-        """The student's logits (B, C, H, W), its deepest features moved where the teachers' decoders are most sensitive (T-VAT)."""
+        """The student's logits (B, C, H, W), its deepest features under attack (T-VAT)."""
         *maps, deep = self.net.encoder(images)
         if self.vat:
-            deep = deep + self.vat * self._direction([m.detach().float() for m in maps], deep.detach().float())
+            fixed = [m.detach().float() for m in maps]
+            deep = deep + self.vat * self._direction(fixed, deep.detach().float())
         return resize(self.net.classifier(self.net.decoder([*maps, deep])), images.shape[-2:])
 
     def _direction(self, maps: list[Tensor], deep: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
-"""PseudoSeg: the strong view learns a soft label, fused from the decoder's prediction and a class activation map spread by attention.
+"""PseudoSeg: the strong view learns a soft label, fused from the decoder's prediction and an activation map.
 
-Zou et al. 2021, arXiv:2010.09713.   L = CE(z(x), y) + CE(a(x), y) + BCE(image classes) + w r(t) mean_V [-sum_c p_c log softmax z(strong)_c]
-a = SGC map: cam_c = ReLU(w_c . f) / max, c present;  s = softmax(q k^T / sqrt(d)) cam + cam;  a = BN(1x1 [2 - max_c s; s])
-p = sharpen( (softmax(z / n) + softmax(a / n)) / 2 ),  n = root mean square of [z; a],  sharpen(p) ~ p^(1/T),  all of the weak view
+Zou et al. 2021, arXiv:2010.09713.
+L = CE(z(x), y) + CE(a(x), y) + BCE(image classes) + w r(t) mean_V [-sum_c p_c log softmax z(strong)_c]
+a, the SGC map: cam_c = ReLU(w_c . f) / max, c present;  s = softmax(q k^T / sqrt(d)) cam + cam
+                a = BN(1x1 [2 - max_c s; s])
+p = sharpen( (softmax(z / n) + softmax(a / n)) / 2 ), of the weak view;  n = root mean square of [z; a]
+sharpen(p) ~ p^(1/T)
 """
-
-from __future__ import annotations
 
 import math
 
@@ -21,21 +22,25 @@ from .base import Batch, Build, Method, Positive, PositiveCount, Share, Terms, W
 
 
 class PseudoSeg(Method):
-    """Defaults of the released code: weight 1 without ramp, T = 0.5, CutOut of 100 in 513 pixels, keys and queries of width 128 from the
-    last two encoder stages, losses on the decoder's grid. The decoder is evaluated.
+    """Defaults of the released code: weight 1 without ramp, T = 0.5, CutOut of 100 in 513 pixels, keys and
+    queries of width 128 from the last two encoder stages, losses on the decoder's grid. The decoder is
+    evaluated.
 
-    background  class 0 has no image-level label and is what the others leave (VOC, COCO); False: every class has a map of its own
-    Deviations: the image classifier is one linear layer on pooled features, whose Grad-CAM is its weights times the features; the map
-    comes from the forward pass of the decoder (theirs: a second one, BatchNorm in evaluation mode); labeled pixels that are IGNORE are
-    no keys (theirs: padding); padded queries attend to the image (theirs: to everything); the strong view is the run's (theirs: colour
-    jitter of every image).
+    background  class 0 has no image-level label and is what the others leave (VOC, COCO); False: every class
+                has a map of its own
+    Deviations: the image classifier is one linear layer on pooled features, whose Grad-CAM is its weights
+    times the features; the map comes from the forward pass of the decoder (theirs: a second one, BatchNorm in
+    evaluation mode); labeled pixels that are IGNORE are no keys (theirs: padding); padded queries attend to
+    the image (theirs: to everything); the strong view is the run's (theirs: colour jitter of every image).
     """
 
+    label, colour, passes = "PseudoSeg", "#cc79a7", (2, 1)
+    terms = ("sup", "attention", "image", "consistency")
     views = 1
 
     def __init__(
-        self, build: Build, *, weight: Weight = 1.0, temperature: Positive = 0.5, cutout: Share = 100 / 513, width: PositiveCount = 128,
-        background: bool = True, rampup: Share = 0.0,
+        self, build: Build, *, weight: Weight = 1.0, temperature: Positive = 0.5, cutout: Share = 100 / 513,
+        width: PositiveCount = 128, background: bool = True, rampup: Share = 0.0,
     ):  # fmt: skip
         super().__init__()
         self.net = build()
@@ -43,7 +48,8 @@ class PseudoSeg(Method):
         self.image_classifier = nn.Linear(channels[-1], classes - background)
         self.key, self.query = (nn.Conv2d(sum(channels), width, 1, bias=False) for _ in range(2))
         self.calibrate = nn.Sequential(nn.Conv2d(classes, classes, 1, bias=False), nn.BatchNorm2d(classes))
-        self.weight, self.temperature, self.cutout, self.background, self.rampup = weight, temperature, cutout, background, rampup
+        self.weight, self.temperature, self.cutout = weight, temperature, cutout
+        self.background, self.rampup = background, rampup
 
     def forward(self, batch: Batch, progress: float) -> tuple[Terms, Terms]:
         size = batch.y.shape[-2:]
@@ -55,7 +61,7 @@ class PseudoSeg(Method):
             spread = self.sgc(weak_maps, (weak_scores >= 0).float(), batch.valid)  # sigmoid >= 0.5
             target = fuse(weak, resize(spread, weak.shape[-2:]), self.temperature)
         keep = square(len(batch.weak), size, batch.weak.device, self.cutout)
-        strong = self.net.classifier(self.net.features(batch.strong[0] * keep[:, None]))  # filled with the mean colour
+        strong = self.net.classifier(self.net.features(batch.strong[0] * keep[:, None]))  # 0: the mean colour
         counted = nearest(batch.valid & keep, strong.shape[-2:])
         soft = masked_mean(-(target * strong.log_softmax(1)).sum(1), counted)
         return {
@@ -66,7 +72,7 @@ class PseudoSeg(Method):
         }, {"confidence": masked_mean(target.amax(1), counted)}
 
     def look(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Encoder maps, logits (B, C, h, w) on the decoder's grid, image-level scores (B, foreground classes)."""
+        """Encoder maps, logits (B, C, h, w) on the decoder's grid, image scores (B, foreground classes)."""
         maps = self.net.encoder(x)
         return maps, self.net.classifier(self.net.decoder(maps)), self.image_classifier(maps[-1].mean((2, 3)))
 
@@ -76,16 +82,20 @@ class PseudoSeg(Method):
         return occurs[:, self.background : self.net.classifier.out_channels]
 
     def sgc(self, maps: list[Tensor], present: Tensor, valid: Tensor) -> Tensor:
-        """Logits (B, C, h, w) on the grid of the last encoder map; nothing before keys, queries and calibration learns from them."""
+        """Logits (B, C, h, w) on the grid of the last encoder map, from which the network learns nothing."""
         last = maps[-1].detach()
-        cam = F.conv2d(last, self.image_classifier.weight.detach()[:, :, None, None]).float().relu() * present[:, :, None, None]
+        kernel = self.image_classifier.weight.detach()[:, :, None, None]
+        cam = F.conv2d(last, kernel).float().relu() * present[:, :, None, None]
         cam = cam / cam.amax((2, 3), keepdim=True).clamp_min(1e-5)
         seen = torch.cat((resize(maps[-2].detach(), last.shape[-2:]), last), 1)
-        similarity = self.query(seen).flatten(2).mT @ self.key(seen).flatten(2) / math.sqrt(self.key.out_channels)  # (B, N, N)
+        query, key = self.query(seen).flatten(2), self.key(seen).flatten(2)
+        similarity = query.mT @ key / math.sqrt(self.key.out_channels)  # (B, N, N)
         inside = nearest(valid, last.shape[-2:]).flatten(1)[:, None]
         attention = similarity.float().masked_fill(~inside, -1e9).softmax(-1)
         spread = (cam.flatten(2) @ attention.mT).view_as(cam) + cam  # in [0, 2]
-        return self.calibrate(torch.cat((2 - spread.amax(1, keepdim=True), spread), 1) if self.background else spread)
+        if self.background:
+            spread = torch.cat((2 - spread.amax(1, keepdim=True), spread), 1)
+        return self.calibrate(spread)
 
     @property
     def predictors(self) -> dict[str, nn.Module]:
@@ -93,7 +103,7 @@ class PseudoSeg(Method):
 
 
 def fuse(decoder: Tensor, attention: Tensor, temperature: float) -> Tensor:
-    """Two logit maps (B, C, h, w) -> soft labels (B, C, h, w): one scale for both, softmax each, mean, sharpened."""
+    """Two logit maps -> soft labels, all (B, C, h, w): one scale for both, softmax, mean, sharpened."""
     both = torch.cat((decoder, attention)).float()
     prob = (both * (both.square().mean() + 1e-8).rsqrt()).softmax(1)
     mean = (prob[: len(decoder)] + prob[len(decoder) :]) / 2

@@ -1,16 +1,14 @@
 """SupOnly: ordinary training on the labeled list, the reference of every gain.   L = CE(f(x), y)"""
 
-from __future__ import annotations
-
-from torch import nn
-
 from ..losses import cross_entropy
 from .base import Batch, Build, Method, Terms
 
 
 class Supervised(Method):
-    """Cross-entropy at full crop resolution. As many steps as the semi-supervised runs (our choice; sources differ)."""
+    """Cross-entropy at full crop resolution. As many steps as the semi-supervised runs (our choice; sources
+    differ)."""
 
+    label, colour, passes, terms = "SupOnly", "#8a8a8a", (1, 0), ("sup",)
     unlabeled = False
 
     def __init__(self, build: Build):
@@ -19,7 +17,3 @@ class Supervised(Method):
 
     def forward(self, batch: Batch, progress: float) -> tuple[Terms, Terms]:
         return {"sup": cross_entropy(self.net(batch.x), batch.y)}, {}
-
-    @property
-    def predictors(self) -> dict[str, nn.Module]:
-        return {"net": self.net}

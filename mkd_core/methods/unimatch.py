@@ -1,16 +1,14 @@
-"""UniMatch: FixMatch with two strong views and one view whose features are dropped, all of them labelled by the weak view.
+"""UniMatch: FixMatch with two strong views, and one view whose features are dropped.
 
-Yang et al. 2023, arXiv:2208.09910.   y, q as FixMatch; f = g o h; CE_T: pixels with q >= T, over the number of all inside the image
-L = 1/2 CE(f(x), y_x) + 1/2 [ phi CE_T(g(drop h(weak)), y) + (1 - phi) mean_k CE_T(f(mix_k(strong_k)), mix_k(y)) ]
+Yang et al. 2023, arXiv:2208.09910.   y, q as FixMatch; f = g o h
+L = 1/2 CE(f(x), y_x) + phi/2 CE_T(g(drop h(weak)), y) + (1 - phi)/2 mean_k CE_T(f(mix_k(strong_k)), mix_k(y))
+CE_T: sum over pixels with q >= T / number of all inside the image
 """
-
-from __future__ import annotations
 
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ..augment import mix, ratio_box
 from ..data.base import IGNORE
@@ -20,17 +18,23 @@ from .base import Batch, Build, Method, Share, Terms
 
 
 class UniMatch(Method):
-    """Defaults of the released code, V1: two streams, phi = 1/2, channels dropped with probability 1/2, otherwise as FixMatch.
+    """Defaults of the released code, V1: two streams, phi = 1/2, channels dropped with probability 1/2,
+    otherwise as FixMatch.
 
     streams     strong views, each with a box of its own
-    feature     phi, the share of the term on dropped features; 0: no such branch, which with one stream is FixMatch
+    feature     phi, the share of the term on dropped features; 0: no such branch, which with one stream is
+                FixMatch
     cutmix      probability of a box; 0: nothing is mixed
-    Deviations: those of FixMatch; the decoder's pass over dropped features holds the weak images only (theirs: the labeled ones too, which
-    it throws away); all maps from 1/4 of the image down are dropped (theirs: the two that the decoder of DeepLabV3+ reads; no other counts).
+    Deviations: those of FixMatch; the decoder's pass over dropped features holds the weak images only
+    (theirs: the labeled ones too, which it throws away); all maps from 1/4 of the image down are dropped
+    (theirs: the two that the decoder of DeepLabV3+ reads; no other counts).
     """
 
+    label, colour, passes, terms = "UniMatch", "#cc79a7", (4, 0), ("sup", "strong", "feature")
+
     def __init__(
-        self, build: Build, *, streams: Literal[1, 2] = 2, feature: Share = 0.5, threshold: Share = 0.95, cutmix: Share = 0.5
+        self, build: Build, *, streams: Literal[1, 2] = 2, feature: Share = 0.5, threshold: Share = 0.95,
+        cutmix: Share = 0.5,
     ):  # fmt: skip
         super().__init__()
         self.net = build()
@@ -47,8 +51,13 @@ class UniMatch(Method):
         label = pseudo_label(weak, self.threshold, batch.valid)
 
         masks = [ratio_box(len(batch.weak), size, batch.weak.device, self.cutmix) for _ in range(self.views)]
-        strong = self.net(torch.cat([mix(view, mask) for view, mask in zip(batch.strong, masks, strict=False)])).chunk(self.views)
-        mixed = [cross_entropy(z, mix(label, mask), over=mix(batch.valid, mask)) for z, mask in zip(strong, masks, strict=True)]
+        strong = self.net(
+            torch.cat([mix(view, mask) for view, mask in zip(batch.strong, masks, strict=False)])
+        ).chunk(self.views)
+        mixed = [
+            cross_entropy(z, mix(label, mask), over=mix(batch.valid, mask))
+            for z, mask in zip(strong, masks, strict=True)
+        ]
         terms = {
             "sup": cross_entropy(labeled, batch.y) / 2,
             "strong": (1 - self.feature) / 2 * torch.stack(mixed).mean(),
@@ -56,7 +65,3 @@ class UniMatch(Method):
         if self.feature:
             terms["feature"] = self.feature / 2 * cross_entropy(dropped, label, over=batch.valid)
         return terms, {"kept": masked_mean((label != IGNORE).float(), batch.valid)}
-
-    @property
-    def predictors(self) -> dict[str, nn.Module]:
-        return {"net": self.net}
