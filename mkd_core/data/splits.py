@@ -44,12 +44,13 @@ def set_hash(ids: Iterable[str]) -> str:
 def load_split(dataset: SegDataset, name: str, seed: int = 0) -> Split:
     """The split `name` of a data set; unlabeled = the training images that are not labeled, computed.
 
-    "cps/1_16", "cps/662"   a published list (splits.yaml), by fraction or by count, verified against its hash
-    "random/1_16"           ceil(N / 16) images drawn from `seed`; "random/32": 32 images; "random/32@3": seed 3. See `draw`
-    "full"                  every image that has a label; unlabeled = all training images, as wherever nothing else remains
-    "splits/mine"           a folder under the data set's root with labeled.txt and, optionally, unlabeled.txt, then taken as it is
+    "cps/1_16"     a published list (splits.yaml), verified against its hash
+    "random/1_16"  ceil(N / 16) images drawn from `seed`; "random/32": 32 images; "random/32@3": seed 3. See `draw`
+    "full"         every image that has a label; unlabeled = all training images, as wherever nothing else remains
+    "splits/mine"  a folder under the data set's root with labeled.txt and, optionally, unlabeled.txt
 
-    ValueError for a name that does not exist, DataError for lists that are empty, overlap, or leave the training set.
+    ValueError for a name that does not exist, DataError for a list that cannot be read. Whether its
+    images are there, overlap, or leak is for `check` to say.
     """
     wish = re.fullmatch(r"(random/(1_)?([1-9]\d*))(?:@(\d+))?", name)
     own = name != "full" and not wish and name not in published_splits(dataset.name)
@@ -58,13 +59,14 @@ def load_split(dataset: SegDataset, name: str, seed: int = 0) -> Split:
     if not dataset.train:
         raise DataError(f"data set {dataset.name!r} has no training images under {dataset.root}. {dataset.where}")
     if name == "full":
-        return _split(dataset, name, [id for id in dataset.train if _may_be_labeled(dataset, id)])
+        return _split(name, [id for id in dataset.train if _may_be_labeled(dataset, id)], dataset.train)
     if wish is None:
         return _published_split(dataset, name)
     stem, fraction, size, fixed = wish.groups()
     count = math.ceil(len(dataset.train) / int(size)) if fraction else int(size)
     seed = int(fixed or seed)
-    return _split(dataset, f"{stem}@{seed}", draw(dataset, count, seed))
+    drawn = draw(dataset, count, seed)
+    return _split(f"{stem}@{seed}", drawn, _rest(dataset, drawn))
 
 
 def draw(dataset: SegDataset, count: int, seed: int) -> list[str]:
@@ -126,15 +128,8 @@ def _lists() -> dict:
     return yaml.safe_load(Path(__file__).with_name("splits.yaml").read_text())
 
 
-def by_fraction(dataset: str, name: str) -> str:
-    """A published split's own name, where it is given by its count ("cps/662" of voc_aug is "cps/1_16"); other names as they are."""
-    family, _, size = name.partition("/")
-    counts = published_splits(dataset) if dataset in _lists() else {}
-    return next((full for full, count in counts.items() if full.startswith(family + "/") and str(count) == size), name)
-
-
 def _published_split(dataset: SegDataset, name: str) -> Split:
-    counts, name = published_splits(dataset.name), by_fraction(dataset.name, name)
+    counts = published_splits(dataset.name)
     if name not in counts:
         own = [str(found.parent.relative_to(dataset.root)) for found in sorted(dataset.root.rglob("labeled.txt"))] if dataset.root else []
         choose(f"{dataset.name} split", name, [*counts, *own, "random/1_16", "random/32", "random/32@3", "full"])
@@ -146,36 +141,27 @@ def _published_split(dataset: SegDataset, name: str) -> Split:
             f"split {name} is drawn from the {_lists()['sets'][f'{dataset.name}/train'][0]} training images of {dataset.name!r}; "
             f"{dataset.root} has {len(dataset.train)}, without {missing}. {dataset.where} For a part of the data use 'random/1_16'."
         )
-    return _split(dataset, name, labeled)
+    return _split(name, labeled, _rest(dataset, labeled))
 
 
 def _from_folder(dataset: SegDataset, name: str, folder: Path) -> Split:
-    labeled = dataset.read_list(folder / "labeled.txt")
-    given = folder / "unlabeled.txt"
-    unlabeled = dataset.read_list(given) if given.is_file() else None
-    if not dataset.train and unlabeled is None:
+    labeled, given = dataset.read_list(folder / "labeled.txt"), folder / "unlabeled.txt"
+    if given.is_file():
+        # an empty list is one: supervised training needs no unlabeled images
+        return _split(name, labeled, dataset.read_list(given) if read_text(given).strip() else ())
+    if not dataset.train:
         raise DataError(f"{given} is needed where the data set has no list of training images")
-    return _split(dataset, name, labeled, unlabeled)
+    return _split(name, labeled, _rest(dataset, labeled))
 
 
-def _split(dataset: SegDataset, name: str, labeled: Iterable[str], unlabeled: Iterable[str] | None = None) -> Split:
-    labeled, given = sorted(labeled), unlabeled is not None
-    if unlabeled is None:
-        # where all are labeled, all serve as unlabeled images too: the "Full" column of the paper's Table 1
-        everything = name == "full" or len(labeled) == len(dataset.train)
-        unlabeled = dataset.train if everything else set(dataset.train) - set(labeled)
-    elif overlap := sorted(set(labeled) & set(unlabeled)):
-        raise DataError(f"split {name}: {some(overlap, 'images')} both labeled and unlabeled")
-    unlabeled = sorted(unlabeled)
-    if leak := sorted({*labeled, *unlabeled} & set(dataset.val)):
-        raise DataError(f"split {name}: {some(leak, 'images')} of the validation set in training")
-    if not given and (outside := sorted(set(labeled) - set(dataset.train))):
-        raise DataError(f"split {name}: {some(outside, 'images')} not among the training images of {dataset.name!r}")
-    if bare := [id for id in labeled if not _may_be_labeled(dataset, id)]:
-        raise DataError(f"split {name}: {some(bare, 'labeled images')} without a mask")
-    if not labeled:
-        raise DataError(f"split {name}: no labeled images")
-    return Split(name, tuple(labeled), tuple(unlabeled), set_hash(labeled), set_hash(unlabeled))
+def _rest(dataset: SegDataset, labeled: Sequence[str]) -> Iterable[str]:
+    """The training images that are not labeled; where all are, all of them, as in the paper's Table 1, "Full"."""
+    return set(dataset.train) - set(labeled) or dataset.train
+
+
+def _split(name: str, labeled: Iterable[str], unlabeled: Iterable[str]) -> Split:
+    labeled, unlabeled = tuple(sorted(labeled)), tuple(sorted(unlabeled))
+    return Split(name, labeled, unlabeled, set_hash(labeled), set_hash(unlabeled))
 
 
 def _may_be_labeled(dataset: SegDataset, id: str) -> bool:
