@@ -42,14 +42,25 @@ def geometry(
     # The window in the scaled image, then the same window in the source: at most the whole image.
     inside = [min(c, s) for c, s in zip(crop, scaled, strict=True)]
     top, left = (int(rng.integers(s - i + 1)) for s, i in zip(scaled, inside, strict=True))
-    (rows, tall, y), (columns, wide, x) = (_source(*axis, factor) for axis in ((top, inside[0], height), (left, inside[1], width)))
+    (rows, tall, y), (columns, wide, x) = (
+        _source(*axis, factor) for axis in ((top, inside[0], height), (left, inside[1], width))
+    )
     window = image[:, rows, columns]
-    target = (torch.full((height, width), IGNORE, dtype=torch.uint8) if label is None else label)[rows, columns]
+    target = (torch.full((height, width), IGNORE, dtype=torch.uint8) if label is None else label)[
+        rows, columns
+    ]
     if window.shape[-2:] != (tall, wide):
-        window = TF.resize_image(window, [tall, wide], interpolation=TF.InterpolationMode.BILINEAR, antialias=True)
+        window = TF.resize_image(
+            window, [tall, wide], interpolation=TF.InterpolationMode.BILINEAR, antialias=True
+        )
         # "Exact" samples at pixel centres as the image does; plain nearest would shift labels by up to half a pixel.
-        target = TF.resize_image(target[None], [tall, wide], interpolation=TF.InterpolationMode.NEAREST_EXACT)[0]
-    window, target = window[:, y : y + inside[0], x : x + inside[1]], target[y : y + inside[0], x : x + inside[1]]
+        target = TF.resize_image(
+            target[None], [tall, wide], interpolation=TF.InterpolationMode.NEAREST_EXACT
+        )[0]
+    window, target = (
+        window[:, y : y + inside[0], x : x + inside[1]],
+        target[y : y + inside[0], x : x + inside[1]],
+    )
     if rng.random() < 0.5:
         window, target = window.flip(-1), target.flip(-1)
     room = [c - i for c, i in zip(crop, inside, strict=True)]
@@ -102,7 +113,9 @@ def brightness(images: Tensor, strength: float = 0.5) -> Tensor:
 
 
 def contrast(images: Tensor, strength: float = 0.5) -> Tensor:
-    return _blend(images, _grey(images).mean((2, 3), keepdim=True), _uniform(images, 1 - strength, 1 + strength))
+    return _blend(
+        images, _grey(images).mean((2, 3), keepdim=True), _uniform(images, 1 - strength, 1 + strength)
+    )
 
 
 def saturation(images: Tensor, strength: float = 0.5) -> Tensor:
@@ -137,10 +150,14 @@ def blur(images: Tensor, low: float = 0.1, high: float = 2.0) -> Tensor:
     sigma = _uniform(images, low, high).flatten(1)
     tap = torch.arange(-3, 4, device=images.device)
     kernel = torch.softmax(-(tap**2) / (2 * sigma**2), 1)  # (B, 7)
-    stack = torch.nn.functional.pad(images, (3, 3, 3, 3), mode="reflect").flatten(0, 1)[None]  # (1, 3B, H+6, W+6)
+    stack = torch.nn.functional.pad(images, (3, 3, 3, 3), mode="reflect").flatten(0, 1)[
+        None
+    ]  # (1, 3B, H+6, W+6)
     kernel = kernel.repeat_interleave(3, 0)[:, None]
     stack = torch.nn.functional.conv2d(stack, kernel[..., None], groups=len(kernel))
-    return torch.nn.functional.conv2d(stack, kernel[:, :, None], groups=len(kernel))[0].unflatten(0, images.shape[:2])
+    return torch.nn.functional.conv2d(stack, kernel[:, :, None], groups=len(kernel))[0].unflatten(
+        0, images.shape[:2]
+    )
 
 
 def greyscale(images: Tensor) -> Tensor:
@@ -171,7 +188,9 @@ def _sometimes(operation: Callable[[Tensor], Tensor], probability: float) -> Cal
     """The operation on a random part of the batch."""
 
     def apply(images: Tensor) -> Tensor:
-        return torch.where(torch.rand(len(images), 1, 1, 1, device=images.device) < probability, operation(images), images)
+        return torch.where(
+            torch.rand(len(images), 1, 1, 1, device=images.device) < probability, operation(images), images
+        )
 
     return apply
 
@@ -179,7 +198,9 @@ def _sometimes(operation: Callable[[Tensor], Tensor], probability: float) -> Cal
 def one_of(images: Tensor) -> Tensor:
     """MKD: exactly one operator per image. Weights of the released code: jitter 0.3, blur 0.5, equalize 0.1, solarize 0.1, grey 0.5."""
     operations = (colour_jitter, blur, equalize, solarize, greyscale)
-    choice = torch.multinomial(torch.tensor([0.3, 0.5, 0.1, 0.1, 0.5]), len(images), replacement=True)  # on the host: no sync
+    choice = torch.multinomial(
+        torch.tensor([0.3, 0.5, 0.1, 0.1, 0.5]), len(images), replacement=True
+    )  # on the host: no sync
     return _apply(operations, choice[:, None], images)
 
 
@@ -236,7 +257,9 @@ def multiply(images: Tensor) -> Tensor:
 
 def salt_and_pepper(images: Tensor) -> Tensor:
     """Each pixel of a channel is black or white with probability p ~ U(0, 0.1)."""
-    return torch.where(torch.rand_like(images) < _uniform(images, 0, 0.1), torch.rand_like(images).round(), images)
+    return torch.where(
+        torch.rand_like(images) < _uniform(images, 0, 0.1), torch.rand_like(images).round(), images
+    )
 
 
 def three_of(images: Tensor) -> Tensor:
@@ -254,7 +277,12 @@ def three_of(images: Tensor) -> Tensor:
     return _apply(operations, torch.rand(len(images), len(operations)).argsort(1)[:, :3], images)
 
 
-STRONG: dict[str, Callable[[Tensor], Tensor]] = {"one_of": one_of, "chain": chain, "three_of": three_of, "none": lambda images: images}
+STRONG: dict[str, Callable[[Tensor], Tensor]] = {
+    "one_of": one_of,
+    "chain": chain,
+    "three_of": three_of,
+    "none": lambda images: images,
+}
 
 
 # CutMix. A mask is True where an image keeps its own pixel and False where its partner's is pasted.
@@ -271,7 +299,11 @@ def mix(tensor: Tensor, mask: Tensor) -> Tensor:
 
 
 def xor_boxes(
-    batch: int, size: Sequence[int], device: torch.device | str = "cpu", boxes: int = 3, area: tuple[float, float] = (0.25, 0.5)
+    batch: int,
+    size: Sequence[int],
+    device: torch.device | str = "cpu",
+    boxes: int = 3,
+    area: tuple[float, float] = (0.25, 0.5),
 ) -> Tensor:
     """CutMix mask (batch, H, W) bool of CPS and MKD ("BOX-3"): `boxes` boxes toggle, True inside an odd number of them.
 
@@ -292,7 +324,11 @@ def xor_boxes(
 
 
 def ratio_box(
-    batch: int, size: Sequence[int], device: torch.device | str = "cpu", probability: float = 0.5, area: tuple[float, float] = (0.02, 0.4)
+    batch: int,
+    size: Sequence[int],
+    device: torch.device | str = "cpu",
+    probability: float = 0.5,
+    area: tuple[float, float] = (0.02, 0.4),
 ) -> Tensor:
     """CutMix mask (batch, H, W) bool of FixMatch and UniMatch ("BOX-UM"), ST++'s CutOut too: False inside one box, the partner's.
 
@@ -303,9 +339,13 @@ def ratio_box(
     height, width = size
     pixels = torch.empty(batch, 1).uniform_(*area) * height * width
     ratio = 0.3 + (1 / 0.3 - 0.3) * (torch.arange(128) + torch.rand(batch, 128)) / 128
-    extents = torch.stack(((pixels * ratio).sqrt(), (pixels / ratio).sqrt()), -1).floor()  # (batch, 128, 2): height, width
+    extents = torch.stack(
+        ((pixels * ratio).sqrt(), (pixels / ratio).sqrt()), -1
+    ).floor()  # (batch, 128, 2): height, width
     sides = torch.tensor(size)
-    none_fits = ~(extents <= sides).all(-1).any(1)[:, None, None]  # a box of that area has no place in a long crop: it is cut off
+    none_fits = (
+        ~(extents <= sides).all(-1).any(1)[:, None, None]
+    )  # a box of that area has no place in a long crop: it is cut off
     extents = torch.where(none_fits, torch.minimum(extents, sides), extents)
     room = (sides - extents + 1).clamp_min(0)
     chosen = torch.multinomial(room.prod(-1), 1)[..., None].expand(-1, -1, 2)
@@ -327,7 +367,9 @@ def beta_box(batch: int, size: Sequence[int], device: torch.device | str = "cpu"
     return ~_inside(centre - half, centre + half, size, device)[:, 0]
 
 
-def half_box(batch: int, size: Sequence[int], device: torch.device | str = "cpu", probability: float = 0.5) -> Tensor:
+def half_box(
+    batch: int, size: Sequence[int], device: torch.device | str = "cpu", probability: float = 0.5
+) -> Tensor:
     """CutMix mask (batch, H, W) bool of U2PL ("BOX-U2"): False, the partner's, inside one box of half the area.
 
     Width ~ U{floor(W / 2) + 1, ..., W - 1}, height = round(H W / 2 / width), any place inside. One coin for the whole batch: with
@@ -341,7 +383,9 @@ def half_box(batch: int, size: Sequence[int], device: torch.device | str = "cpu"
     return ~_inside(start, start + extent * mixed, size, device)[:, 0]
 
 
-def square(batch: int, size: Sequence[int], device: torch.device | str = "cpu", share: float = 100 / 513) -> Tensor:
+def square(
+    batch: int, size: Sequence[int], device: torch.device | str = "cpu", share: float = 100 / 513
+) -> Tensor:
     """CutOut mask (batch, H, W) bool of PseudoSeg: False inside one square, `share` of the shorter side wide, anywhere in the image.
 
     The released square is 100 pixels of a crop of 513. Drawn from torch's global generator on the host.
@@ -363,4 +407,8 @@ def _inside(start: Tensor, end: Tensor, size: Sequence[int], device: torch.devic
 
 def _send(tensor: Tensor, device: torch.device | str) -> Tensor:
     """To the device without waiting for it: pageable memory would."""
-    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if torch.device(device).type == "cuda"
+        else tensor.to(device)
+    )

@@ -48,14 +48,19 @@ class PseudoLabelQuality:
         confidence, prediction = prob.max(1)
         classes = len(self.all)
         self.all += confusion_matrix(prediction, label, classes)
-        self.kept += confusion_matrix(prediction, torch.where(confidence >= self.threshold, label, IGNORE), classes)
+        self.kept += confusion_matrix(
+            prediction, torch.where(confidence >= self.threshold, label, IGNORE), classes
+        )
 
     def summary(self) -> dict[str, Any]:
         """kept and accuracy in percent, accuracy_all at threshold 0; per predicted class `kept_per_class`, `accuracy_per_class`."""
         everything, kept = self.all.double(), self.kept.double()
 
         def share(part: Tensor, whole: Tensor) -> list[float | None]:
-            return [round(100 * p / w, 3) if w else None for p, w in zip(part.tolist(), whole.tolist(), strict=True)]
+            return [
+                round(100 * p / w, 3) if w else None
+                for p, w in zip(part.tolist(), whole.tolist(), strict=True)
+            ]
 
         return {
             "threshold": self.threshold,

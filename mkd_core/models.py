@@ -58,7 +58,9 @@ class SegNet(nn.Module):
                 classes=num_classes,
             )
             # Dilated, and five stages deep: with smp's defaults the last two never run.
-            net.encoder = smp.encoders.get_encoder(encoder, in_channels=3, depth=encoder_depth, weights=None, output_stride=8)
+            net.encoder = smp.encoders.get_encoder(
+                encoder, in_channels=3, depth=encoder_depth, weights=None, output_stride=8
+            )
             self.stride = 8
         else:
             raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}; got {arch!r}")
@@ -81,14 +83,20 @@ class SegNet(nn.Module):
 
 def resize(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """Bilinear, align_corners False; nothing where the size is right already."""
-    return maps if maps.shape[-2:] == tuple(size) else F.interpolate(maps, size, mode="bilinear", align_corners=False)
+    return (
+        maps
+        if maps.shape[-2:] == tuple(size)
+        else F.interpolate(maps, size, mode="bilinear", align_corners=False)
+    )
 
 
 def nearest(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """Nearest neighbour for labels, masks (B, H, W) and maps (B, C, H, W) of any dtype: row i comes from row floor(i H / h)."""
     if maps.shape[-2:] == tuple(size):
         return maps
-    rows, columns = (torch.arange(n, device=maps.device) * side // n for n, side in zip(size, maps.shape[-2:], strict=True))
+    rows, columns = (
+        torch.arange(n, device=maps.device) * side // n for n, side in zip(size, maps.shape[-2:], strict=True)
+    )
     return maps[..., rows[:, None], columns]
 
 
@@ -111,9 +119,17 @@ def _replace_batchnorm(module: nn.Module, groups: int = 8) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             # The largest group count that divides the channels; timm's norm-and-activation layers keep their activation.
-            count = next(g for g in range(min(groups, child.num_features), 0, -1) if child.num_features % g == 0)
+            count = next(
+                g for g in range(min(groups, child.num_features), 0, -1) if child.num_features % g == 0
+            )
             norm: nn.Module = nn.GroupNorm(count, child.num_features)
-            setattr(module, name, nn.Sequential(norm, act) if isinstance(act := getattr(child, "act", None), nn.Module) else norm)
+            setattr(
+                module,
+                name,
+                nn.Sequential(norm, act)
+                if isinstance(act := getattr(child, "act", None), nn.Module)
+                else norm,
+            )
         else:
             _replace_batchnorm(child, groups)
 
@@ -156,7 +172,9 @@ def load_encoder(net: SegNet, weights: str) -> None:
 def _from_timm(own: list[str], state: dict[str, Tensor]) -> dict[str, Tensor]:
     """timm's names -> smp's: behind "model.", nested stages in one ("blocks.0" is "blocks_0"); what is left over once all are there is the head."""
     names = {key.removeprefix("model.").replace(".", "_"): key for key in own}
-    state = {names.get(key.removeprefix("model.").replace(".", "_"), key): tensor for key, tensor in state.items()}
+    state = {
+        names.get(key.removeprefix("model.").replace(".", "_"), key): tensor for key, tensor in state.items()
+    }
     return {key: state[key] for key in own} if state.keys() >= set(own) else state
 
 

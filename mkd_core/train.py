@@ -16,6 +16,7 @@ from .augment import STRONG, distort, normalise
 from .config import RunConfig
 from .data import SegDataset
 from .data.base import read_label
+from .data.stream import Crops
 from .methods import METHODS, Batch, Method
 from .models import SegNet, load_encoder
 
@@ -67,10 +68,9 @@ def seed_step(seed: int, step: int, *stage: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step + 1, *stage]).generate_state(1, np.uint64)[0] >> 1))
 
 
-def make_batch(tensors: Sequence[Tensor], config: RunConfig, views: int, device: torch.device) -> Batch:
-    """uint8 tensors of a step -> Batch on the device: colour views drawn there, normalised."""
-    x, y, *unlabeled = (t.to(device, non_blocking=True) for t in tensors)
-    u, valid, label = unlabeled or (x[:0], y[:0].bool(), y[:0])
+def make_batch(crops: Crops, config: RunConfig, views: int, device: torch.device) -> Batch:
+    """Send the crops of a step to the device, draw the colour views there, normalise."""
+    x, y, u, valid, label = (t.to(device, non_blocking=True) for t in crops)
     x, u = x.float() / 255, u.float() / 255
     # From the geometric view alone, as released.
     strong = tuple(normalise(STRONG[config.strong](u)) for _ in range(views if len(u) else 0))

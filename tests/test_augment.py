@@ -27,7 +27,9 @@ def mosaic(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def colour(label: torch.Tensor) -> torch.Tensor:
     index = label.int()
-    return torch.stack([(index * 37 + 11) % 256, (index * 91 + 60) % 256, (index * 53 + 200) % 256]).to(torch.uint8)
+    return torch.stack([(index * 37 + 11) % 256, (index * 91 + 60) % 256, (index * 53 + 200) % 256]).to(
+        torch.uint8
+    )
 
 
 views = st.fixed_dictionaries(
@@ -42,7 +44,9 @@ views = st.fixed_dictionaries(
 def view(v: dict, labeled: bool = True) -> tuple[torch.Tensor, ...]:
     image, label = mosaic(v["height"], v["width"])
     scale = (v["low"], v["low"] * v["stretch"])
-    return geometry(image, label if labeled else None, v["crop"], scale, v["base"], np.random.default_rng(v["seed"]))
+    return geometry(
+        image, label if labeled else None, v["crop"], scale, v["base"], np.random.default_rng(v["seed"])
+    )
 
 
 @settings(deadline=None, derandomize=True, max_examples=120)
@@ -113,7 +117,9 @@ def test_magnification_and_alignment(factor):
     image, label = ramp()
     shift, slope = [], []
     for seed in range(60):
-        out, out_label, valid = geometry(image, label, (32, 32), (factor, factor), 0, np.random.default_rng(seed))
+        out, out_label, valid = geometry(
+            image, label, (32, 32), (factor, factor), 0, np.random.default_rng(seed)
+        )
         rows = valid.any(1).nonzero().flatten()
         columns = valid.any(0).nonzero().flatten()
         values = out[0, rows[0], columns].float() / 3
@@ -131,7 +137,13 @@ def test_flip_half_of_the_time_and_every_place_is_reached():
         out, _, _ = geometry(image, label, (32, 32), (1.0, 1.0), 0, np.random.default_rng(seed))
         flips += int(out[0, 0, 0] > out[0, 0, -1])
         lefts.append(int(out[0, 0].min()) // 3)
-        tops.append(int(geometry(image.transpose(1, 2), label.T, (32, 32), (1.0, 1.0), 0, np.random.default_rng(seed))[1].min()))
+        tops.append(
+            int(
+                geometry(
+                    image.transpose(1, 2), label.T, (32, 32), (1.0, 1.0), 0, np.random.default_rng(seed)
+                )[1].min()
+            )
+        )
     assert 120 < flips < 180
     assert min(lefts) == 0 and max(lefts) == 80 - 32 and np.mean(lefts) == pytest.approx(24, abs=3)
     assert min(tops) == 0 and max(tops) == 80 - 32
@@ -202,7 +214,9 @@ def test_fixed_operations_are_torchvision_s():
     images = photos(3)
     torch.testing.assert_close(augment.greyscale(images), TF.rgb_to_grayscale(images, 3), atol=1e-3, rtol=0)
     torch.testing.assert_close(augment.solarize(images), TF.solarize(images, 0.5))
-    assert torch.equal(augment.equalize(images), torch.stack([TF.equalize(i) for i in images]))  # image by image
+    assert torch.equal(
+        augment.equalize(images), torch.stack([TF.equalize(i) for i in images])
+    )  # image by image
 
 
 def test_hue_turns_chroma_and_keeps_luma(monkeypatch):
@@ -215,12 +229,22 @@ def test_hue_turns_chroma_and_keeps_luma(monkeypatch):
         torch.testing.assert_close((out * luma).sum(0), (image * luma).sum(0), atol=1e-3, rtol=0)
         assert not torch.allclose(out, image, atol=0.02)
     grey = (images[2] * luma).sum(0)
-    torch.testing.assert_close(half - grey, grey - images[2], atol=2e-3, rtol=0)  # half a turn: the opposite colour
-    torch.testing.assert_close(augment.hue(augment.greyscale(images)), augment.greyscale(images), atol=2e-3, rtol=0)  # grey has no hue
+    torch.testing.assert_close(
+        half - grey, grey - images[2], atol=2e-3, rtol=0
+    )  # half a turn: the opposite colour
+    torch.testing.assert_close(
+        augment.hue(augment.greyscale(images)), augment.greyscale(images), atol=2e-3, rtol=0
+    )  # grey has no hue
 
 
 def test_one_of_applies_exactly_one_operation_with_its_frequency(monkeypatch):
-    weights = {"colour_jitter": 0.3, "blur": 0.5, "equalize": 0.1, "solarize": 0.1, "greyscale": 0.5}  # sum 1.5: 0.2, 1/3, 1/15, 1/15, 1/3
+    weights = {
+        "colour_jitter": 0.3,
+        "blur": 0.5,
+        "equalize": 0.1,
+        "solarize": 0.1,
+        "greyscale": 0.5,
+    }  # sum 1.5: 0.2, 1/3, 1/15, 1/15, 1/3
     for k, name in enumerate(weights):
         monkeypatch.setattr(augment, name, lambda images, add=10**k: images + add)
     torch.manual_seed(0)

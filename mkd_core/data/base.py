@@ -126,10 +126,14 @@ def local(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def find_root(name: str, root: str | Path, folders: Sequence[str], where: str, below: Sequence[str] = ("",)) -> Path:
+def find_root(
+    name: str, root: str | Path, folders: Sequence[str], where: str, below: Sequence[str] = ("",)
+) -> Path:
     """The first of root / below that holds one of `folders` (or just exists); DataError that says what was expected."""
     if not str(root):
-        raise DataError(f"data set {name!r} needs root, the folder that holds {' or '.join(folders) or 'the files'}. {where}")
+        raise DataError(
+            f"data set {name!r} needs root, the folder that holds {' or '.join(folders) or 'the files'}. {where}"
+        )
     path = local(root)
     for candidate in below:
         if any((path / candidate / folder).is_dir() for folder in folders or ("",)):
@@ -154,7 +158,9 @@ def _open(path: Path, kind: str) -> Iterator[Image.Image]:
         with Image.open(path) as picture:
             # the second frame of a phone's photo (MPO) is a preview or a depth map
             if (frames := getattr(picture, "n_frames", 1)) > 1 and picture.format != "MPO":
-                raise DataError(f"{path}: {frames} pages or frames in one file; save each as a file of its own")
+                raise DataError(
+                    f"{path}: {frames} pages or frames in one file; save each as a file of its own"
+                )
             yield picture
     except DataError:
         raise
@@ -167,7 +173,9 @@ def _open(path: Path, kind: str) -> Iterator[Image.Image]:
 def orientation(path: Path) -> int:
     """Return the EXIF orientation of a picture: 1 is upright, or says nothing; 2 to 8 are turned or mirrored."""
     with _open(path, "picture") as picture:
-        if picture.format == "PNG" and "exif" not in picture.info:  # else PIL decodes it to look behind the pixels
+        if (
+            picture.format == "PNG" and "exif" not in picture.info
+        ):  # else PIL decodes it to look behind the pixels
             return 1
         return picture.getexif().get(ExifTags.Base.Orientation, 1)
 
@@ -179,7 +187,9 @@ def read_image(path: Path) -> Tensor:
     """
     with _open(path, "picture") as picture:
         if picture.mode.startswith(("I", "F")):
-            raise DataError(f"{path}: {picture.mode} pictures (16 or 32 bits a channel) are not supported; convert to 8 bits")
+            raise DataError(
+                f"{path}: {picture.mode} pictures (16 or 32 bits a channel) are not supported; convert to 8 bits"
+            )
         ImageOps.exif_transpose(picture, in_place=True)
         return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
 
@@ -192,20 +202,31 @@ def read_label(path: Path, classes: int | None = None) -> Tensor:
     """
     with _open(path, "mask") as picture:
         # JPEG and WebP change pixels, GIF writers renumber colours
-        if picture.format not in ("PNG", "TIFF", "BMP") or picture.info.get("compression") in ("jpeg", "webp"):
-            raise DataError(f"{path}: a mask must be a lossless PNG, TIFF or BMP; this {picture.format} may change classes")
+        if picture.format not in ("PNG", "TIFF", "BMP") or picture.info.get("compression") in (
+            "jpeg",
+            "webp",
+        ):
+            raise DataError(
+                f"{path}: a mask must be a lossless PNG, TIFF or BMP; this {picture.format} may change classes"
+            )
         if picture.mode not in ("L", "P", "1"):
-            raise DataError(f"{path}: a mask must be a grey or palette PNG of class indices, this one has mode {picture.mode}")
-        stored = picture.tile[0][3] if picture.tile else ""
+            raise DataError(
+                f"{path}: a mask must be a grey or palette PNG of class indices, this one has mode {picture.mode}"
+            )
+        stored = picture.tile[0][3] if picture.tile else ""  # type: ignore[attr-defined]
         stored = stored if isinstance(stored, str) else stored[0]
         label = np.array(picture, dtype=np.uint8) // np.uint8({"L;2": 85, "L;4": 17}.get(stored, 1))
         if (turned := picture.getexif().get(ExifTags.Base.Orientation, 1)) != 1:
-            raise DataError(f"{path}: a mask with EXIF orientation {turned}; save it upright, without the mark")
+            raise DataError(
+                f"{path}: a mask with EXIF orientation {turned}; save it upright, without the mark"
+            )
     if classes is not None:
         outside = label[(label >= classes) & (label != IGNORE)]
         if outside.size:
             values = ", ".join(map(str, np.unique(outside)[:5]))
-            raise DataError(f"{path}: label values {values} outside 0..{classes - 1} and {IGNORE} ({outside.size} pixels)")
+            raise DataError(
+                f"{path}: label values {values} outside 0..{classes - 1} and {IGNORE} ({outside.size} pixels)"
+            )
     return torch.from_numpy(label)
 
 

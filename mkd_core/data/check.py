@@ -37,7 +37,10 @@ class Report:
         rows = list(self.rows)
         if self.shares:
             rows += [("", ""), ("% of the pixels", "".join(f"{part:>8}" for part in self.shares))]
-            rows += [(name, "".join(f"{shares[name]:8.2f}" for shares in self.shares.values())) for name in self.shares["labeled"]]
+            rows += [
+                (name, "".join(f"{shares[name]:8.2f}" for shares in self.shares.values()))
+                for name in self.shares["labeled"]
+            ]
         width = max(len(what) for what, _ in rows)
         verdict = [f"PROBLEM: {problem}" for problem in self.problems] or ["no problems found"]
         verdict += [f"WARNING: {warning}" for warning in self.warnings]
@@ -57,7 +60,10 @@ def check(dataset: SegDataset, split: Split, deep: bool = True, progress: Progre
     """
     report = Report()
     report.rows = [
-        ("data set", f"{dataset.name}, {len(dataset.classes)} classes" + (f", {dataset.root}" if dataset.root else "")),
+        (
+            "data set",
+            f"{dataset.name}, {len(dataset.classes)} classes" + (f", {dataset.root}" if dataset.root else ""),
+        ),
         ("training images", _count(f"{dataset.name}/train", dataset.train)),
         ("val", _count(f"{dataset.name}/val", dataset.val)),
         ("split", split.name),
@@ -92,7 +98,9 @@ def _check_lists(report: Report, dataset: SegDataset, split: Split) -> None:
         file = dataset.files(id)[0]
         if file is None:
             return id
-        return os.path.realpath(file) if os.path.islink(file) else os.path.join(folder(file.parent), file.name)
+        return (
+            os.path.realpath(file) if os.path.islink(file) else os.path.join(folder(file.parent), file.name)
+        )
 
     val = set(map(picture, dataset.val))
     if leak := sorted(id for id in {*split.labeled, *split.unlabeled} if picture(id) in val):
@@ -135,13 +143,19 @@ def _look(dataset: SegDataset, id: str) -> _Content:
         image = dataset.image(id)
         pixels = image.numpy()
         if pixels.min() < pixels.max():  # pictures of one colour are alike and no copies
-            found.pixels = hashlib.sha256(np.ascontiguousarray(pixels)).digest()
+            found.pixels = hashlib.sha256(pixels.tobytes()).digest()
         found.turned = file is not None and orientation(file) != 1
         if dataset.has_label(id):
             label = dataset.label(id)
             if label.shape != image.shape[1:]:
-                why = " (its EXIF orientation is applied, so the mask must be upright too)" if found.turned else ""
-                raise DataError(f"{id}: the image has {tuple(image.shape[1:])} pixels{why}, its mask {tuple(label.shape)}")
+                why = (
+                    " (its EXIF orientation is applied, so the mask must be upright too)"
+                    if found.turned
+                    else ""
+                )
+                raise DataError(
+                    f"{id}: the image has {tuple(image.shape[1:])} pixels{why}, its mask {tuple(label.shape)}"
+                )
             found.colours = mask_colours(mask) if mask else {}
             found.counts = np.bincount(label.numpy().ravel(), minlength=256)
     except DataError as error:
@@ -149,7 +163,9 @@ def _look(dataset: SegDataset, id: str) -> _Content:
     return found
 
 
-def _check_contents(report: Report, dataset: SegDataset, split: Split, ids: Sequence[str], progress: Progress | None) -> None:
+def _check_contents(
+    report: Report, dataset: SegDataset, split: Split, ids: Sequence[str], progress: Progress | None
+) -> None:
     labeled, val = set(split.labeled), set(dataset.val)
     counts = {"labeled": np.zeros(256, np.int64), "val": np.zeros(256, np.int64)}
     faults, turned = [], []
@@ -172,7 +188,9 @@ def _check_contents(report: Report, dataset: SegDataset, split: Split, ids: Sequ
         for part, count in counts.items()
     }
     if faults:
-        report.problems.append(f"{len(faults)} faulty files:\n  " + "\n  ".join(faults[:5] + ["..."] * (len(faults) > 5)))
+        report.problems.append(
+            f"{len(faults)} faulty files:\n  " + "\n  ".join(faults[:5] + ["..."] * (len(faults) > 5))
+        )
     elif len(ids) == len({*split.labeled, *split.unlabeled, *dataset.val}):
         _check_classes(report, dataset, counts)
 
@@ -180,9 +198,13 @@ def _check_contents(report: Report, dataset: SegDataset, split: Split, ids: Sequ
     if copies := [" = ".join(same) for same in twins]:
         # the published sets are what they are
         published = as_published(f"{dataset.name}/val", dataset.val)
-        (report.warnings if published else report.problems).append(f"{some(copies, 'photos')} both in training and in the validation set")
+        (report.warnings if published else report.problems).append(
+            f"{some(copies, 'photos')} both in training and in the validation set"
+        )
     if turned:
-        report.warnings.append(f"{some(turned, 'images')} turned by EXIF orientation when read: are the masks upright too?")
+        report.warnings.append(
+            f"{some(turned, 'images')} turned by EXIF orientation when read: are the masks upright too?"
+        )
     odd = {id for of in colours.values() for ids in sorted(of.values(), key=len)[:-1] for id in ids}
     if odd:
         report.warnings.append(
@@ -196,14 +218,22 @@ def _check_classes(report: Report, dataset: SegDataset, counts: dict[str, np.nda
     held = {part: [k for k in range(len(dataset.classes)) if count[k]] for part, count in counts.items()}
     for part, found in held.items():
         if len(found) < 2 and counts[part].any():
-            hint = f" {IGNORE} means ignored: an object needs a class value of its own, 1 for example." if counts[part][IGNORE] else ""
+            hint = (
+                f" {IGNORE} means ignored: an object needs a class value of its own, 1 for example."
+                if counts[part][IGNORE]
+                else ""
+            )
             report.problems.append(
                 f"the {part} masks hold {len(found)} of {len(dataset.classes)} classes, at least 2 are needed.{hint}"
             )
     unseen = [dataset.classes[k] for k in held["val"] if k not in held["labeled"]]
     if unseen:
-        report.warnings.append(f"{some(unseen, 'classes')} of the validation set in no labeled mask: they cannot be learned")
-    if nowhere := [name for k, name in enumerate(dataset.classes) if k not in held["val"] and k not in held["labeled"]]:
+        report.warnings.append(
+            f"{some(unseen, 'classes')} of the validation set in no labeled mask: they cannot be learned"
+        )
+    if nowhere := [
+        name for k, name in enumerate(dataset.classes) if k not in held["val"] and k not in held["labeled"]
+    ]:
         report.warnings.append(
             f"{some(nowhere, 'classes')} in no mask: do the labels start from 1, or does the class list hold a line that is no class?"
         )

@@ -65,14 +65,22 @@ class Cityscapes(FileDataset):
         for path in (self.root / "leftImg8bit" / part).glob("*/*_leftImg8bit.png"):
             id, place = path.name.removesuffix("_leftImg8bit.png"), Path(part, path.parent.name)
             if self._place.setdefault(id, place) != place:
-                raise DataError(f"{self.root / 'leftImg8bit'}: two images are called {id}, in {self._place[id]} and in {place}")
+                raise DataError(
+                    f"{self.root / 'leftImg8bit'}: two images are called {id}, in {self._place[id]} and in {place}"
+                )
             ids.append(id)
         return tuple(sorted(ids))
 
     def files(self, id: str) -> tuple[Path, Path]:
-        place = self._place.get(id, Path("train/*"))  # where it was found; an id that is only listed is in no city
-        masks = [self.root / "gtFine" / place / f"{id}_gtFine_{kind}.png" for kind in ("labelTrainIds", "labelIds")]
-        return self.root / "leftImg8bit" / place / f"{id}_leftImg8bit.png", masks[0] if masks[0].is_file() else masks[1]
+        place = self._place.get(
+            id, Path("train/*")
+        )  # where it was found; an id that is only listed is in no city
+        masks = [
+            self.root / "gtFine" / place / f"{id}_gtFine_{kind}.png" for kind in ("labelTrainIds", "labelIds")
+        ]
+        return self.root / "leftImg8bit" / place / f"{id}_leftImg8bit.png", masks[0] if masks[
+            0
+        ].is_file() else masks[1]
 
     def label(self, id: str) -> Tensor:
         mask = self.files(id)[1]

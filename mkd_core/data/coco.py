@@ -17,15 +17,17 @@ from pycocotools import mask as rle
 from .base import IGNORE, DataError, FileDataset, colormap, find_root, some
 
 # index 0 is background, a class like the others; then the 80 things in the order of their official ids
-CLASSES = tuple(
-    "background, person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, "
-    "stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, "
-    "umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, "
-    "skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, "
-    "orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, "
-    "laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, "
-    "scissors, teddy bear, hair drier, toothbrush".split(", ")
-)
+CLASSES = (
+    "background", "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat",
+    "traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog",
+    "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag",
+    "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite", "baseball bat",
+    "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle", "wine glass", "cup", "fork",
+    "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli", "carrot", "hot dog",
+    "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet", "tv",
+    "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
+    "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)  # fmt: skip
 
 
 class COCO(FileDataset):
@@ -47,12 +49,17 @@ class COCO(FileDataset):
     def __init__(self, root: str, masks: str = "masks"):
         self.root = find_root(self.name, root, ["train2017", "val2017"], self.where)
         self.masks = self.root / masks
-        parts = [tuple(sorted(p.stem for p in (self.root / part).glob("*.jpg"))) for part in ("train2017", "val2017")]
+        parts = [
+            tuple(sorted(p.stem for p in (self.root / part).glob("*.jpg")))
+            for part in ("train2017", "val2017")
+        ]
         self.train, self.val = parts
         self._val = frozenset(self.val)
 
     def files(self, id: str) -> tuple[Path, Path]:
-        return self.root / ("val2017" if id in self._val else "train2017") / f"{id}.jpg", self.masks / f"{id}.png"
+        return self.root / (
+            "val2017" if id in self._val else "train2017"
+        ) / f"{id}.jpg", self.masks / f"{id}.png"
 
 
 def render_masks(annotations: Path, out: Path, progress: Callable[[int, int], None] | None = None) -> int:
@@ -67,18 +74,24 @@ def render_masks(annotations: Path, out: Path, progress: Callable[[int, int], No
 
     def get(kind: str, each: dict[str, Any], *keys: str) -> list[Any]:
         if absent := [key for key in keys if key not in each]:
-            raise DataError(f"{annotations}: {kind} {each.get('id', '')} has no {absent[0]!r}; an instances_*.json is needed")
+            raise DataError(
+                f"{annotations}: {kind} {each.get('id', '')} has no {absent[0]!r}; an instances_*.json is needed"
+            )
         return [each[key] for key in keys]
 
     categories, images, annotated = get("the file", content, "categories", "images", "annotations")
     names = dict(get("category", each, "id", "name") for each in categories)
     if own := [name for name in names.values() if name not in CLASSES[1:]]:
-        raise DataError(f"{annotations}: {some(own, 'categories')} not of COCO's 80; own classes belong in data set 'folder'")
+        raise DataError(
+            f"{annotations}: {some(own, 'categories')} not of COCO's 80; own classes belong in data set 'folder'"
+        )
     objects = defaultdict(list)
     for each in annotated:
         image, category, _ = get("annotation", each, "image_id", "category_id", "segmentation")
         if category not in names:
-            raise DataError(f"{annotations}: annotation {each.get('id', '')} has the unknown category_id {category}")
+            raise DataError(
+                f"{annotations}: annotation {each.get('id', '')} has the unknown category_id {category}"
+            )
         objects[image].append((each, CLASSES.index(names[category])))
     out.mkdir(parents=True, exist_ok=True)
     written = 0
@@ -112,7 +125,9 @@ def _render(objects: list[tuple[dict[str, Any], int]], height: int, width: int) 
                 mask[int(top) : math.ceil(top + high), int(left) : math.ceil(left + wide)] = True
                 index = IGNORE
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"annotation {each.get('id', number)}: no readable outline or box ({error!r})") from error
+            raise DataError(
+                f"annotation {each.get('id', number)}: no readable outline or box ({error!r})"
+            ) from error
         parts.append((-each.get("area", mask.sum()), each.get("id", number), mask, index))
     label = np.zeros((height, width), np.uint8)
     for *_, mask, index in sorted(parts, key=lambda part: part[:2]):
@@ -123,15 +138,25 @@ def _render(objects: list[tuple[dict[str, Any], int]], height: int, width: int) 
 def _decode(outline: Any, height: int, width: int) -> np.ndarray:
     """(H, W) bool of COCO's polygons or run lengths; all False where there is no outline."""
     if isinstance(outline, list):
-        polygons = [polygon for polygon in outline if len(polygon) >= 6]  # the library takes four numbers for a box
+        polygons = [
+            polygon for polygon in outline if len(polygon) >= 6
+        ]  # the library takes four numbers for a box
         if not polygons:
             return np.zeros((height, width), bool)
         return rle.decode(rle.merge(rle.frPyObjects(polygons, height, width))).astype(bool)
     counts = outline["counts"]
-    lengths = rle.frPyObjects(outline, *outline["size"]) if isinstance(counts, list) else {**outline, "counts": counts.encode()}
+    lengths = (
+        rle.frPyObjects(outline, *outline["size"])
+        if isinstance(counts, list)
+        else {**outline, "counts": counts.encode()}
+    )
     mask = rle.decode(lengths)
     # where run lengths are too few the library leaves the rest of the mask as it finds it
-    whole = sum(counts) == mask.size if isinstance(counts, list) else rle.encode(mask)["counts"] == lengths["counts"]
+    whole = (
+        sum(counts) == mask.size
+        if isinstance(counts, list)
+        else rle.encode(mask)["counts"] == lengths["counts"]
+    )
     if not whole or mask.shape != (height, width):
         raise ValueError(f"run lengths do not add up to {height} x {width} pixels")
     return mask.astype(bool)

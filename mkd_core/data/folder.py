@@ -12,9 +12,10 @@ import numpy as np
 
 from .base import IGNORE, DataError, FileDataset, checked_ids, colormap, find_root, read_text
 
-
 # lines of a class list that are no plain name: a header; a value or a colour beside the name
-HEADER = re.compile(r"(id|index|value|names?|class(es)?|labels?|categor(y|ies)|colou?r|[rgb]|[\s,;:_-])+", re.IGNORECASE)
+HEADER = re.compile(
+    r"(id|index|value|names?|class(es)?|labels?|categor(y|ies)|colou?r|[rgb]|[\s,;:_-])+", re.IGNORECASE
+)
 NO_NAME = re.compile(r"^-?\d+\s*[,;:\t]|[,;:\t]\s*\d")
 
 
@@ -43,14 +44,18 @@ class Folder(FileDataset):
     ):
         self.root = find_root(self.name, root, [], self.where)
         self.classes = _class_names(self.root, classes)
-        self.palette = colormap(len(self.classes)) if palette is None else _colours(palette, len(self.classes))
+        self.palette = (
+            colormap(len(self.classes)) if palette is None else _colours(palette, len(self.classes))
+        )
         self._written: dict[str, str] = {}  # id -> the image's name as its list spells it
         self._masks: dict[str, str | None] = {}
         self.train = self.read_list(self.root / train) if (self.root / train).is_file() else ()
         self.val = self.read_list(self.root / val) if val else ()
         bare = [id for id in self.val if self._masks[id] is None]
         if bare:
-            raise DataError(f"{self.root / val}, images without mask, first {bare[0]}: evaluated images need one")
+            raise DataError(
+                f"{self.root / val}, images without mask, first {bare[0]}: evaluated images need one"
+            )
 
     def files(self, id: str) -> tuple[Path, Path | None]:
         mask = self._masks.get(id)
@@ -58,7 +63,11 @@ class Folder(FileDataset):
 
     def _file(self, name: str) -> Path:
         """The file of a name, in whichever Unicode form (composed or, from a Mac, decomposed) the disk has it."""
-        forms = [name] if name.isascii() else [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+        forms = (
+            [name]
+            if name.isascii()
+            else [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+        )
         return next((self.root / form for form in forms if (self.root / form).is_file()), self.root / name)
 
     def read_list(self, path: Path) -> tuple[str, ...]:
@@ -70,7 +79,9 @@ class Folder(FileDataset):
                 image, mask = self._pair(line.strip(), place)
                 id = unicodedata.normalize("NFC", image)
                 if mask and (self._masks.get(id) or mask) != mask:
-                    raise DataError(f"{place}: {image} has mask {self._masks[id]} in one list and {mask} in another")
+                    raise DataError(
+                        f"{place}: {image} has mask {self._masks[id]} in one list and {mask} in another"
+                    )
                 self._masks[id] = mask or self._masks.get(id)
                 self._written[id] = image
                 ids.append(id)
@@ -83,7 +94,9 @@ class Folder(FileDataset):
         if absolute := [field for field in fields if field.startswith("/")]:
             raise DataError(f"{place}: {absolute[0]} is absolute; names are relative to {self.root}")
         if len(fields) > 2:
-            raise DataError(f"{place}: expected 'image mask' or 'image', got {line!r}; part names that hold spaces by a tab")
+            raise DataError(
+                f"{place}: expected 'image mask' or 'image', got {line!r}; part names that hold spaces by a tab"
+            )
         image, mask = fields[0], fields[1] if len(fields) == 2 else None
         if not self._file(image).is_file() and (hint := _hint(line, image, mask)):
             raise DataError(f"{place}: {line!r} {hint}")
@@ -114,16 +127,22 @@ def _class_names(root: Path, classes: Sequence[str] | int | None) -> tuple[str, 
     if classes is None:
         file = root / "classes.txt"
         if not file.is_file():
-            raise DataError(f"which classes do the masks hold? Give classes=[names], classes=<number>, or one name per line in {file}")
+            raise DataError(
+                f"which classes do the masks hold? Give classes=[names], classes=<number>, or one name per line in {file}"
+            )
         lines = [line.strip() for line in read_text(file).splitlines()]
         classes = [line for line in lines if line and not line.startswith("#")]
         source = str(file)
-    names = tuple(f"class {k}" for k in range(classes)) if isinstance(classes, int) else tuple(map(str, classes))
+    names = (
+        tuple(f"class {k}" for k in range(classes)) if isinstance(classes, int) else tuple(map(str, classes))
+    )
     if names[:1] == ("__ignore__",):  # labelme's first line: value -1, which is 255 in its masks
         names = names[1:]
     for number, name in enumerate(names):
         if name == "__ignore__" or NO_NAME.search(name) or (number == 0 and HEADER.fullmatch(name)):
-            raise DataError(f"{source}: {name!r} is no class name; give the names alone, one per class, the first for value 0")
+            raise DataError(
+                f"{source}: {name!r} is no class name; give the names alone, one per class, the first for value 0"
+            )
     if isinstance(classes, str) or not 1 < len(names) <= IGNORE or len(set(names)) < len(names):
         raise DataError(f"classes must be 2 to {IGNORE} different names, or their number; got {classes!r}")
     return names
@@ -132,5 +151,7 @@ def _class_names(root: Path, classes: Sequence[str] | int | None) -> tuple[str, 
 def _colours(palette: Sequence[Sequence[int]], classes: int) -> np.ndarray:
     colours = np.asarray(palette) if len({len(colour) for colour in palette}) == 1 else np.zeros(0)
     if colours.shape != (classes, 3) or colours.min() < 0 or colours.max() > 255:
-        raise DataError(f"palette must hold {classes} colours [r, g, b] in 0..255, one for each class; got {palette!r}")
+        raise DataError(
+            f"palette must hold {classes} colours [r, g, b] in 0..255, one for each class; got {palette!r}"
+        )
     return colours.astype(np.uint8)

@@ -16,7 +16,9 @@ from torch import Tensor
 from .base import SegDataset
 
 CLASSES = ("smooth", "stripes", "checker", "dots", "rings")
-PALETTE = np.array([[86, 180, 233], [213, 94, 0], [204, 121, 167], [240, 228, 66], [0, 158, 115]], np.uint8)  # Okabe and Ito
+PALETTE = np.array(
+    [[86, 180, 233], [213, 94, 0], [204, 121, 167], [240, 228, 66], [0, 158, 115]], np.uint8
+)  # Okabe and Ito
 SUPERSAMPLING = 2
 
 
@@ -63,7 +65,9 @@ def _draw(id: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     angle, wave = rng.uniform(0, 2 * np.pi, 2)
     across = (x - size / 2) * np.cos(angle) + (y - size / 2) * np.sin(angle)
     along = (y - size / 2) * np.cos(angle) - (x - size / 2) * np.sin(angle)
-    line = rng.uniform(-0.12, 0.12) * size + rng.uniform(2, 5) * np.sin(along * rng.uniform(0.12, 0.25) + wave)
+    line = rng.uniform(-0.12, 0.12) * size + rng.uniform(2, 5) * np.sin(
+        along * rng.uniform(0.12, 0.25) + wave
+    )
     regions = [np.ones((side, side), bool), across > line]
     # One or two objects on top.
     for _ in range(rng.integers(1, 3)):
@@ -77,10 +81,14 @@ def _draw(id: str, size: int) -> tuple[np.ndarray, np.ndarray]:
 
     # Light: overall, a gradient, and sensor noise after averaging down.
     turn = rng.uniform(0, 2 * np.pi)
-    light = rng.uniform(0.6, 1.2) * (1 + rng.uniform(0, 0.4) * ((x - size / 2) * np.cos(turn) + (y - size / 2) * np.sin(turn)) / size)
+    light = rng.uniform(0.6, 1.2) * (
+        1 + rng.uniform(0, 0.4) * ((x - size / 2) * np.cos(turn) + (y - size / 2) * np.sin(turn)) / size
+    )
     image = (image * light[..., None]).reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 3).mean((1, 3))
     image = np.clip(image + rng.normal(0, 0.03, image.shape), 0, 1)
-    return (image.transpose(2, 0, 1) * 255).round().astype(np.uint8), label[::SUPERSAMPLING, ::SUPERSAMPLING].copy()
+    return (image.transpose(2, 0, 1) * 255).round().astype(np.uint8), label[
+        ::SUPERSAMPLING, ::SUPERSAMPLING
+    ].copy()
 
 
 def _object(x: np.ndarray, y: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:

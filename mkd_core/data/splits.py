@@ -57,7 +57,9 @@ def load_split(dataset: SegDataset, name: str, seed: int = 0) -> Split:
     if own and dataset.root and (dataset.root / name / "labeled.txt").is_file():
         return _from_folder(dataset, name, dataset.root / name)
     if not dataset.train:
-        raise DataError(f"data set {dataset.name!r} has no training images under {dataset.root}. {dataset.where}")
+        raise DataError(
+            f"data set {dataset.name!r} has no training images under {dataset.root}. {dataset.where}"
+        )
     if name == "full":
         return _split(name, [id for id in dataset.train if _may_be_labeled(dataset, id)], dataset.train)
     if wish is None:
@@ -95,7 +97,9 @@ def draw(dataset: SegDataset, count: int, seed: int) -> list[str]:
         if len(counts) == len(dataset.classes):
             break
     if absent := [dataset.classes[c] for c in sorted(seen - counts.keys())]:
-        raise DataError(f"random: no {count} images found that hold every class, {absent} would be absent; ask for more")
+        raise DataError(
+            f"random: no {count} images found that hold every class, {absent} would be absent; ask for more"
+        )
     return list(holds)
 
 
@@ -131,8 +135,17 @@ def _lists() -> dict:
 def _published_split(dataset: SegDataset, name: str) -> Split:
     counts = published_splits(dataset.name)
     if name not in counts:
-        own = [str(found.parent.relative_to(dataset.root)) for found in sorted(dataset.root.rglob("labeled.txt"))] if dataset.root else []
-        choose(f"{dataset.name} split", name, [*counts, *own, "random/1_16", "random/32", "random/32@3", "full"])
+        own = (
+            [
+                str(found.parent.relative_to(dataset.root))
+                for found in sorted(dataset.root.rglob("labeled.txt"))
+            ]
+            if dataset.root
+            else []
+        )
+        choose(
+            f"{dataset.name} split", name, [*counts, *own, "random/1_16", "random/32", "random/32@3", "full"]
+        )
     count, file, sha256 = _lists()[dataset.name][name]
     labeled = _verified(file, dataset.pattern, count, sha256)
     if not as_published(f"{dataset.name}/train", dataset.train):
@@ -176,7 +189,9 @@ def _classes_of(dataset: SegDataset, id: str) -> set[int]:
 def _verified(file: str, pattern: str, count: int, sha256: str) -> tuple[str, ...]:
     ids = parse_ids(_fetch(file), pattern, file)
     if len(ids) != count or set_hash(ids) != sha256:
-        raise DataError(f"{file}: {len(ids)} ids with hash {set_hash(ids)}, published are {count} with {sha256}")
+        raise DataError(
+            f"{file}: {len(ids)} ids with hash {set_hash(ids)}, published are {count} with {sha256}"
+        )
     return tuple(sorted(ids))
 
 
@@ -190,7 +205,13 @@ def _fetch(file: str) -> str:
             zipped = plain.with_name(plain.name + ".gz")
             return gzip.decompress(zipped.read_bytes()).decode() if zipped.is_file() else read_text(plain)
         url, sha256 = f"{address['url']}/{path}", _lists()["files"][file]
-        return read_text(Path(pooch.retrieve(url, f"sha256:{sha256}", fname=file.replace("/", "_"), path=pooch.os_cache("mkd"))))
+        return read_text(
+            Path(
+                pooch.retrieve(
+                    url, f"sha256:{sha256}", fname=file.replace("/", "_"), path=pooch.os_cache("mkd")
+                )
+            )
+        )
     except (OSError, EOFError, ValueError) as error:
         advice = "Without a network, let MKD_SPLITS name a folder that holds the published lists."
         raise DataError(f"cannot get the list {address['url']}/{path}: {error}. {advice}") from error
