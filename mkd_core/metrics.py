@@ -11,9 +11,10 @@ from .data.base import IGNORE
 
 
 def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
-    """Pixels counted by (truth, prediction): two int maps of equal shape -> (C, C) int64 on their device; IGNORE is left out.
+    """Count pixels by (truth, prediction): two int maps of equal shape -> (C, C) int64 on their device.
 
-    One scatter-add a batch, which never asks the host (bincount waits for the range of its input); integers add up alike in any order.
+    IGNORE is left out. One scatter-add never waits for the device, as bincount does, and integers add
+    up alike in any order.
     """
     ignored = num_classes**2
     index = torch.where(label == IGNORE, ignored, label.long() * num_classes + prediction.long())

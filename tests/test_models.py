@@ -199,7 +199,7 @@ def test_files_of_timm_go_in(tmp_path, name):
     state = source.state_dict()
     state.pop(next(iter(state)))
     torch.save(state, path)
-    with pytest.raises(ValueError, match="does not fit the encoder: 1 of its"):
+    with pytest.raises(ValueError, match="does not fit the encoder: .*Missing key"):
         load_encoder(net, str(path))
 
 
@@ -241,7 +241,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
 
 def test_weights_without_names_or_a_folder_are_refused(tmp_path):
     torch.save({0: torch.zeros(1)}, tmp_path / "numbers.pth")
-    for encoder, path, word in (("tu-test_resnet", tmp_path / "numbers.pth", "no tensors by name"), ("resnet18", tmp_path, "is no file"),
+    for encoder, path, word in (("tu-test_resnet", tmp_path / "numbers.pth", "does not fit the encoder"), ("resnet18", tmp_path, "is no file"),
                                 ("resnet18", "~nosuchuser/w.pth", "~nosuchuser/w.pth does not exist")):  # fmt: skip
         with pytest.raises(ValueError, match=word):
             load_encoder(SegNet(CLASSES, encoder=encoder, channels=16), str(path))

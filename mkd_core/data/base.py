@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the suite: ids, images, labels, class names, a palette; and how files are read."""
+"""What a data set is to the rest of the suite, and how its files are read."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ class SegDataset(ABC):
         """Whether label(id) can be read; unlabeled images of one's own have none."""
 
     def files(self, id: str) -> tuple[Path | None, Path | None]:
-        """(image file, mask file) of an id as expected, existing or not; None for a mask that is not meant to exist.
+        """Return the image and mask file of an id, existing or not.
 
-        (None, None) where the data set is generated.
+        None for a mask that is not meant to exist; (None, None) where the data set is generated.
         """
         return None, None
 
@@ -91,9 +91,10 @@ class FileDataset(SegDataset):
 
 
 def parse_ids(text: str, pattern: str, source: str) -> tuple[str, ...]:
-    """The ids of a list: the first match of `pattern` in each line that is not blank, whatever paths surround it.
+    """Find the ids of a list: the first match of `pattern` in each line that is not blank.
 
-    DataError for a line without an id, for an id that occurs twice and for an empty list; `source` names the list in it.
+    DataError for a line without an id, for an id that occurs twice and for an empty list;
+    `source` names the list in it.
     """
     ids = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -122,14 +123,14 @@ def some(items: Iterable[object], noun: str) -> str:
 
 
 def local(path: str | Path) -> Path:
-    """A path as a user writes it, "~" filled in; the home of nobody stays as written, where Path.expanduser raises."""
+    """Fill in "~"; the home of nobody stays as written, where Path.expanduser raises."""
     return Path(os.path.expanduser(path))
 
 
 def find_root(
     name: str, root: str | Path, folders: Sequence[str], where: str, below: Sequence[str] = ("",)
 ) -> Path:
-    """The first of root / below that holds one of `folders` (or just exists); DataError that says what was expected."""
+    """Find the first of root / below that holds one of `folders` (or just exists), else DataError."""
     if not str(root):
         raise DataError(
             f"data set {name!r} needs root, the folder that holds {' or '.join(folders) or 'the files'}. {where}"
@@ -241,7 +242,7 @@ def mask_colours(path: Path) -> dict[int, tuple[int, ...]]:
 
 
 def colormap(classes: int) -> np.ndarray:
-    """(classes, 3) uint8: PASCAL VOC's colours, which spread the bits of the index over the high bits of R, G and B (VOC devkit)."""
+    """Make PASCAL VOC's colours, (classes, 3) uint8: the bits of the index in the high bits of R, G and B."""
     index = np.arange(classes)[:, None]
     colours = np.zeros((classes, 3), np.int64)
     for bit in range(8):

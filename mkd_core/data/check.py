@@ -58,12 +58,9 @@ def check(dataset: SegDataset, split: Split, deep: bool = True, progress: Progre
     deep=False looks at the lists and at which files exist; deep=True also opens every image and
     mask, and calls `progress(done, total)` after each.
     """
-    report = Report()
+    report, place = Report(), f", {dataset.root}" if dataset.root else ""
     report.rows = [
-        (
-            "data set",
-            f"{dataset.name}, {len(dataset.classes)} classes" + (f", {dataset.root}" if dataset.root else ""),
-        ),
+        ("data set", f"{dataset.name}, {len(dataset.classes)} classes{place}"),
         ("training images", _count(f"{dataset.name}/train", dataset.train)),
         ("val", _count(f"{dataset.name}/val", dataset.val)),
         ("split", split.name),
@@ -78,7 +75,8 @@ def check(dataset: SegDataset, split: Split, deep: bool = True, progress: Progre
 
 
 def _count(key: str, ids: tuple[str, ...]) -> str:
-    return f"{len(ids)}{ {True: ', the published set', False: ', not the published set', None: ''}[as_published(key, ids)] }"
+    verdict = {True: ", the published set", False: ", not the published set", None: ""}
+    return f"{len(ids)}{verdict[as_published(key, ids)]}"
 
 
 def _check_lists(report: Report, dataset: SegDataset, split: Split) -> None:

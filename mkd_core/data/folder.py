@@ -22,12 +22,14 @@ NO_NAME = re.compile(r"^-?\d+\s*[,;:\t]|[,;:\t]\s*\d")
 class Folder(FileDataset):
     """Images and masks named by list files; every path is relative to `root`, and an image's path is its id.
 
-    A line is "image mask", or "image" alone for an image without label; names with spaces are parted from each other by a tab.
-    Masks are grey or palette PNGs of class indices, 255 = ignored.
+    A line is "image mask", or "image" alone for an image without label; names with spaces are parted
+    from each other by a tab. Masks are grey or palette PNGs of class indices, 255 = ignored.
 
-    classes  the names, or their number; default: the lines of `classes.txt` under root
+    classes  the names, or their number; default: the lines of `classes.txt` under root, without those
+             that begin with "#" and without labelme's first, `__ignore__`
     palette  [[r, g, b], ...], a colour for each class; default: VOC's colours
-    train    list of the training images; may be absent where every split is a folder with labeled.txt and unlabeled.txt
+    train    list of the training images; may be absent where every split is a folder with labeled.txt
+             and unlabeled.txt
     val      list of the evaluated images, all with masks; "" for none
     """
 

@@ -1,7 +1,7 @@
-"""`shapes`, the embedded data set: textures told apart by pattern, never by colour; made from a seed, nothing to download.
+"""`shapes`, the embedded data set: textures told apart by pattern, made from a seed.
 
-Every region is painted with one of five textures in two random colours, so colour misleads and only the local pattern names
-the class: a problem on which few labels overfit and unlabeled images help. Recipe and numbers: our choice (README).
+Every region is painted with one of five textures in two random colours. Colour misleads, and only the
+local pattern names the class: few labels overfit and unlabeled images help. Recipe and numbers: our choice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SUPERSAMPLING = 2
 
 
 class Shapes(SegDataset):
-    """`train_size` + `val_size` images of `size` x `size` pixels, all labeled; image k depends on (set, k) alone.
+    """`train_size` + `val_size` labeled images of `size` x `size` pixels; image k depends on (set, k) alone.
 
     >>> Shapes(train_size=4, val_size=2).image("train/0003").shape
     torch.Size([3, 48, 48])
@@ -112,7 +112,7 @@ def _object(x: np.ndarray, y: np.ndarray, rng: np.random.Generator, size: int) -
 
 
 def _texture(kind: int, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(side, side, 3) in [0, 1]: the class's pattern between two random colours, random period, orientation and phase."""
+    """Paint a class's pattern between two random colours, random in period, turn and phase: (side, side, 3) in [0, 1]."""
     period, turn = rng.uniform(5, 7), rng.uniform(0, 2 * np.pi)
     u = 2 * np.pi * (x * np.cos(turn) + y * np.sin(turn)) / period + rng.uniform(0, 2 * np.pi)
     v = 2 * np.pi * (y * np.cos(turn) - x * np.sin(turn)) / period + rng.uniform(0, 2 * np.pi)
@@ -133,7 +133,10 @@ def _texture(kind: int, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) 
 
 
 def _two_colours(kind: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Two RGB colours at least 0.15 apart in mean brightness; hues scatter by 0.12 turn about one that the class shares: a weak hint."""
+    """Draw two RGB colours at least 0.15 apart in mean brightness.
+
+    Hues scatter by 0.12 turn about one that the class shares: a weak hint.
+    """
     while True:
         hue = (kind / len(CLASSES) + rng.normal(0, 0.12, 2))[:, None]
         saturation, value = rng.uniform(0.25, 0.85, (2, 1)), rng.uniform(0.25, 1, (2, 1))

@@ -1,4 +1,4 @@
-"""Labeled and unlabeled images by name: published lists (checked against their hashes), random draws, one's own folders."""
+"""Labeled and unlabeled images by name: published lists, random draws, one's own folders."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Split:
 
 
 def set_hash(ids: Iterable[str]) -> str:
-    """sha256 of the sorted unique ids, one per line, each ended by a line feed: independent of a file's order and syntax."""
+    """Hash the sorted unique ids, one per line, each ended by a line feed: sha256, whatever a file's order and syntax."""
     return hashlib.sha256("".join(f"{id}\n" for id in sorted(set(ids))).encode()).hexdigest()
 
 
@@ -72,11 +72,12 @@ def load_split(dataset: SegDataset, name: str, seed: int = 0) -> Split:
 
 
 def draw(dataset: SegDataset, count: int, seed: int) -> list[str]:
-    """`count` labeled ids, every class present: our rule. The same on every machine, and independent of the order of files.
+    """Draw `count` labeled ids with every class present (our rule); the same on every machine.
 
-    Images are ranked by sha256("seed:id") and the first `count` that have a label are taken. While a class is missing, the next
-    image in rank that holds one joins, and the last image that holds no class alone leaves. Each mask is opened at most once; a
-    class that no image of the data set holds is given up only after all were seen. DataError where the draw is impossible.
+    Images are ranked by sha256("seed:id") and the first `count` that have a label are taken. While a
+    class is missing, the next image in rank that holds one joins, and the last image that holds no
+    class alone leaves. Each mask is opened at most once; a class that no image of the data set holds
+    is given up only after all were seen. DataError where the draw is impossible.
     """
     ranked = sorted(dataset.train, key=lambda id: hashlib.sha256(f"{seed}:{id}".encode()).digest())
     pool = (id for id in ranked if _may_be_labeled(dataset, id))
