@@ -11,9 +11,10 @@ from .data.base import IGNORE
 
 
 def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
-    """Pixels counted by (truth, prediction): two int maps of equal shape -> (C, C) int64 on their device; IGNORE is left out.
+    """Count pixels by (truth, prediction): two int maps of equal shape -> (C, C) int64 on their device.
 
-    One scatter-add a batch, which never asks the host (bincount waits for the range of its input); integers add up alike in any order.
+    IGNORE is left out. One scatter-add never waits for the device, as bincount does, and integers add
+    up alike in any order.
     """
     ignored = num_classes**2
     index = torch.where(label == IGNORE, ignored, label.long() * num_classes + prediction.long())
@@ -48,14 +49,19 @@ class PseudoLabelQuality:
         confidence, prediction = prob.max(1)
         classes = len(self.all)
         self.all += confusion_matrix(prediction, label, classes)
-        self.kept += confusion_matrix(prediction, torch.where(confidence >= self.threshold, label, IGNORE), classes)
+        self.kept += confusion_matrix(
+            prediction, torch.where(confidence >= self.threshold, label, IGNORE), classes
+        )
 
     def summary(self) -> dict[str, Any]:
         """kept and accuracy in percent, accuracy_all at threshold 0; per predicted class `kept_per_class`, `accuracy_per_class`."""
         everything, kept = self.all.double(), self.kept.double()
 
         def share(part: Tensor, whole: Tensor) -> list[float | None]:
-            return [round(100 * p / w, 3) if w else None for p, w in zip(part.tolist(), whole.tolist(), strict=True)]
+            return [
+                round(100 * p / w, 3) if w else None
+                for p, w in zip(part.tolist(), whole.tolist(), strict=True)
+            ]
 
         return {
             "threshold": self.threshold,

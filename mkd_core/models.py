@@ -9,6 +9,7 @@ from pathlib import Path
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from segmentation_models_pytorch.encoders.timm_universal import TimmUniversalEncoder
 from torch import Tensor, nn
 
@@ -20,26 +21,28 @@ ARCHITECTURES = ("deeplabv3plus", "pspnet")
 class SegNet(nn.Module):
     """Encoder and decoder of smp with a 1x1 classifier of our own, so that FDA sees the classifier's input.
 
-    features(x): (B, 3, H, W) -> (B, D, h, w), the decoder's output (h = H/4 for DeepLabV3+, H/8 for PSPNet)
-    classifier:  Conv2d D -> C, 1x1; its weight is FDA's W
-    forward(x):  (B, C, H, W) logits, bilinear from (h, w), align_corners False
-    stride:      H and W must be multiples of it
+    features(x)    (B, 3, H, W) -> (B, D, h, w), the decoder's output: h = H/4 for DeepLabV3+, H/8 for PSPNet
+    classifier     Conv2d D -> C, 1x1; its weight is FDA's W
+    forward(x)     (B, C, H, W) logits, bilinear from (h, w), align_corners False
+    stride         H and W must be multiples of it
 
-    arch      "deeplabv3plus": output stride 16, ASPP rates (6, 12, 18), separable convolutions
-              "pspnet": output stride 8, the other half of Table 6
-    encoder   any smp encoder; "tu-<name>" is timm's. smp's resnet50 has the standard stem, the paper's is ResNet-v1c
-              ("tu-resnet50d"-type stems are the nearest); Xception-65 is "tu-xception65"
-    encoder_depth  stages of the encoder that run, 3 to 5 (4: a ResNet ends after layer3); the others are left out, and so may be in its file
-    channels  of the decoder, 256 in the paper
-    norm      "batch" or "group" (GroupNorm in place of every BatchNorm: small networks from scratch)
-    Deviations: PSPNet's classifier is 1x1 here, 3x3 in smp. smp's DeepLabV3+ decoder has one fusion convolution and upsamples with aligned
-    corners; the released one has several, without. Files of tu-xception65 were trained on inputs of mean and standard deviation 0.5; every
-    encoder here sees ImageNet's, as in UniMatch's code.
+    arch           "deeplabv3plus": output stride 16, ASPP rates (6, 12, 18), separable convolutions;
+                   "pspnet": output stride 8, the other half of Table 6
+    encoder        any of smp; "tu-<name>" is timm's. The paper's ResNet-v1c is nearest to "tu-resnet50d";
+                   Xception-65 is "tu-xception65"
+    encoder_depth  stages of the encoder that run, 3 to 5 (4: a ResNet ends after layer3); the others are
+                   left out, and so may be in its file
+    channels       of the decoder, 256 in the paper
+    norm           "batch" or "group" (GroupNorm in place of every BatchNorm: small networks from scratch)
+    Deviations: PSPNet's classifier is 1x1 here, 3x3 in smp. smp's DeepLabV3+ decoder has one fusion
+    convolution and upsamples with aligned corners; the released one has several, without. Files of
+    tu-xception65 were trained on inputs of mean and standard deviation 0.5; every encoder here sees
+    ImageNet's, as in UniMatch's code.
     """
 
     def __init__(
-        self, num_classes: int, *, arch: str = "deeplabv3plus", encoder: str = "resnet50", encoder_depth: int = 5, channels: int = 256,
-        dropout: float = 0.0, norm: str = "batch", bn_momentum: float = 0.1,
+        self, num_classes: int, *, arch: str = "deeplabv3plus", encoder: str = "resnet50", encoder_depth: int = 5,
+        channels: int = 256, dropout: float = 0.0, norm: str = "batch", bn_momentum: float = 0.1,
     ):  # fmt: skip
         super().__init__()
         if arch == "deeplabv3plus":
@@ -50,15 +53,13 @@ class SegNet(nn.Module):
             self.stride = 16
         elif arch == "pspnet":
             net = smp.PSPNet(
-                encoder,
-                encoder_weights=None,
-                encoder_depth=encoder_depth,
-                psp_out_channels=2 * channels,
-                psp_dropout=dropout,
-                classes=num_classes,
-            )
+                encoder, encoder_weights=None, encoder_depth=encoder_depth, psp_out_channels=2 * channels,
+                psp_dropout=dropout, classes=num_classes,
+            )  # fmt: skip
             # Dilated, and five stages deep: with smp's defaults the last two never run.
-            net.encoder = smp.encoders.get_encoder(encoder, in_channels=3, depth=encoder_depth, weights=None, output_stride=8)
+            net.encoder = smp.encoders.get_encoder(
+                encoder, in_channels=3, depth=encoder_depth, weights=None, output_stride=8
+            )
             self.stride = 8
         else:
             raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}; got {arch!r}")
@@ -81,20 +82,26 @@ class SegNet(nn.Module):
 
 def resize(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """Bilinear, align_corners False; nothing where the size is right already."""
-    return maps if maps.shape[-2:] == tuple(size) else F.interpolate(maps, size, mode="bilinear", align_corners=False)
+    return (
+        maps
+        if maps.shape[-2:] == tuple(size)
+        else F.interpolate(maps, size, mode="bilinear", align_corners=False)
+    )
 
 
 def nearest(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Nearest neighbour for labels, masks (B, H, W) and maps (B, C, H, W) of any dtype: row i comes from row floor(i H / h)."""
+    """Resize labels, masks (B, H, W) and maps (B, C, H, W) of any dtype: row i comes from row floor(i H / h)."""
     if maps.shape[-2:] == tuple(size):
         return maps
-    rows, columns = (torch.arange(n, device=maps.device) * side // n for n, side in zip(size, maps.shape[-2:], strict=True))
+    rows, columns = (
+        torch.arange(n, device=maps.device) * side // n for n, side in zip(size, maps.shape[-2:], strict=True)
+    )
     return maps[..., rows[:, None], columns]
 
 
 @torch.no_grad()
 def _drop_idle(encoder: nn.Module) -> None:
-    """Leave out the modules that a forward does not call: parameters without a gradient would only be copied, stored and averaged."""
+    """Leave out the modules that a forward does not call: their parameters would never have a gradient."""
     called: set[nn.Module] = {encoder}
     hooks = [m.register_forward_hook(lambda m, *_: called.add(m)) for m in encoder.modules()]
     encoder.eval()(torch.zeros(1, 3, 64, 64))
@@ -110,53 +117,50 @@ def _drop_idle(encoder: nn.Module) -> None:
 def _replace_batchnorm(module: nn.Module, groups: int = 8) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            # The largest group count that divides the channels; timm's norm-and-activation layers keep their activation.
-            count = next(g for g in range(min(groups, child.num_features), 0, -1) if child.num_features % g == 0)
+            # The largest group count that divides the channels; timm's layers with an activation keep it.
+            count = next(g for g in range(groups, 0, -1) if child.num_features % g == 0)
             norm: nn.Module = nn.GroupNorm(count, child.num_features)
-            setattr(module, name, nn.Sequential(norm, act) if isinstance(act := getattr(child, "act", None), nn.Module) else norm)
+            act = getattr(child, "act", None)
+            setattr(module, name, nn.Sequential(norm, act) if isinstance(act, nn.Module) else norm)
         else:
             _replace_batchnorm(child, groups)
 
 
 def load_encoder(net: SegNet, weights: str) -> None:
-    """ImageNet weights into the encoder, from a local .pth or .safetensors file: torchvision's or timm's as they are published, or one with
-    the encoder's own keys. Nothing is unpickled.
+    """Load the encoder from a local .pth or .safetensors file: torchvision's, timm's, or one with its own keys.
 
-    Raises ValueError where the file is missing, needs unpickling, or has other keys or shapes.
+    Nothing is unpickled. ValueError where the file is missing or does not fit.
     """
     path = weights_file(weights)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        state = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except Exception as error:  # torch and safetensors raise half a dozen types here
         raise ValueError(
-            f"{weights} holds no plain tensors (only weights_only=True loads; nothing is unpickled): {type(error).__name__}"
+            f"{weights} cannot be read with weights_only=True: {type(error).__name__}; nothing is unpickled"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise ValueError(f"{weights} does not fit the encoder: it holds no tensors by name")
-    own = list(net.encoder.state_dict())
-    if isinstance(net.encoder, TimmUniversalEncoder):
-        state = _from_timm(own, state)
     try:
+        if isinstance(net.encoder, TimmUniversalEncoder):
+            state = _from_timm(list(net.encoder.state_dict()), state)
         net.encoder.load_state_dict(state)
-    except (RuntimeError, KeyError, AttributeError, TypeError) as error:
-        missing, unknown = [k for k in own if k not in state], [k for k in state if k not in own]
-        raise ValueError(
-            f"{weights} does not fit the encoder: {len(missing)} of its {len(own)} tensors are missing, first {missing[:5]}; {len(unknown)} in the "
-            f"file are unknown to it, first {unknown[:5]}. {str(error)[-200:] if not missing and not unknown else ''}"
-        ) from error
-    if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{weights} does not fit the encoder: {' '.join(str(error).split())[:600]}") from error
+    if bad := [name for name, tensor in net.encoder.state_dict().items() if not tensor.isfinite().all()]:
         raise ValueError(f"{weights} holds values that are not finite, first in {bad[0]}")
 
 
 def _from_timm(own: list[str], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's names -> smp's: behind "model.", nested stages in one ("blocks.0" is "blocks_0"); what is left over once all are there is the head."""
+    """Rename timm's keys to smp's: behind "model.", and nested stages in one ("blocks.0" is "blocks_0").
+
+    What is left over once all are there is the classification head.
+    """
     names = {key.removeprefix("model.").replace(".", "_"): key for key in own}
-    state = {names.get(key.removeprefix("model.").replace(".", "_"), key): tensor for key, tensor in state.items()}
+    state = {
+        names.get(key.removeprefix("model.").replace(".", "_"), key): tensor for key, tensor in state.items()
+    }
     return {key: state[key] for key in own} if state.keys() >= set(own) else state
 
 
@@ -169,7 +173,7 @@ def file_sha256(path: str | Path) -> str:
 
 @cache
 def _sha256(path: Path, changed: int, size: int) -> str:
-    """Read once as long as the file stays as it is: a grid asks for every run."""
+    """Read a file once as long as it stays as it is: a grid asks for every run."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -177,7 +181,8 @@ def _sha256(path: Path, changed: int, size: int) -> str:
 def weights_file(path: str | Path) -> Path:
     """The path, if there is such a file."""
     if not (found := local(path)).is_file():
+        state = "is no file" if found.exists() else "does not exist"
         raise ValueError(
-            f"weights file {path} {'is no file' if found.exists() else 'does not exist'}; give a local .pth or .safetensors file of the encoder, or '' for random weights"
+            f"weights file {path} {state}; give a local .pth or .safetensors file of the encoder, or '' for random weights"
         )
     return found

@@ -137,12 +137,8 @@ def faults(configs: Sequence[RunConfig]) -> dict[str, list[int]]:
         classes = len(opened[0].classes) if opened else 2
         min_batch = once(i, lambda c=config, n=classes: build_method(c, n).min_batch, config.dataset, nets)  # type: ignore[misc]
         if opened and min_batch:
-            once(
-                i,
-                partial(_check_data, config, opened[0], opened[1], min_batch),
-                images,
-                min_batch > 1 and config.batch,
-            )
+            alone = config.method == "supervised"
+            once(i, partial(_check_data, config, opened[0], opened[1], min_batch), images, alone, min_batch > 1 and config.batch)
     return found
 
 
@@ -160,7 +156,12 @@ def _check_data(
         raise DataError(
             f"{config.method} pairs the images of a batch: split {config.split} has {found} unlabeled ones, batch is {config.batch}"
         )
-    check(dataset, split, deep, progress).raise_if_bad()
+    if not split.unlabeled and config.method != "supervised":
+        raise DataError(f"{config.method} needs unlabeled images: split {config.split} has none")
+    report = check(dataset, split, deep, progress)
+    report.raise_if_bad()
+    for warning in report.warnings if deep else ():
+        print(f"WARNING: {warning}", flush=True)
 
 
 def data_identity(dataset: SegDataset, split: Split) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from .augment import STRONG, distort, normalise
 from .config import RunConfig
 from .data import SegDataset
 from .data.base import read_label
-from .data.stream import Steps, Stream
+from .data.stream import Crops, Steps, Stream
 from .evaluate import PROTOCOLS
 from .methods import METHODS, Batch, Method
 from .models import SegNet, load_encoder
@@ -55,12 +55,12 @@ def train(
     bad = torch.full((), -1, device=device)  # the first step with a loss that is not finite
     method.train()
     clock = time.perf_counter()
-    for tensors in steps.batches(step, end, loaders(config), pin=device.type == "cuda"):
+    for crops in steps.batches(step, end, loaders(config), pin=device.type == "cuda"):
         seed_step(config.seed, step)
         rate = poly(config, step, start, end)
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["lr"] = group["initial_lr"] * rate
-        batch = make_batch(tensors, config, method.views, device)  # colour stays in float32
+        batch = make_batch(crops, config, method.views, device)  # colour stays in float32
         with autocast():
             terms, stats = method(batch, step / config.steps)
         loss = torch.stack([t.float() for t in terms.values()]).sum()
@@ -183,10 +183,9 @@ def seed_step(seed: int, step: int, *stage: int) -> None:
     )
 
 
-def make_batch(tensors: Sequence[Tensor], config: RunConfig, views: int, device: torch.device) -> Batch:
-    """uint8 tensors of a step -> Batch on the device: colour views drawn there, normalised."""
-    x, y, *unlabeled = (t.to(device, non_blocking=True) for t in tensors)
-    u, valid, label = unlabeled or (x[:0], y[:0].bool(), y[:0])
+def make_batch(crops: Crops, config: RunConfig, views: int, device: torch.device) -> Batch:
+    """Send the crops of a step to the device, draw the colour views there, normalise."""
+    x, y, u, valid, label = (t.to(device, non_blocking=True) for t in crops)
     x, u = x.float() / 255, u.float() / 255
     # From the geometric view alone, as released.
     strong = tuple(normalise(STRONG[config.strong](u)) for _ in range(views if len(u) else 0))

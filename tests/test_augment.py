@@ -11,8 +11,8 @@ import torchvision.transforms.v2.functional as TF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mkd_core import augment
-from mkd_core.augment import FILL, MEAN, STD, STRONG, geometry, mix, normalise, partner, xor_boxes
+from mkd_core.augment import FILL, MEAN, STD, STRONG, geometry, mix, normalise, partner, ratio_box, xor_boxes
+from mkd_core.augment import colour as operations
 
 IGNORE = 255
 CELL = 12
@@ -27,7 +27,9 @@ def mosaic(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def colour(label: torch.Tensor) -> torch.Tensor:
     index = label.int()
-    return torch.stack([(index * 37 + 11) % 256, (index * 91 + 60) % 256, (index * 53 + 200) % 256]).to(torch.uint8)
+    return torch.stack([(index * 37 + 11) % 256, (index * 91 + 60) % 256, (index * 53 + 200) % 256]).to(
+        torch.uint8
+    )
 
 
 views = st.fixed_dictionaries(
@@ -42,7 +44,9 @@ views = st.fixed_dictionaries(
 def view(v: dict, labeled: bool = True) -> tuple[torch.Tensor, ...]:
     image, label = mosaic(v["height"], v["width"])
     scale = (v["low"], v["low"] * v["stretch"])
-    return geometry(image, label if labeled else None, v["crop"], scale, v["base"], np.random.default_rng(v["seed"]))
+    return geometry(
+        image, label if labeled else None, v["crop"], scale, v["base"], np.random.default_rng(v["seed"])
+    )
 
 
 @settings(deadline=None, derandomize=True, max_examples=120)
@@ -113,7 +117,9 @@ def test_magnification_and_alignment(factor):
     image, label = ramp()
     shift, slope = [], []
     for seed in range(60):
-        out, out_label, valid = geometry(image, label, (32, 32), (factor, factor), 0, np.random.default_rng(seed))
+        out, out_label, valid = geometry(
+            image, label, (32, 32), (factor, factor), 0, np.random.default_rng(seed)
+        )
         rows = valid.any(1).nonzero().flatten()
         columns = valid.any(0).nonzero().flatten()
         values = out[0, rows[0], columns].float() / 3
@@ -131,7 +137,13 @@ def test_flip_half_of_the_time_and_every_place_is_reached():
         out, _, _ = geometry(image, label, (32, 32), (1.0, 1.0), 0, np.random.default_rng(seed))
         flips += int(out[0, 0, 0] > out[0, 0, -1])
         lefts.append(int(out[0, 0].min()) // 3)
-        tops.append(int(geometry(image.transpose(1, 2), label.T, (32, 32), (1.0, 1.0), 0, np.random.default_rng(seed))[1].min()))
+        tops.append(
+            int(
+                geometry(
+                    image.transpose(1, 2), label.T, (32, 32), (1.0, 1.0), 0, np.random.default_rng(seed)
+                )[1].min()
+            )
+        )
     assert 120 < flips < 180
     assert min(lefts) == 0 and max(lefts) == 80 - 32 and np.mean(lefts) == pytest.approx(24, abs=3)
     assert min(tops) == 0 and max(tops) == 80 - 32
@@ -157,7 +169,7 @@ def photos(n: int = 4, size: int = 16, low: float = 0.0, high: float = 1.0) -> t
 def test_every_sample_draws_its_own_parameters(name):
     torch.manual_seed(0)
     same = photos(1).expand(6, -1, -1, -1)
-    out = getattr(augment, name)(same)
+    out = getattr(operations, name)(same)
     assert out.shape == same.shape and out.min() >= 0 and out.max() <= 1
     for i in range(6):
         for j in range(i):
@@ -169,62 +181,70 @@ def test_colour_stays_in_range_and_leaves_its_input_alone(name):
     torch.manual_seed(1)
     images = photos(16)
     before = images.clone()
-    operation = STRONG.get(name) or getattr(augment, name)
+    operation = STRONG.get(name) or getattr(operations, name)
     out = operation(images)
     assert torch.equal(images, before) and out.shape == images.shape and out.dtype == images.dtype
     assert out.isfinite().all() and out.min() >= -1e-6 and out.max() <= 1 + 1e-6
     assert (name == "none") == torch.equal(out, images)
 
 
-def fixed(monkeypatch: pytest.MonkeyPatch, *values: float) -> None:
-    """The next draws of per-sample parameters are these, one a sample."""
-    drawn = torch.tensor(values).view(-1, 1, 1, 1)
-    monkeypatch.setattr(augment, "_uniform", lambda images, low, high: drawn[: len(images)])
+def fixed(*values: float):
+    """A draw of per-sample parameters that are these, one a sample."""
+    return lambda images, low, high: torch.tensor(values).view(-1, 1, 1, 1)[: len(images)]
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
-def test_jitter_is_torchvision_s(name, monkeypatch):
+def test_jitter_is_torchvision_s(name):
     images, amounts = photos(3), (0.5, 1.0, 1.4)
-    fixed(monkeypatch, *amounts)
-    ours = getattr(augment, name)(images)
+    ours = getattr(operations, name)(images, draw=fixed(*amounts))
     for image, amount, out in zip(images, amounts, ours, strict=True):
         torch.testing.assert_close(out, getattr(TF, f"adjust_{name}")(image, amount), atol=2e-3, rtol=0)
 
 
-def test_blur_is_torchvision_s(monkeypatch):
+def test_blur_is_torchvision_s():
     images, sigmas = photos(3), (0.1, 0.8, 2.0)
-    fixed(monkeypatch, *sigmas)
-    for image, sigma, out in zip(images, sigmas, augment.blur(images), strict=True):
+    for image, sigma, out in zip(images, sigmas, operations.blur(images, draw=fixed(*sigmas)), strict=True):
         torch.testing.assert_close(out, TF.gaussian_blur(image, [7, 7], [sigma, sigma]), atol=1e-5, rtol=0)
 
 
 def test_fixed_operations_are_torchvision_s():
     images = photos(3)
-    torch.testing.assert_close(augment.greyscale(images), TF.rgb_to_grayscale(images, 3), atol=1e-3, rtol=0)
-    torch.testing.assert_close(augment.solarize(images), TF.solarize(images, 0.5))
-    assert torch.equal(augment.equalize(images), torch.stack([TF.equalize(i) for i in images]))  # image by image
+    torch.testing.assert_close(operations.greyscale(images), TF.rgb_to_grayscale(images, 3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(operations.solarize(images), TF.solarize(images, 0.5))
+    assert torch.equal(
+        operations.equalize(images), torch.stack([TF.equalize(i) for i in images])
+    )  # image by image
 
 
-def test_hue_turns_chroma_and_keeps_luma(monkeypatch):
+def test_hue_turns_chroma_and_keeps_luma():
     images = photos(3, low=0.4, high=0.6)  # far from the bounds: nothing is clamped
-    fixed(monkeypatch, 0.0, 0.25, 0.5)
-    same, quarter, half = augment.hue(images)
+    same, quarter, half = operations.hue(images, draw=fixed(0.0, 0.25, 0.5))
     torch.testing.assert_close(same, images[0], atol=1e-5, rtol=0)
     luma = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
     for out, image in ((quarter, images[1]), (half, images[2])):
         torch.testing.assert_close((out * luma).sum(0), (image * luma).sum(0), atol=1e-3, rtol=0)
         assert not torch.allclose(out, image, atol=0.02)
     grey = (images[2] * luma).sum(0)
-    torch.testing.assert_close(half - grey, grey - images[2], atol=2e-3, rtol=0)  # half a turn: the opposite colour
-    torch.testing.assert_close(augment.hue(augment.greyscale(images)), augment.greyscale(images), atol=2e-3, rtol=0)  # grey has no hue
+    torch.testing.assert_close(
+        half - grey, grey - images[2], atol=2e-3, rtol=0
+    )  # half a turn: the opposite colour
+    torch.testing.assert_close(
+        operations.hue(operations.greyscale(images)), operations.greyscale(images), atol=2e-3, rtol=0
+    )  # grey has no hue
 
 
 def test_one_of_applies_exactly_one_operation_with_its_frequency(monkeypatch):
-    weights = {"colour_jitter": 0.3, "blur": 0.5, "equalize": 0.1, "solarize": 0.1, "greyscale": 0.5}  # sum 1.5: 0.2, 1/3, 1/15, 1/15, 1/3
+    weights = {
+        "colour_jitter": 0.3,
+        "blur": 0.5,
+        "equalize": 0.1,
+        "solarize": 0.1,
+        "greyscale": 0.5,
+    }  # sum 1.5: 0.2, 1/3, 1/15, 1/15, 1/3
     for k, name in enumerate(weights):
-        monkeypatch.setattr(augment, name, lambda images, add=10**k: images + add)
+        monkeypatch.setattr(operations, name, lambda images, draw=None, add=10**k: images + add)
     torch.manual_seed(0)
-    out = augment.one_of(torch.zeros(6000, 3, 1, 1))
+    out = operations.one_of(torch.zeros(6000, 3, 1, 1))
     assert (out == out[:, :1]).all()
     counts = [(out[:, 0, 0, 0] == 10**k).sum().item() for k in range(5)]
     assert sum(counts) == 6000  # one, and only one, per image
@@ -235,17 +255,36 @@ def test_one_of_applies_exactly_one_operation_with_its_frequency(monkeypatch):
 
 def test_chain_frequencies(monkeypatch):
     for k, name in enumerate(("colour_jitter", "greyscale", "blur")):
-        monkeypatch.setattr(augment, name, lambda images, add=10**k: images + add)
+        monkeypatch.setattr(operations, name, lambda images, draw=None, add=10**k: images + add)
     torch.manual_seed(0)
-    out = augment.chain(torch.zeros(4000, 3, 1, 1))[:, 0, 0, 0].int()
+    out = operations.chain(torch.zeros(4000, 3, 1, 1))[:, 0, 0, 0].int()
     for k, p in enumerate((0.8, 0.2, 0.5)):
         assert (out // 10**k % 10).float().mean().item() == pytest.approx(p, abs=0.035)
+
+
+@pytest.mark.parametrize("name", ["chain", "distort"])
+@pytest.mark.parametrize("size", [16, 33])
+def test_what_is_not_computed_changes_nothing(name, size, monkeypatch):
+    """On a CPU an operation runs on the images drawn for it alone; the numbers are those of the whole batch."""
+
+    def whole(images, operation, probability):
+        coin = torch.rand(len(images), 1, 1, 1) < probability
+        return torch.where(coin, operation(images), images)
+
+    for seed in range(8):
+        images = photos(1 + seed, size)
+        torch.manual_seed(seed)
+        part, after = getattr(operations, name)(images), torch.rand(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(operations, "_sometimes", whole)
+            torch.manual_seed(seed)
+            assert torch.equal(getattr(operations, name)(images), part) and torch.equal(torch.rand(1), after)
 
 
 def test_distort_leaves_one_image_in_sixteen_alone():
     torch.manual_seed(0)
     images = photos(1).expand(1600, -1, -1, -1)
-    alone = (augment.distort(images) == images).flatten(1).all(1).sum().item()
+    alone = (operations.distort(images) == images).flatten(1).all(1).sum().item()
     assert 60 < alone < 145  # 100 expected, four standard deviations
 
 
@@ -329,5 +368,5 @@ def test_mix_mixes_images_labels_confidences_and_validity_alike():
 def test_the_box_of_unimatch_in_long_crops(size):
     """Where no box of the area and ratio fits, it is cut off; never more than its area."""
     torch.manual_seed(0)
-    outside = augment.ratio_box(200, size, probability=1.0).float().mean((1, 2))
+    outside = ratio_box(200, size, probability=1.0).float().mean((1, 2))
     assert outside.min() >= 0.6 and (outside < 1).float().mean() > 0.9

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from mkd_core.choices import check_options, choose
 from mkd_core.data import DATASETS, DataError, Split, check, load_split, open_dataset
 from mkd_core.data.base import IGNORE, colormap, read_image, read_label
 from mkd_core.data.cityscapes import TRAIN_ID
-from mkd_core.data.coco import CLASS_OF, decode_rle, fill_polygon, render_masks
+from mkd_core.data.coco import CLASSES, render_masks
 from mkd_core.data.voc import download
 
 
@@ -32,7 +34,9 @@ def grey(value, height=4, width=6):
 @pytest.fixture
 def voc(shared, tmp_path):
     """A writable copy of three VOC photos in the devkit's layout."""
-    return shutil.copytree(shared / "data/fixtures/voc_labelme", tmp_path / "VOCdevkit/VOC2012", copy_function=shutil.copyfile)
+    return shutil.copytree(
+        shared / "data/fixtures/voc_labelme", tmp_path / "VOCdevkit/VOC2012", copy_function=shutil.copyfile
+    )
 
 
 @pytest.fixture
@@ -52,9 +56,15 @@ def own(tmp_path):
 
 
 def test_unknown_names_are_guessed_and_listed():
-    with pytest.raises(ValueError, match=r"no data set 'VOC-aug'; did you mean 'voc_aug'\? There are: shapes, folder, voc, voc_aug"):
+    with pytest.raises(
+        ValueError,
+        match=r"no data set 'VOC-aug'; did you mean 'voc_aug'\? There are: shapes, folder, voc, voc_aug",
+    ):
         open_dataset("VOC-aug")
-    with pytest.raises(ValueError, match=r"data set 'folder' has no option 'clases'; did you mean 'classes'\? It has: classes, palette"):
+    with pytest.raises(
+        ValueError,
+        match=r"data set 'folder' has no option 'clases'; did you mean 'classes'\? It has: classes, palette",
+    ):
         open_dataset("folder", ".", clases=3)
     with pytest.raises(ValueError, match=r"no colour 'qqq'. There are: red"):
         choose("colour", "qqq", ["red"])
@@ -66,7 +76,10 @@ def test_unknown_names_are_guessed_and_listed():
 @pytest.mark.parametrize("name", [name for name in DATASETS if name != "shapes"])
 def test_a_missing_root_says_what_belongs_there(name, tmp_path):
     options = {"classes": 3} if name == "folder" else {}
-    for root, message in (("", "needs root, the folder that holds"), (str(tmp_path / "nowhere"), "nowhere is not a folder")):
+    for root, message in (
+        ("", "needs root, the folder that holds"),
+        (str(tmp_path / "nowhere"), "nowhere is not a folder"),
+    ):
         with pytest.raises(DataError, match=message) as caught:
             open_dataset(name, root, **options)
         assert DATASETS[name].where in str(caught.value)
@@ -120,7 +133,10 @@ def test_masks_are_indices_never_colours(tmp_path, shared):
     assert read_label(tmp_path / "palette.png", 21).tolist() == indices.tolist()
     assert read_label(shared / "data/fixtures/mmseg_tests/seg.png").unique().tolist() == [0, 1]
     palette.convert("RGB").save(tmp_path / "rgb.png")
-    with pytest.raises(DataError, match="rgb.png: a mask must be a grey or palette PNG of class indices, this one has mode RGB"):
+    with pytest.raises(
+        DataError,
+        match="rgb.png: a mask must be a grey or palette PNG of class indices, this one has mode RGB",
+    ):
         read_label(tmp_path / "rgb.png")
     with pytest.raises(DataError, match=r"palette.png: label values 20 outside 0..19 and 255 \(1 pixels\)"):
         read_label(tmp_path / "palette.png", 20)
@@ -135,20 +151,31 @@ def test_voc_photos(shared):
     names = (shared / "data/fixtures/voc_labelme/class_names.txt").read_text().split("\n")[1:21]
     assert [name.replace(" ", "").replace("/", "") for name in names] == list(data.classes[1:])
     assert data.image("2011_000003").shape == (3, 338, 500) and data.label("2011_000003").shape == (338, 500)
-    assert {data.classes[c] for c in data.label("2011_000025").unique().tolist() if c != IGNORE} >= {"background", "bus", "car"}
+    assert {data.classes[c] for c in data.label("2011_000025").unique().tolist() if c != IGNORE} >= {
+        "background",
+        "bus",
+        "car",
+    }
     with Image.open(shared / "data/fixtures/voc_labelme/SegmentationClass/2011_000003.png") as mask:
         assert np.array_equal(np.reshape(mask.getpalette(), (-1, 3))[:21], data.palette)
     assert data.palette[15].tolist() == [192, 128, 128] and data.palette[20].tolist() == [0, 64, 128]
 
 
 def test_voc_is_found_from_the_folders_above(voc):
-    assert open_dataset("voc", str(voc)).root == open_dataset("voc", str(voc.parent)).root == open_dataset("voc", str(voc.parents[1])).root
+    assert (
+        open_dataset("voc", str(voc)).root
+        == open_dataset("voc", str(voc.parent)).root
+        == open_dataset("voc", str(voc.parents[1])).root
+    )
 
 
 def test_voc_mask_rule(voc, mirror):
     own, aug = voc / "SegmentationClass", voc / "SegmentationClassAug"
     extra = "2008_000002"  # in train_aug, not annotated by VOC 2012 itself
-    listed, preferring = open_dataset("voc_aug", str(voc)), open_dataset("voc_aug", str(voc), prefer_aug_masks=True)
+    listed, preferring = (
+        open_dataset("voc_aug", str(voc)),
+        open_dataset("voc_aug", str(voc), prefer_aug_masks=True),
+    )
     assert len(listed.train) == 10582 and extra in listed.train and listed.val == ("2011_000025",)
 
     def folder(data, id):
@@ -158,7 +185,10 @@ def test_voc_mask_rule(voc, mirror):
     assert folder(listed, "2011_000003") == folder(preferring, "2011_000003") == "SegmentationClass"
     # (a) both exist
     save(aug / "2011_000003.png", grey(0))
-    assert folder(listed, "2011_000003") == "SegmentationClass" and folder(preferring, "2011_000003") == "SegmentationClassAug"
+    assert (
+        folder(listed, "2011_000003") == "SegmentationClass"
+        and folder(preferring, "2011_000003") == "SegmentationClassAug"
+    )
     # nothing yet: expected among the augmented masks
     assert folder(listed, extra) == "SegmentationClassAug" and not listed.has_label(extra)
     # (b) everything in SegmentationClass
@@ -182,7 +212,9 @@ def test_voc_lists_come_with_the_package_where_the_devkit_has_none(voc, mirror):
 
 def test_voc_download_is_torchvisions(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr("torchvision.datasets.VOCSegmentation", lambda *args, **kwargs: asked.append((args, kwargs)))
+    monkeypatch.setattr(
+        "torchvision.datasets.VOCSegmentation", lambda *args, **kwargs: asked.append((args, kwargs))
+    )
     with pytest.raises(ValueError, match="no data set to download 'coco'"):
         download("coco", str(tmp_path))
     with pytest.raises(DataError, match="needs root"):
@@ -211,10 +243,14 @@ def test_cityscapes_layout_with_and_without_train_ids(shared, tmp_path):
         path.unlink()
     raw = open_dataset("cityscapes", str(root))
     for id in data.train + data.val:
-        assert data.files(id)[1].name.endswith("labelTrainIds.png") and raw.files(id)[1].name.endswith("labelIds.png")
+        assert data.files(id)[1].name.endswith("labelTrainIds.png") and raw.files(id)[1].name.endswith(
+            "labelIds.png"
+        )
         assert torch.equal(data.label(id), raw.label(id)) and data.label(id).shape == data.image(id).shape[1:]
     assert torch.cat([data.label(id).unique() for id in data.train]).unique().tolist() != [IGNORE]
-    with pytest.raises(DataError, match=r"2975 training images of 'cityscapes'.*has 6, without 186 labeled images \(aachen_"):
+    with pytest.raises(
+        DataError, match=r"2975 training images of 'cityscapes'.*has 6, without 186 labeled images \(aachen_"
+    ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MKD_SPLITS", str(shared / "splits"))
             load_split(data, "cps/1_16")
@@ -224,14 +260,44 @@ def test_cityscapes_layout_with_and_without_train_ids(shared, tmp_path):
 
 
 def test_coco_categories(shared):
-    table = json.loads((shared / "data/fixtures/coco_panoptic/classes81.json").read_text())["contiguous_id_to_coco"]
-    assert {category: index for index, category, _ in table} == CLASS_OF
+    table = json.loads((shared / "data/fixtures/coco_panoptic/classes81.json").read_text())[
+        "contiguous_id_to_coco"
+    ]
     data = open_dataset("coco", str(shared / "data/fixtures/coco_panoptic"))
     assert [name for _, _, name in table] == list(data.classes[1:]) and data.classes[0] == "background"
     assert data.train == () and data.val == ("000000142238", "000000439180")
     assert all(data.label(id).shape == data.image(id).shape[1:] for id in data.val)
     with pytest.raises(DataError, match="no training images under .*train2017.zip"):
         load_split(data, "full")
+
+
+def test_coco_masks_rendered_from_real_segments(shared, tmp_path):
+    root = shared / "data/fixtures/coco_panoptic"
+    panoptic = json.loads((root / "annotations/panoptic_val2017.json").read_text())
+    annotations = []
+    for each in panoptic["annotations"]:
+        rgb = np.array(
+            Image.open(root / "annotations/panoptic_val2017" / each["file_name"]).convert("RGB")
+        ).astype(int)
+        ids = rgb @ [1, 256, 65536]
+        for segment in each["segments_info"]:
+            if segment["category_id"] <= 90:  # things; stuff has no instances
+                annotations.append(
+                    segment
+                    | {"image_id": each["image_id"], "segmentation": run_lengths(ids == segment["id"])}
+                )
+    assert any(each["iscrowd"] for each in annotations)
+    images = [image for image in panoptic["images"] if image["id"] in (142238, 439180)]
+    calls = []
+    assert render(tmp_path, annotations, images, lambda *call: calls.append(call)) == 2
+    for image in images:
+        name = f"{image['id']:012d}.png"
+        assert torch.equal(read_label(tmp_path / "masks" / name, 81), read_label(root / "masks" / name, 81))
+    assert calls == [(1, 2), (2, 2)] and sorted(os.listdir(tmp_path / "masks")) == [
+        "000000142238.png",
+        "000000439180.png",
+    ]
+    assert render(tmp_path, annotations, images) == 0
 
 
 def run_lengths(mask):
@@ -241,94 +307,127 @@ def run_lengths(mask):
     return {"size": list(mask.shape), "counts": ([0] if flat[0] else []) + lengths}
 
 
-def test_coco_masks_rendered_from_real_segments(shared, tmp_path):
-    root = shared / "data/fixtures/coco_panoptic"
-    panoptic = json.loads((root / "annotations/panoptic_val2017.json").read_text())
-    annotations = []
-    for each in panoptic["annotations"]:
-        rgb = np.array(Image.open(root / "annotations/panoptic_val2017" / each["file_name"]).convert("RGB")).astype(int)
-        ids = rgb @ [1, 256, 65536]
-        for segment in each["segments_info"]:
-            if segment["category_id"] <= 90:  # things; stuff has no instances
-                annotations.append(segment | {"image_id": each["image_id"], "segmentation": run_lengths(ids == segment["id"])})
-    assert any(each["iscrowd"] for each in annotations)
-    images = [image for image in panoptic["images"] if image["id"] in (142238, 439180)]
-    (tmp_path / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
-    calls = []
-    assert render_masks(tmp_path / "instances.json", tmp_path / "masks", lambda *call: calls.append(call)) == 2
-    for image in images:
-        name = f"{image['id']:012d}.png"
-        assert torch.equal(read_label(tmp_path / "masks" / name, 81), read_label(root / "masks" / name, 81))
-    assert calls == [(1, 2), (2, 2)] and sorted(os.listdir(tmp_path / "masks")) == ["000000142238.png", "000000439180.png"]
-    assert render_masks(tmp_path / "instances.json", tmp_path / "masks") == 0
+# the official ids are 1..90 without ten
+OFFICIAL_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
 
 
-def test_coco_order_of_painting(tmp_path):
-    def box(id, category, x0, x1, crowd=0):
-        return {"id": id, "image_id": 1, "category_id": category, "iscrowd": crowd, "area": 4 * (x1 - x0),
-                "segmentation": [[x0, 0, x1, 0, x1, 4, x0, 4]]}  # fmt: skip
-
-    objects = [box(1, 90, 4, 6), box(2, 1, 0, 10), box(3, 2, 8, 14, crowd=1)]
-    images = [{"id": 1, "height": 4, "width": 16}, {"id": 2, "height": 2, "width": 2}]
-    (tmp_path / "i.json").write_text(json.dumps({"images": images, "annotations": objects}))
-    render_masks(tmp_path / "i.json", tmp_path)
-    assert read_label(tmp_path / "000000000001.png")[2].tolist() == [1] * 4 + [80] * 2 + [1] * 2 + [255] * 6 + [0] * 2
-    assert read_label(tmp_path / "000000000002.png").tolist() == [[0, 0], [0, 0]]
-
-
-def test_coco_run_lengths():
-    mask = np.zeros((40, 60), bool)
-    mask[5:30, 7:50] = True
-    mask[10:12, 20:22] = False
-    mask[35:, 55:] = True
-    # pycocotools 2.0: mask.encode
-    text = r"m8i0?000000000000000000000000\OC==CC==7000000000000000000000000000000000000000000000000000000V7\O^I0000000"
-    assert np.array_equal(decode_rle({"size": [40, 60], "counts": text}), mask)
-    assert np.array_equal(decode_rle(run_lengths(mask)), mask)
-    with pytest.raises(DataError, match="add up to 5, not to 2 x 3"):
-        decode_rle({"size": [2, 3], "counts": [1, 4]})
+def render(
+    folder, annotations, images=({"id": 1, "height": 4, "width": 16},), progress=None, categories=None
+):
+    """render_masks of a file with these contents, into folder/masks."""
+    official = zip(OFFICIAL_IDS, CLASSES[1:], strict=True)
+    names = [{"id": id, "name": name} for id, name in official] if categories is None else categories
+    (folder / "i.json").write_text(
+        json.dumps({"images": [*images], "annotations": annotations, "categories": names})
+    )
+    return render_masks(folder / "i.json", folder / "masks", progress)
 
 
-def test_coco_polygons():
-    def inside(x, y, corners):  # crossings to the right of a point, one point at a time
-        pairs = zip(corners, corners[1:] + corners[:1], strict=True)
-        return sum((b > y) != (d > y) and x < a + (y - b) / (d - b) * (c - a) for (a, b), (c, d) in pairs) % 2 == 1
+def box(x0, x1, **keys):
+    """An annotation of image 1, rows 0..3, columns x0 .. x1 - 1."""
+    return {"image_id": 1, "category_id": 1, "segmentation": [[x0, 0, x1, 0, x1, 4, x0, 4]]} | keys
 
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        polygon = rng.uniform(-3, 23, 2 * rng.integers(3, 9)).round(2)
-        corners = [tuple(corner) for corner in polygon.reshape(-1, 2).tolist()]
-        slow = [[inside(x + 0.5, y + 0.5, corners) for x in range(20)] for y in range(15)]
-        assert fill_polygon(polygon.tolist(), 15, 20).tolist() == slow
+
+CRACKS = [{"id": 1, "name": "crack"}, {"id": 2, "name": "pothole"}]
+
+
+@pytest.mark.parametrize(
+    ("annotations", "row"),
+    [
+        # small ones on top of large ones, crowds are 255; area and order decide
+        ([box(4, 6, id=1, category_id=90, area=8), box(0, 10, id=2, area=40), box(8, 14, id=3, category_id=2, area=24, iscrowd=1)],
+         [1] * 4 + [80] * 2 + [1] * 2 + [255] * 6 + [0] * 2),
+        # without id, area and iscrowd: nothing is a crowd, the area is measured
+        ([box(4, 6, category_id=90), box(0, 10)], [1] * 4 + [80] * 2 + [1] * 4 + [0] * 6),
+        # no outline: all that the box may hold is unknown
+        ([box(0, 2, segmentation=[], bbox=[2.5, 0, 3, 4])], [0] * 2 + [255] * 4 + [0] * 10),
+        ([box(0, 2, segmentation=[[0, 0, 16, 4]], bbox=[14, 0, 2, 4])], [0] * 14 + [255] * 2),
+        ([box(0, 2, segmentation={"size": [4, 16], "counts": [8, 4, 52]})], [0] * 2 + [1] + [0] * 13),
+    ],
+)  # fmt: skip
+def test_coco_rule_of_painting(tmp_path, annotations, row):
+    assert render(tmp_path, annotations) == 1
+    assert read_label(tmp_path / "masks/000000000001.png")[2].tolist() == row
+
+
+def test_coco_categories_are_told_by_name(tmp_path):
+    names = [{"id": 0, "name": "person"}, {"id": 1, "name": "toothbrush"}]
+    render(tmp_path, [box(0, 8, category_id=0), box(8, 16, category_id=1)], categories=names)
+    assert read_label(tmp_path / "masks/000000000001.png")[0].tolist() == [1] * 8 + [80] * 8
+
+
+@pytest.mark.parametrize(
+    ("annotation", "keys", "message"),
+    [
+        (box(0, 4), {"categories": CRACKS}, r"i.json: 2 categories \(crack, pothole\) not of COCO's 80; .* data set 'folder'"),
+        (box(0, 4), {"images": [{"id": 1, "height": 4}]}, "i.json: image 1 has no 'width'"),
+        ({"image_id": 1, "segments_info": []}, {}, "i.json: annotation  has no 'category_id'; an instances_.* is needed"),
+        ({"id": 7, "category_id": 1, "segmentation": []}, {}, "annotation 7 has no 'image_id'"),
+        (box(0, 4, id=7, category_id=12), {}, "annotation 7 has the unknown category_id 12"),
+        (box(0, 4, id=7, segmentation=[]), {}, r"image 1, annotation 7: no readable outline or box \(KeyError\('bbox'\)"),
+        (box(0, 4, id=7, segmentation={"size": [4, 16], "counts": [1, 4]}), {}, "annotation 7: .*add up to 4 x 16 pixels"),
+        (box(0, 4, id=7, segmentation={"size": [2, 3], "counts": [1, 5]}), {}, "annotation 7: .*add up to 4 x 16 pixels"),
+        (box(0, 4, id=7, segmentation={"size": [4, 16], "counts": "48"}), {}, "annotation 7: .*add up to 4 x 16 pixels"),
+    ],
+)  # fmt: skip
+def test_coco_files_that_cannot_be_rendered(tmp_path, annotation, keys, message):
+    with pytest.raises(DataError, match=message):
+        render(tmp_path, [annotation], **keys)
 
 
 # ---- folder
 
 
 def test_folder_reads_street_scenes(shared):
-    names = ["sky", "building", "pole", "road", "pavement", "tree", "sign_symbol", "fence", "car", "pedestrian", "bicyclist"]
+    names = [
+        "sky",
+        "building",
+        "pole",
+        "road",
+        "pavement",
+        "tree",
+        "sign_symbol",
+        "fence",
+        "car",
+        "pedestrian",
+        "bicyclist",
+    ]
     data = open_dataset("folder", str(shared / "data/camvid"), classes=names, val="test.txt")
     assert (len(data.train), len(data.val)) == (367, 233) and data.classes == tuple(names)
     split = load_split(data, "splits/1_16/seed0")
     assert (len(split.labeled), len(split.unlabeled)) == (23, 344)
     assert data.image(split.labeled[0]).shape == (3, 360, 480) and data.has_label(split.unlabeled[0])
     report = check(data, load_split(data, "full"))
-    assert report.problems == ()
+    assert report.problems == []
     # percent of the pixels of the training set, from the README of the data
     documented = [16.85, 23.26, 0.98, 31.66, 4.49, 9.72, 1.17, 1.13, 5.87, 0.64, 0.29, 3.95]
-    assert list(report.shares.values()) == pytest.approx(documented, abs=0.006)
+    assert list(report.shares["labeled"].values()) == pytest.approx(documented, abs=0.006)
 
 
 def test_folder_line_syntax(own):
     save(own / "my photo.png", np.dstack([grey(9)] * 3))
     save(own / "my mask.png", grey(1))
-    lines = ["\ufeffa.png a_.png", "./b.png\tb_.png", "my photo.png my mask.png", "u.png", "", "far/x.png far/x_.png"]
+    lines = [
+        "\ufeffa.png a_.png",
+        "./b.png\tb_.png",
+        "my photo.png my mask.png",
+        "u.png",
+        "",
+        "far/x.png far/x_.png",
+    ]
     (own / "train.txt").write_bytes("\r\n".join(lines).encode())
     data = open_dataset("folder", str(own))
-    assert data.train == ("a.png", "b.png", "my photo.png", "u.png", "far/x.png") and data.classes == ("sky", "road", "car")
+    assert data.train == ("a.png", "b.png", "my photo.png", "u.png", "far/x.png") and data.classes == (
+        "sky",
+        "road",
+        "car",
+    )
     assert data.label("my photo.png").unique().tolist() == [1]
     assert [data.has_label(id) for id in data.train] == [True, True, True, False, False]
-    assert data.files("far/x.png") == (own / "far/x.png", own / "far/x_.png") and data.files("u.png") == (own / "u.png", None)
+    assert data.files("far/x.png") == (own / "far/x.png", own / "far/x_.png") and data.files("u.png") == (
+        own / "u.png",
+        None,
+    )
     with pytest.raises(DataError, match="u.png has no mask"):
         data.label("u.png")
     (own / "train.txt").write_text("my photo.png\tmy mask.png\nmy photo two.png m.png\n")
@@ -355,7 +454,9 @@ def test_folder_options_that_are_wrong(own, options, message):
 
 def test_folder_wants_to_know_its_classes(own):
     (own / "classes.txt").unlink()
-    with pytest.raises(DataError, match=r"Give classes=\[names\], classes=<number>, or one name per line in .*classes.txt"):
+    with pytest.raises(
+        DataError, match=r"Give classes=\[names\], classes=<number>, or one name per line in .*classes.txt"
+    ):
         open_dataset("folder", str(own))
     assert open_dataset("folder", str(own), classes=3).classes == ("class 0", "class 1", "class 2")
 
@@ -364,13 +465,17 @@ def test_folder_wants_to_know_its_classes(own):
 
 
 def test_check_of_sound_data(own):
-    save(own / "v_.png", grey(1))  # not labeled: no part of the shares
+    save(own / "v_.png", [[0, 0, 0, 0, 0, 1]] * 4)
     data = open_dataset("folder", str(own))
     calls = []
     report = check(data, load_split(data, "full"), progress=lambda *call: calls.append(call))
     report.raise_if_bad()
     assert "no problems found" in str(report) and calls == [(k, 4) for k in range(1, 5)]
-    assert report.shares == pytest.approx({"sky": 50, "road": 100 / 6, "car": 100 / 6, "ignored": 100 / 6})
+    assert report.shares["labeled"] == pytest.approx(
+        {"sky": 50, "road": 100 / 6, "car": 100 / 6, "ignored": 100 / 6}
+    )
+    assert report.shares["val"] == pytest.approx({"sky": 500 / 6, "road": 100 / 6, "car": 0, "ignored": 0})
+    assert "labeled     val" in str(report) and "road                16.67   16.67" in str(report)
     assert check(data, load_split(data, "full"), deep=False).shares == {}
 
 
@@ -379,13 +484,37 @@ def truncate(path):
 
 
 DAMAGE = {
-    "no image": (lambda root: (root / "b.png").unlink(), r"1 images \(.*b.png\) missing. train.txt and val.txt", True),
+    "no image": (
+        lambda root: (root / "b.png").unlink(),
+        r"1 images \(.*b.png\) missing. train.txt and val.txt",
+        True,
+    ),
     "no mask": (lambda root: (root / "v_.png").unlink(), r"1 masks \(.*v_.png\) missing", True),
-    "cut image": (lambda root: truncate(root / "u.png"), "1 faulty files:\n  .*u.png: not a readable picture", False),
-    "cut mask": (lambda root: truncate(root / "a_.png"), "1 faulty files:\n  .*a_.png: not a readable mask", False),
-    "colour mask": (lambda root: save(root / "a_.png", np.dstack([grey(0)] * 3)), "a_.png: a mask must be .* mode RGB", False),
-    "other size": (lambda root: save(root / "b_.png", grey(0, 6, 4)), r"b.png: the image has \(4, 6\) pixels, its mask \(6, 4\)", False),
-    "class 3 of 3": (lambda root: save(root / "v_.png", grey(3)), r"v_.png: label values 3 outside 0..2 and 255 \(24 pixels\)", False),
+    "cut image": (
+        lambda root: truncate(root / "u.png"),
+        "1 faulty files:\n  .*u.png: not a readable picture",
+        False,
+    ),
+    "cut mask": (
+        lambda root: truncate(root / "a_.png"),
+        "1 faulty files:\n  .*a_.png: not a readable mask",
+        False,
+    ),
+    "colour mask": (
+        lambda root: save(root / "a_.png", np.dstack([grey(0)] * 3)),
+        "a_.png: a mask must be .* mode RGB",
+        False,
+    ),
+    "other size": (
+        lambda root: save(root / "b_.png", grey(0, 6, 4)),
+        r"b.png: the image has \(4, 6\) pixels, its mask \(6, 4\)",
+        False,
+    ),
+    "class 3 of 3": (
+        lambda root: save(root / "v_.png", grey(3)),
+        r"v_.png: label values 3 outside 0..2 and 255 \(24 pixels\)",
+        False,
+    ),
 }
 
 
@@ -408,25 +537,35 @@ def test_check_counts_and_names_the_first_five(own):
     data = open_dataset("folder", str(own))
     problems = check(data, load_split(data, "full")).problems
     first = ", ".join(str(own / f"n{k}.png") for k in range(5))
-    assert problems[0].startswith(f"7 images ({first}, ...) missing. ") and problems[1].startswith("7 masks (")
+    assert problems[0].startswith(f"7 images ({first}, ...) missing. ") and problems[1].startswith(
+        "7 masks ("
+    )
     for k in range(7):
         save(own / f"n{k}.png", grey(0))
         save(own / f"n{k}_.png", grey(7))
     lines = check(data, load_split(data, "full")).problems[0].split("\n  ")
-    assert lines[0] == "7 faulty files:" and [line[: len(str(own)) + 3] for line in lines[1:]] == [f"{own}/n{k}" for k in range(5)] + [
-        "..."
-    ]
+    assert lines[0] == "7 faulty files:" and [line[: len(str(own)) + 3] for line in lines[1:]] == [
+        f"{own}/n{k}" for k in range(5)
+    ] + ["..."]
 
 
 def test_check_of_lists(own):
     data = open_dataset("folder", str(own))
     bad = Split("mine", ("a.png", "v.png", "a.png"), ("a.png", "u.png"), "", "")
-    assert check(data, bad, deep=False).problems == (
+    assert check(data, bad, deep=False).problems == [
         "1 labeled images (a.png) listed more than once",
         "1 images (a.png) both labeled and unlabeled",
         "1 images (v.png) of the validation set in training",
+    ]
+    assert check(data, Split("mine", (), ("u.png",), "", ""), deep=False).problems == [
+        "the labeled list is empty"
+    ]
+    only = check(data, Split("mine", ("a.png",), (), "", ""))  # enough for supervised training
+    assert (
+        not only.problems
+        and only.warnings == ["the unlabeled list is empty"]
+        and "WARNING: the unlabeled" in str(only)
     )
-    assert check(data, Split("mine", (), ("u.png",), "", ""), deep=False).problems == ("the labeled list is empty",)
 
 
 def test_one_picture_under_two_names_is_found(own):
@@ -444,17 +583,248 @@ def test_one_picture_under_two_names_is_found(own):
 def test_check_of_generated_data():
     data = open_dataset("shapes", train_size=4, val_size=2)
     report = check(data, load_split(data, "full"))
-    assert report.problems == () and sum(report.shares.values()) == pytest.approx(100)
+    assert report.problems == report.warnings == []
+    assert [sum(shares.values()) for shares in report.shares.values()] == [pytest.approx(100)] * 2
     assert data.files(data.train[0]) == (None, None)
 
 
-def test_masks_without_two_classes_and_validation_masks_without_any_are_problems(own):
-    dataset = open_dataset("folder", own)
-    split = load_split(dataset, "full")
-    assert not check(dataset, split).problems
-    save(own / "v_.png", [[255] * 6] * 4)
-    assert "nothing to evaluate" in "".join(check(dataset, split).problems)
-    for name in ("a", "b"):  # the usual export of a binary mask: 0 and 255
-        save(own / f"{name}_.png", [[0, 0, 255, 255, 0, 0]] * 4)
-    (problem, _) = check(dataset, split).problems
-    assert "1 of 3 classes" in problem and "255 means ignored" in problem
+# ---- what is wrong silently
+
+
+def names(report):
+    return " ".join(report.problems), " ".join(report.warnings)
+
+
+def examine(own, **options):
+    data = open_dataset("folder", own, **options)
+    return names(check(data, load_split(data, "full")))
+
+
+def test_both_parts_need_two_classes(own):
+    """The usual export of a binary mask is 0 and 255, and 255 is what nothing is learned or evaluated on."""
+    assert examine(own) == ("", "")
+    binary = [[0, 0, 255, 255, 0, 0]] * 4
+    save(own / "v_.png", binary)
+    hint = "255 means ignored: an object needs a class value of its own, 1 for example."
+    problem, _ = examine(own)
+    assert f"the val masks hold 1 of 3 classes, at least 2 are needed. {hint}" in problem
+    for name in ("a", "b"):
+        save(own / f"{name}_.png", binary)
+    assert (
+        "the labeled masks hold 1 of 3" in examine(own)[0] and "the val masks hold 1 of 3" in examine(own)[0]
+    )
+    save(own / "v_.png", grey(255))
+    assert "the val masks hold 0 of 3" in examine(own)[0]
+
+
+def test_classes_without_a_labeled_pixel_are_told(own):
+    for name in ("a", "b"):
+        save(own / f"{name}_.png", [[0, 0, 0, 1, 1, 1]] * 4)
+    assert examine(own) == (
+        "",
+        "1 classes (car) of the validation set in no labeled mask: they cannot be learned",
+    )
+    for name in ("a", "b", "v"):  # values from 1
+        save(own / f"{name}_.png", [[1, 1, 1, 2, 2, 2]] * 4)
+    problem, warning = examine(own)
+    assert not problem and "1 classes (sky) in no mask: do the labels start from 1" in warning
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("# three classes\nsky\n\nroad\n# and\ncar\n", ""),
+        ("__ignore__\nsky\nroad\ncar\n", ""),
+        ("sky\n__ignore__\nroad\n", "'__ignore__' is no class name"),
+        ("name\nsky\nroad\n", "'name' is no class name; give the names alone"),
+        ("id,name\nsky\nroad\n", "'id,name' is no class name"),
+        ("0: sky\n1: road\n", "'0: sky' is no class name"),
+        ("sky:0,0,0::\nroad:9,9,9::\n", "'sky:0,0,0::' is no class name"),
+    ],
+)
+def test_lines_of_a_class_list_that_are_no_class(own, lines, message):
+    (own / "classes.txt").write_text(lines)
+    if message:
+        with pytest.raises(DataError, match=f"classes.txt: {message}"):
+            open_dataset("folder", own)
+    else:
+        assert open_dataset("folder", own).classes == ("sky", "road", "car")
+
+
+def photo(path, orientation=1, seed=0, size=(8, 6)):
+    """A random JPEG or PNG of `size` (height, width) pixels as stored, with an EXIF orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, exif=exif)
+    return pixels
+
+
+def test_pictures_are_read_as_they_are_seen(tmp_path):
+    stored = photo(tmp_path / "plain.png")
+    for orientation, seen in (
+        (1, stored),
+        (3, stored[::-1, ::-1]),
+        (6, np.rot90(stored, -1)),
+        (8, np.rot90(stored)),
+    ):
+        photo(tmp_path / "turned.png", orientation)
+        assert np.array_equal(read_image(tmp_path / "turned.png").permute(1, 2, 0), seen)
+    Image.fromarray(grey(1)).save(tmp_path / "mask.png", exif=Image.open(tmp_path / "turned.png").getexif())
+    with pytest.raises(DataError, match="mask.png: a mask with EXIF orientation 8; save it upright"):
+        read_label(tmp_path / "mask.png")
+
+
+def test_check_tells_of_turned_photos(own):
+    for name in ("a", "u"):
+        photo(own / f"{name}.png", 3, seed=ord(name), size=(4, 6))
+    assert examine(own) == (
+        "",
+        "2 images (a.png, u.png) turned by EXIF orientation when read: are the masks upright too?",
+    )
+    photo(own / "a.jpg", 6, size=(4, 6))
+    (own / "train.txt").write_text("a.jpg a_.png\nb.png b_.png\nu.png\n")
+    message = "a.jpg: the image has (6, 4) pixels (its EXIF orientation is applied, so the mask must be upright too), its mask (4, 6)"
+    assert message in examine(own)[0]
+
+
+def png(path, bits, rows):
+    """A grey PNG of `bits` a pixel, which PIL does not write: rows of bytes as they are packed."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 8 * len(rows[0]) // bits, len(rows), bits, 0, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + bytes(row) for row in rows))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("bits", "row", "indices"),
+    [
+        (1, [0b01100001], [0, 1, 1, 0, 0, 0, 0, 1]),
+        (2, [0b00011011], [0, 1, 2, 3]),
+        (4, [0x01, 0x2F], [0, 1, 2, 15]),
+    ],
+)
+def test_grey_of_few_bits_holds_indices(tmp_path, bits, row, indices):
+    png(tmp_path / "mask.png", bits, [row, row])
+    assert read_label(tmp_path / "mask.png").tolist() == [indices, indices]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mask.jpg", {}, "a lossless PNG, TIFF or BMP; this JPEG may change classes"),
+        ("mask.webp", {}, "WEBP may change classes"),
+        ("mask.webp", {"lossless": True}, "WEBP may change classes"),
+        ("mask.tif", {"compression": "jpeg"}, "TIFF may change classes"),
+        ("mask.tif", {"save_all": True, "append_images": [Image.new("L", (6, 4))] * 5}, "6 pages or frames in one file"),
+        ("mask.gif", {}, "GIF may change classes"),
+        ("mask.gif", {"save_all": True, "append_images": [Image.new("L", (6, 4), 9)]}, "2 pages or frames in one file"),
+        ("mask.tif", {}, ""), ("mask.bmp", {}, ""),
+    ],
+)  # fmt: skip
+def test_the_kind_of_file_a_mask_may_be(tmp_path, name, options, message):
+    Image.fromarray(grey(2)).save(tmp_path / name, **options)
+    if message:
+        with pytest.raises(DataError, match=f"{name}: .*{message}"):
+            read_label(tmp_path / name)
+    else:
+        assert read_label(tmp_path / name).tolist() == grey(2).tolist()
+    if "pages" in message:
+        with pytest.raises(DataError, match=message):
+            read_image(tmp_path / name)
+
+
+def test_palettes_that_disagree_are_told(own):
+    """A program that shrinks PNGs may re-order a palette: the picture looks the same, the indices are others."""
+
+    def palette(name, indices, colours):
+        mask = Image.fromarray(np.asarray([indices] * 4, np.uint8))
+        mask.putpalette(np.ravel(colours).tolist())
+        mask.save(own / f"{name}_.png")
+
+    red, green, blue = [255, 0, 0], [0, 255, 0], [0, 0, 255]
+    for name in ("a", "v"):
+        palette(name, [0, 1, 2, 2, 0, 0], [red, green, blue])
+    palette("b", [0, 1, 0, 0, 0, 0], [red, green])  # fewer colours, none another
+    assert examine(own) == ("", "")
+    palette("b", [2, 1, 0, 0, 2, 2], [blue, green, red])
+    problem, warning = examine(own)
+    assert not problem and "1 masks (b.png) whose palettes have other colours for the same class" in warning
+
+
+def test_one_photo_under_two_names_in_training_and_validation(own):
+    for name, seed in (("u.png", 1), ("v.png", 1), ("a.png", 2), ("b.png", 2)):
+        photo(own / name, seed=seed, size=(4, 6))
+    assert examine(own) == ("1 photos (u.png = v.png) both in training and in the validation set", "")
+
+
+# ---- names and lists of all kinds
+
+
+def test_names_match_whatever_their_unicode_form(own):
+    """A Mac writes "é" as two characters; lists and archives have one."""
+    composed, decomposed = "caf\u00e9.png", "cafe\u0301.png"
+    for line, disk in ((composed, decomposed), (decomposed, composed), (decomposed, decomposed)):
+        shutil.copy(own / "u.png", own / disk)
+        (own / "train.txt").write_text(f"a.png a_.png\nb.png b_.png\n{line}\n", encoding="utf-8")
+        data = open_dataset("folder", own)
+        assert data.train[2] == composed and data.image(composed).shape == (3, 4, 6)
+        assert examine(own) == ("", "")
+        (own / disk).unlink()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_lists_of_any_encoding(own, encoding):
+    (own / "train.txt").write_text("a.png a_.png\r\nu.png\r\n", encoding=encoding)
+    assert open_dataset("folder", own).train == ("a.png", "u.png")
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        (
+            "c",
+            r"line 1: 'c' is no file: a name is written with its folder and ending, images/name.jpg for example",
+        ),
+        ("c.png,c_.png", "is no file: names are parted by a space or a tab, not by ','"),
+        ("c.png;c_.png", "not by ';'"),
+        (
+            "my photo.png",
+            "its first word has no ending: where a name holds spaces, part it from the mask's by a tab",
+        ),
+    ],
+)
+def test_a_hint_for_each_form_of_a_list(own, line, hint):
+    (own / "train.txt").write_text(line)
+    with pytest.raises(DataError, match=hint):
+        open_dataset("folder", own)
+
+
+def city(root, *names):
+    for name in names:
+        path = root / "leftImg8bit" / f"{name}_leftImg8bit.png"
+        save(path, np.dstack([grey(9)] * 3))
+        save(root / "gtFine" / f"{name}_gtFine_labelIds.png", grey(7))
+
+
+def test_a_city_may_have_any_name(tmp_path):
+    """As in IDD, whose ids are numbers, or with an underscore: a file is where it was found."""
+    city(tmp_path, "train/0/005506", "train/new_york/new_york_000000_000019", "val/9/100000")
+    data = open_dataset("cityscapes", tmp_path)
+    assert data.train == ("005506", "new_york_000000_000019") and data.val == ("100000",)
+    assert all(
+        data.image(id).shape == (3, 4, 6) and data.label(id).unique().tolist() == [0]
+        for id in data.train + data.val
+    )
+    (tmp_path / "few").mkdir()
+    listed = "leftImg8bit/train/0/005506_leftImg8bit.png gtFine/x.png\nnew_york_000000_000019\n"
+    (tmp_path / "few/labeled.txt").write_text(listed)
+    assert load_split(data, "few").labeled == data.train
+    city(tmp_path, "train/1/005506")
+    with pytest.raises(DataError, match="two images are called 005506, in train/[01] and in train/[01]"):
+        open_dataset("cityscapes", tmp_path)

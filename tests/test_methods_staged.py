@@ -15,9 +15,9 @@ from slow import IGNORE, ce
 from tiny import CLASSES, batch, build, gradients, make
 from torch import Tensor, nn
 
-from mkd_core import augment
 from mkd_core.augment import normalise
-from mkd_core.methods import Batch, Method
+from mkd_core.augment.colour import apply_chosen
+from mkd_core.methods import Batch, Method, noise
 from mkd_core.methods.st_plus_plus import tta
 
 
@@ -281,8 +281,7 @@ def test_simple_baseline_goes_on_from_the_network_that_labeled():
 def test_operations_are_applied_in_their_order():
     operations = (lambda x: x + 1, lambda x: 3 * x, lambda x: x - 5, lambda x: x * 0)
     choice = torch.tensor([[0, 1], [1, 0], [2, 1], [3, 2]])
-    out = augment._apply(operations, choice, torch.full((4, 3, 1, 1), 2.0))
-    assert out[:, 0, 0, 0].tolist() == [9, 9, 1, 0]
+    assert apply_chosen(operations, choice, torch.full((4, 3, 1, 1), 2.0))[:, 0, 0, 0].tolist() == [9, 9, 1, 0]
 
 
 def test_three_of_draws_three_different_operators_of_seventeen(monkeypatch):
@@ -294,44 +293,43 @@ def test_three_of_draws_three_different_operators_of_seventeen(monkeypatch):
         return images
 
     with monkeypatch.context() as m:
-        m.setattr(augment, "_apply", keep)
-        augment.three_of(torch.rand(6000, 3, 1, 1))
+        m.setattr(noise, "apply_chosen", keep)
+        noise.three_of(torch.rand(6000, 3, 1, 1))
     (choice,) = drawn
     assert choice.shape == (6000, 3) and (choice.sort(1).values.diff(dim=1) > 0).all()
     assert (torch.bincount(choice.flatten(), minlength=17) / 6000 - 3 / 17).abs().max() < 0.03
     images = torch.rand(64, 3, 24, 24)
     kept = images.clone()
-    out = augment.three_of(images)
-    assert out.shape == images.shape and out.min() >= 0 and out.max() <= 1
-    assert out.isfinite().all() and torch.equal(images, kept)
+    out = noise.three_of(images)
+    assert out.shape == images.shape and out.min() >= 0 and out.max() <= 1 and out.isfinite().all() and torch.equal(images, kept)
     changed = (out != images).flatten(1).any(1)
     assert changed.float().mean() > 0.8
     for _ in range(3):
-        augment.three_of(images[:1]), augment.three_of(images[:2])
+        noise.three_of(images[:1]), noise.three_of(images[:2])
 
 
 def test_operators_do_what_they_say():
     torch.manual_seed(0)
     images = torch.full((400, 3, 16, 16), 0.5)
-    noise = augment.gaussian_noise(images) - images
-    assert noise.std().item() == pytest.approx(14 / 255, rel=0.02)
-    poisson = (augment.poisson_noise(images) - images) * 255
+    gauss = noise.gaussian_noise(images) - images
+    assert gauss.std().item() == pytest.approx(14 / 255, rel=0.02)
+    poisson = (noise.poisson_noise(images) - images) * 255
     assert torch.equal(poisson[:, 0], poisson[:, 2]) and (poisson - poisson.round()).abs().max() < 1e-3
     assert poisson.abs().mean().item() == pytest.approx(12.6, rel=0.02) and abs(poisson.mean().item()) < 0.3
-    share = (augment.dropout(images) == 0).float().mean((1, 2, 3))
+    share = (noise.dropout(images) == 0).float().mean((1, 2, 3))
     assert 0.15 < share.min() < 0.25 and 0.45 < share.max() < 0.55
-    coarse = (augment.coarse_dropout(images) == 0).float()
+    coarse = (noise.coarse_dropout(images) == 0).float()
     assert coarse.mean().item() == pytest.approx(0.2, abs=0.01)
     blocks = coarse.unfold(2, 4, 4).unfold(3, 4, 4).flatten(4)
     assert (blocks.amax(-1) == blocks.amin(-1)).all()
-    factor = augment.multiply(0.5 * images)[:, :, 0, 0] / 0.25
+    factor = noise.multiply(0.5 * images)[:, :, 0, 0] / 0.25
     assert 0.25 <= factor.min() < 0.3 and 2.4 < factor.max() <= 2.5 and (factor[:, 0] != factor[:, 1]).all()
-    pepper = augment.salt_and_pepper(images)
+    pepper = noise.salt_and_pepper(images)
     hit = (pepper != 0.5).float().mean((1, 2, 3))
     assert hit.max() < 0.13 and hit.mean().item() == pytest.approx(0.05, abs=0.005)
     assert set(pepper.unique().tolist()) == {0.0, 0.5, 1.0}
     coloured = torch.rand(50, 3, 4, 4)
-    shuffled = augment.channel_shuffle(coloured)
+    shuffled = noise.channel_shuffle(coloured)
     assert torch.equal(shuffled.sort(1).values, coloured.sort(1).values)
     orders = {
         tuple((s[:, None] == c[None]).all((2, 3)).float().argmax(1).tolist())

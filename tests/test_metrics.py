@@ -32,7 +32,11 @@ def loop_iou(prediction: list[int], label: list[int], classes: int) -> list[floa
     st.integers(2, 6).flatmap(
         lambda c: st.tuples(
             st.just(c),
-            st.lists(st.tuples(st.integers(0, c - 1), st.one_of(st.integers(0, c - 1), st.just(IGNORE))), min_size=1, max_size=40),
+            st.lists(
+                st.tuples(st.integers(0, c - 1), st.one_of(st.integers(0, c - 1), st.just(IGNORE))),
+                min_size=1,
+                max_size=40,
+            ),
         )
     ),
     st.sampled_from([torch.uint8, torch.int64]),
@@ -42,7 +46,9 @@ def test_iou_is_the_loop_s(case, dtype):
     prediction, label = ([p[i] for p in pixels] for i in (0, 1))
     half = len(pixels) // 2
     shape = (2, half) if half and len(pixels) % 2 == 0 else (len(pixels),)
-    matrix = confusion_matrix(torch.tensor(prediction).view(shape), torch.tensor(label, dtype=dtype).view(shape), classes)
+    matrix = confusion_matrix(
+        torch.tensor(prediction).view(shape), torch.tensor(label, dtype=dtype).view(shape), classes
+    )
     assert matrix.dtype == torch.int64 and matrix.sum() == sum(t != IGNORE for t in label)
     for t in range(classes):
         for p in range(classes):
@@ -59,7 +65,9 @@ def test_absent_and_spurious_classes():
     assert iou(confusion_matrix(torch.tensor([0, 0, 1, 1, 2]), label, 4)).tolist() == pytest.approx(
         [100, 100, math.nan, math.nan], nan_ok=True
     )
-    assert miou(confusion_matrix(torch.tensor([0, 0, 1, 2, 2]), label, 4)) == pytest.approx((100 + 50 + 0) / 3)
+    assert miou(confusion_matrix(torch.tensor([0, 0, 1, 2, 2]), label, 4)) == pytest.approx(
+        (100 + 50 + 0) / 3
+    )
 
 
 def test_confusion_adds_up_over_batches_of_many_classes():
@@ -95,7 +103,9 @@ def test_pseudo_label_quality_is_the_loop_s():
     assert found["threshold"] == threshold
     assert found["kept"] == pytest.approx(100 * len(kept) / len(known), abs=1e-3)
     assert found["accuracy"] == pytest.approx(100 * sum(p == t for p, _, t in kept) / len(kept), abs=1e-3)
-    assert found["accuracy_all"] == pytest.approx(100 * sum(p == t for p, _, t in known) / len(known), abs=1e-3)
+    assert found["accuracy_all"] == pytest.approx(
+        100 * sum(p == t for p, _, t in known) / len(known), abs=1e-3
+    )
     for c in range(classes):
         of_known, of_kept = [p for p in known if p[0] == c], [p for p in kept if p[0] == c]
         share = 100 * len(of_kept) / len(of_known) if of_known else None

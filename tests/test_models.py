@@ -29,7 +29,10 @@ def test_features_classifier_logits(net):
     assert features.shape == (2, net.classifier.in_channels, 64 // stride, 48 // stride)
     assert net.classifier.weight.shape == (CLASSES, features.shape[1], 1, 1)
     # The classifier is a matrix product per pixel, the W of FDA; the logits are its bilinear enlargement.
-    small = torch.einsum("ca,bahw->bchw", net.classifier.weight[:, :, 0, 0], features) + net.classifier.bias[:, None, None]
+    small = (
+        torch.einsum("ca,bahw->bchw", net.classifier.weight[:, :, 0, 0], features)
+        + net.classifier.bias[:, None, None]
+    )
     expected = F.interpolate(small, (64, 48), mode="bilinear", align_corners=False)
     torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
 
@@ -59,7 +62,9 @@ def test_a_shallower_encoder_leaves_its_last_stage_out(arch, tmp_path):
     net(torch.randn(2, 3, 64, 64)).square().mean().backward()
     assert all(p.grad is not None for p in net.parameters())
     deep = SegNet(CLASSES, arch=arch, encoder="resnet18", channels=8).encoder.state_dict()
-    torch.save({name: tensor for name, tensor in deep.items() if not name.startswith("layer4")}, tmp_path / "cut.pth")
+    torch.save(
+        {name: tensor for name, tensor in deep.items() if not name.startswith("layer4")}, tmp_path / "cut.pth"
+    )
     load_encoder(net, str(tmp_path / "cut.pth"))
     assert torch.equal(net.encoder.layer3[1].conv2.weight, deep["layer3.1.conv2.weight"])
 
@@ -102,7 +107,13 @@ def test_group_norm_keeps_the_activations_of_the_encoder():
     batch, group = build(), build(norm="group")
 
     def activations(net: nn.Module) -> int:
-        return len([m for m in net.encoder.modules() if isinstance(m, nn.ReLU | nn.ReLU6 | nn.SiLU | nn.GELU | nn.Hardswish)])
+        return len(
+            [
+                m
+                for m in net.encoder.modules()
+                if isinstance(m, nn.ReLU | nn.ReLU6 | nn.SiLU | nn.GELU | nn.Hardswish)
+            ]
+        )
 
     assert activations(batch) == activations(group) > 0
 
@@ -130,11 +141,15 @@ def test_pspnet_with_a_timm_encoder():
 def test_resize_and_nearest():
     maps = torch.randn(2, 3, 4, 6)
     assert resize(maps, (4, 6)) is maps and nearest(maps, (4, 6)) is maps
-    torch.testing.assert_close(resize(maps, (8, 3)), F.interpolate(maps, (8, 3), mode="bilinear", align_corners=False))
+    torch.testing.assert_close(
+        resize(maps, (8, 3)), F.interpolate(maps, (8, 3), mode="bilinear", align_corners=False)
+    )
     for size in ((8, 12), (2, 3), (3, 5), (7, 6)):
         assert torch.equal(nearest(maps, size), F.interpolate(maps, size, mode="nearest"))
         label = torch.randint(0, 255, (2, 4, 6))
-        assert torch.equal(nearest(label, size), F.interpolate(label[:, None].double(), size, mode="nearest")[:, 0].long())
+        assert torch.equal(
+            nearest(label, size), F.interpolate(label[:, None].double(), size, mode="nearest")[:, 0].long()
+        )
         assert nearest(label > 9, size).dtype == torch.bool
 
 
@@ -163,20 +178,28 @@ def test_files_of_timm_go_in(tmp_path, name):
     source = timm.create_model(name).eval()
     for tensor in source.state_dict().values():
         if tensor.is_floating_point():
-            tensor.uniform_(0.5, 1)  # fresh statistics are 0 and 1 everywhere: they could not tell what was loaded
+            tensor.uniform_(
+                0.5, 1
+            )  # fresh statistics are 0 and 1 everywhere: they could not tell what was loaded
     net, path = SegNet(CLASSES, encoder=f"tu-{name}", channels=16).eval(), tmp_path / "timm.pth"
     torch.save(source.state_dict(), path)
     load_encoder(net, str(path))
-    file = sorted(t.double().sum().item() for key, t in source.state_dict().items() if not key.startswith(("fc.", "head.fc.")))
+    file = sorted(
+        t.double().sum().item()
+        for key, t in source.state_dict().items()
+        if not key.startswith(("fc.", "head.fc."))
+    )
     assert sorted(t.double().sum().item() for t in net.encoder.state_dict().values()) == file
     if name == "test_resnet":  # up to stride 8, where dilation has not begun
         x = torch.rand(1, 3, 64, 64)
-        torch.testing.assert_close(net.encoder(x)[3], source.forward_intermediates(x, indices=[2], intermediates_only=True)[0])
+        torch.testing.assert_close(
+            net.encoder(x)[3], source.forward_intermediates(x, indices=[2], intermediates_only=True)[0]
+        )
 
     state = source.state_dict()
     state.pop(next(iter(state)))
     torch.save(state, path)
-    with pytest.raises(ValueError, match="does not fit the encoder: 1 of its"):
+    with pytest.raises(ValueError, match="does not fit the encoder: .*Missing key"):
         load_encoder(net, str(path))
 
 
@@ -187,7 +210,10 @@ class Danger:
 
 def test_weights_that_need_unpickling_are_refused(tmp_path, capsys):
     path = tmp_path / "net.pth"
-    for write in (lambda: torch.save({"a": Danger()}, path), lambda: path.write_bytes(pickle.dumps(Danger()))):
+    for write in (
+        lambda: torch.save({"a": Danger()}, path),
+        lambda: path.write_bytes(pickle.dumps(Danger())),
+    ):
         write()
         with pytest.raises(ValueError, match=r"net\.pth.*weights_only=True"):
             load_encoder(build(), str(path))
@@ -215,7 +241,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
 
 def test_weights_without_names_or_a_folder_are_refused(tmp_path):
     torch.save({0: torch.zeros(1)}, tmp_path / "numbers.pth")
-    for encoder, path, word in (("tu-test_resnet", tmp_path / "numbers.pth", "no tensors by name"), ("resnet18", tmp_path, "is no file"),
+    for encoder, path, word in (("tu-test_resnet", tmp_path / "numbers.pth", "does not fit the encoder"), ("resnet18", tmp_path, "is no file"),
                                 ("resnet18", "~nosuchuser/w.pth", "~nosuchuser/w.pth does not exist")):  # fmt: skip
         with pytest.raises(ValueError, match=word):
             load_encoder(SegNet(CLASSES, encoder=encoder, channels=16), str(path))

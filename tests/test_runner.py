@@ -442,11 +442,9 @@ def test_views_of_a_batch():
     assert torch.equal(released.strong[0], expected)  # strong colour is applied to the geometric view alone
     assert not torch.equal(released.weak, expected) and not torch.equal(released.x, plain.x)
     assert released.label.dtype == torch.int64 and (released.label == 3).all()
-    alone = make_batch(tensors[:2], config(strong="chain"), 0, torch.device("cpu"))
-    assert (
-        torch.equal(alone.x, plain.x)
-        and len(alone.weak) == len(alone.strong) == len(alone.valid) == len(alone.label) == 0
-    )
+    none = [t[:0] for t in tensors[2:]]
+    alone = make_batch((*tensors[:2], *none), config(strong="chain"), 0, torch.device("cpu"))
+    assert torch.equal(alone.x, plain.x) and len(alone.weak) == len(alone.strong) == len(alone.valid) == len(alone.label) == 0
 
 
 @pytest.mark.parametrize("method", ["cps", "mkd", "cutmix_seg"])

@@ -24,7 +24,17 @@ DATASETS: dict[str, Callable[..., SegDataset]] = {
     "coco": COCO,
 }
 
-__all__ = ["DATASETS", "IGNORE", "DataError", "Report", "SegDataset", "Split", "check", "load_split", "open_dataset"]
+__all__ = [
+    "DATASETS",
+    "IGNORE",
+    "DataError",
+    "Report",
+    "SegDataset",
+    "Split",
+    "check",
+    "load_split",
+    "open_dataset",
+]
 
 
 def open_dataset(name: str, root: str = "", **options: Any) -> SegDataset:

@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the suite: ids, images, labels, class names, a palette; and how files are read."""
+"""What a data set is to the rest of the suite, and how its files are read."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 IGNORE = 255
@@ -56,9 +57,9 @@ class SegDataset(ABC):
         """Whether label(id) can be read; unlabeled images of one's own have none."""
 
     def files(self, id: str) -> tuple[Path | None, Path | None]:
-        """(image file, mask file) of an id as expected, existing or not; None for a mask that is not meant to exist.
+        """Return the image and mask file of an id, existing or not.
 
-        (None, None) where the data set is generated.
+        None for a mask that is not meant to exist; (None, None) where the data set is generated.
         """
         return None, None
 
@@ -90,9 +91,10 @@ class FileDataset(SegDataset):
 
 
 def parse_ids(text: str, pattern: str, source: str) -> tuple[str, ...]:
-    """The ids of a list: the first match of `pattern` in each line that is not blank, whatever paths surround it.
+    """Find the ids of a list: the first match of `pattern` in each line that is not blank.
 
-    DataError for a line without an id, for an id that occurs twice and for an empty list; `source` names the list in it.
+    DataError for a line without an id, for an id that occurs twice and for an empty list;
+    `source` names the list in it.
     """
     ids = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -121,14 +123,18 @@ def some(items: Iterable[object], noun: str) -> str:
 
 
 def local(path: str | Path) -> Path:
-    """A path as a user writes it, "~" filled in; the home of nobody stays as written, where Path.expanduser raises."""
+    """Fill in "~"; the home of nobody stays as written, where Path.expanduser raises."""
     return Path(os.path.expanduser(path))
 
 
-def find_root(name: str, root: str | Path, folders: Sequence[str], where: str, below: Sequence[str] = ("",)) -> Path:
-    """The first of root / below that holds one of `folders` (or just exists); DataError that says what was expected."""
+def find_root(
+    name: str, root: str | Path, folders: Sequence[str], where: str, below: Sequence[str] = ("",)
+) -> Path:
+    """Find the first of root / below that holds one of `folders` (or just exists), else DataError."""
     if not str(root):
-        raise DataError(f"data set {name!r} needs root, the folder that holds {' or '.join(folders) or 'the files'}. {where}")
+        raise DataError(
+            f"data set {name!r} needs root, the folder that holds {' or '.join(folders) or 'the files'}. {where}"
+        )
     path = local(root)
     for candidate in below:
         if any((path / candidate / folder).is_dir() for folder in folders or ("",)):
@@ -138,51 +144,105 @@ def find_root(name: str, root: str | Path, folders: Sequence[str], where: str, b
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8, with or without byte order mark; DataError where it cannot be read."""
+    """Read a text file in UTF-8 or UTF-16, with or without byte order mark; DataError where it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
+        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a readable text file ({error})") from error
 
 
+@contextmanager
+def _open(path: Path, kind: str) -> Iterator[Image.Image]:
+    """Open a picture or mask with PIL; whatever its decoder raises is a DataError."""
+    try:
+        with Image.open(path) as picture:
+            # the second frame of a phone's photo (MPO) is a preview or a depth map
+            if (frames := getattr(picture, "n_frames", 1)) > 1 and picture.format != "MPO":
+                raise DataError(
+                    f"{path}: {frames} pages or frames in one file; save each as a file of its own"
+                )
+            yield picture
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: this {kind} is missing") from error
+    except Exception as error:  # PIL's decoders raise a dozen types on damaged files
+        raise DataError(f"{path}: not a readable {kind} ({error})") from error
+
+
+def orientation(path: Path) -> int:
+    """Return the EXIF orientation of a picture: 1 is upright, or says nothing; 2 to 8 are turned or mirrored."""
+    with _open(path, "picture") as picture:
+        if (
+            picture.format == "PNG" and "exif" not in picture.info
+        ):  # else PIL decodes it to look behind the pixels
+            return 1
+        return picture.getexif().get(ExifTags.Base.Orientation, 1)
+
+
 def read_image(path: Path) -> Tensor:
-    """(3, H, W) uint8 RGB of any picture that PIL reads; grey, palette and RGBA pictures are converted (alpha is dropped)."""
-    picture = _decoded(path, "picture")
-    if picture.mode.startswith(("I", "F")):
-        raise DataError(f"{path}: {picture.mode} pictures (16 or 32 bits a channel) are not supported; convert to 8 bits")
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
+    """Read a picture as (3, H, W) uint8 RGB, upright: its EXIF orientation is applied, as viewers do.
+
+    Grey, palette and RGBA pictures are converted; alpha is dropped.
+    """
+    with _open(path, "picture") as picture:
+        if picture.mode.startswith(("I", "F")):
+            raise DataError(
+                f"{path}: {picture.mode} pictures (16 or 32 bits a channel) are not supported; convert to 8 bits"
+            )
+        ImageOps.exif_transpose(picture, in_place=True)
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
 def read_label(path: Path, classes: int | None = None) -> Tensor:
-    """(H, W) uint8 label indices of a grey or palette PNG; the palette is never applied.
+    """Read the class indices of a mask as (H, W) uint8, judged from the file itself; a palette is never applied.
 
+    Grey of 1, 2 or 4 bits holds indices too: PIL stretches them to 0..255, which is undone.
     With `classes`, DataError for a value that is neither in 0..classes-1 nor IGNORE.
     """
-    picture = _decoded(path, "mask")
-    if picture.mode not in ("L", "P", "1"):
-        raise DataError(f"{path}: a mask must be a grey or palette PNG of class indices, this one has mode {picture.mode}")
-    label = np.array(picture, dtype=np.uint8)
+    with _open(path, "mask") as picture:
+        # JPEG and WebP change pixels, GIF writers renumber colours
+        if picture.format not in ("PNG", "TIFF", "BMP") or picture.info.get("compression") in (
+            "jpeg",
+            "webp",
+        ):
+            raise DataError(
+                f"{path}: a mask must be a lossless PNG, TIFF or BMP; this {picture.format} may change classes"
+            )
+        if picture.mode not in ("L", "P", "1"):
+            raise DataError(
+                f"{path}: a mask must be a grey or palette PNG of class indices, this one has mode {picture.mode}"
+            )
+        stored = picture.tile[0][3] if picture.tile else ""  # type: ignore[attr-defined]
+        stored = stored if isinstance(stored, str) else stored[0]
+        label = np.array(picture, dtype=np.uint8) // np.uint8({"L;2": 85, "L;4": 17}.get(stored, 1))
+        if (turned := picture.getexif().get(ExifTags.Base.Orientation, 1)) != 1:
+            raise DataError(
+                f"{path}: a mask with EXIF orientation {turned}; save it upright, without the mark"
+            )
     if classes is not None:
         outside = label[(label >= classes) & (label != IGNORE)]
         if outside.size:
             values = ", ".join(map(str, np.unique(outside)[:5]))
-            raise DataError(f"{path}: label values {values} outside 0..{classes - 1} and {IGNORE} ({outside.size} pixels)")
+            raise DataError(
+                f"{path}: label values {values} outside 0..{classes - 1} and {IGNORE} ({outside.size} pixels)"
+            )
     return torch.from_numpy(label)
 
 
-def _decoded(path: Path, kind: str) -> Image.Image:
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: this {kind} is missing") from error
-    except Exception as error:  # PIL's decoders raise a dozen types on damaged files (OSError, SyntaxError, struct.error, ...)
-        raise DataError(f"{path}: not a readable {kind} ({error})") from error
+def mask_colours(path: Path) -> dict[int, tuple[int, ...]]:
+    """Return the palette's RGB colour of each index that occurs in a mask; {} for a grey one."""
+    with _open(path, "mask") as picture:
+        if picture.mode != "P":
+            return {}
+        indices = np.flatnonzero(np.bincount(np.array(picture).ravel())).tolist()
+        palette = picture.getpalette() or []
+        return {k: tuple(palette[3 * k : 3 * k + 3]) for k in indices}
 
 
 def colormap(classes: int) -> np.ndarray:
-    """(classes, 3) uint8: PASCAL VOC's colours, which spread the bits of the index over the high bits of R, G and B (VOC devkit)."""
+    """Make PASCAL VOC's colours, (classes, 3) uint8: the bits of the index in the high bits of R, G and B."""
     index = np.arange(classes)[:, None]
     colours = np.zeros((classes, 3), np.int64)
     for bit in range(8):

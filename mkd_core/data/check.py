@@ -1,96 +1,77 @@
-"""Look at the data before training: counts, hashes, and everything that is wrong with the files."""
+"""Look at the data before training: counts, hashes, and everything that is wrong with lists and files."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
 
-from .base import IGNORE, DataError, SegDataset, some
+from .base import IGNORE, DataError, SegDataset, mask_colours, orientation, some
 from .splits import Split, as_published
 
+Progress = Callable[[int, int], None]
 
-@dataclass(frozen=True)
+
+@dataclass
 class Report:
-    """rows: (what, finding); problems: one line per kind; shares: percent of the labeled pixels of each class, and of 255 (deep only)."""
+    """What a check found.
 
-    rows: tuple[tuple[str, str], ...]
-    problems: tuple[str, ...]
-    shares: dict[str, float]
+    rows      (what, finding) lines
+    problems  what must be mended before a run, one entry per kind
+    warnings  what is probably wrong and does not stop a run
+    shares    part ("labeled", "val") -> class name, or "ignored" -> percent of its pixels; deep only
+    """
+
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    shares: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        rows = [*self.rows]
+        rows = list(self.rows)
         if self.shares:
-            rows += [("", ""), ("class", "% of the labeled pixels"), *((name, f"{share:6.2f}") for name, share in self.shares.items())]
+            rows += [("", ""), ("% of the pixels", "".join(f"{part:>8}" for part in self.shares))]
+            rows += [
+                (name, "".join(f"{shares[name]:8.2f}" for shares in self.shares.values()))
+                for name in self.shares["labeled"]
+            ]
         width = max(len(what) for what, _ in rows)
         verdict = [f"PROBLEM: {problem}" for problem in self.problems] or ["no problems found"]
+        verdict += [f"WARNING: {warning}" for warning in self.warnings]
         return "\n".join([f"{what:<{width}}  {finding}".rstrip() for what, finding in rows] + ["", *verdict])
 
     def raise_if_bad(self) -> None:
-        """DataError that names every problem."""
+        """Raise a DataError that names every problem, if there are any."""
         if self.problems:
             raise DataError("\n".join(self.problems))
 
 
-def check(dataset: SegDataset, split: Split, deep: bool = True, progress: Callable[[int, int], None] | None = None) -> Report:
-    """Examine a split and the files of its images and of the validation set; problems are collected, not raised.
+def check(dataset: SegDataset, split: Split, deep: bool = True, progress: Progress | None = None) -> Report:
+    """Examine a split and the files of its images and of the validation set; nothing is raised.
 
-    deep=False looks at the lists and at which files exist; deep=True also opens every image and mask.
-    `progress(done, total)` is called after each file that is opened.
+    deep=False looks at the lists and at which files exist; deep=True also opens every image and
+    mask, and calls `progress(done, total)` after each.
     """
-    labeled, val = set(split.labeled), set(dataset.val)
-    ids = sorted({*split.labeled, *split.unlabeled, *dataset.val})
-    required = labeled | val
-    problems = _list_problems(dataset, split)
-
-    missing: dict[str, list[str]] = {"images": [], "masks": []}
-    for id in ids:
-        image, mask = dataset.files(id)
-        if image is not None and not image.is_file():
-            missing["images"].append(str(image))
-        if id in required and image is not None and (mask is None or not mask.is_file()):
-            missing["masks"].append(str(mask or id))
-    problems += [f"{some(paths, kind)} missing. {dataset.where}" for kind, paths in missing.items() if paths]
-
-    shares: dict[str, float] = {}
-    if deep:
-        pixels, evaluated = np.zeros(256, np.int64), 0
-        faults: list[str] = []
-        absent = {path for paths in missing.values() for path in paths}
-        todo = [id for id in ids if not absent & {str(path) for path in dataset.files(id)}]
-        with ThreadPoolExecutor() as pool:
-            for done, (id, fault, counts) in enumerate(pool.map(lambda id: _examine(dataset, id), todo), 1):
-                faults += [fault] if fault else []
-                pixels += counts if id in labeled else 0
-                evaluated += int(counts[:IGNORE].sum()) if id in val else 0
-                if progress:
-                    progress(done, len(todo))
-        if faults:
-            problems.append(f"{len(faults)} faulty files:\n  " + "\n  ".join(faults[:5] + ["..."] * (len(faults) > 5)))
-        elif np.count_nonzero(pixels[:IGNORE]) < 2:
-            hint = f" {IGNORE} means ignored: an object needs a class value of its own, 1 for example." if pixels[IGNORE] else ""
-            problems.append(
-                f"the labeled masks hold {np.count_nonzero(pixels[:IGNORE])} of {len(dataset.classes)} classes, at least 2 are needed.{hint}"
-            )
-        if val and not faults and not absent and not evaluated:
-            problems.append("the masks of the validation set hold no class at all, so there is nothing to evaluate")
-        values = {**dict(enumerate(dataset.classes)), IGNORE: "ignored"}
-        shares = {name: 100 * int(pixels[value]) / max(1, int(pixels.sum())) for value, name in values.items()}
-
-    rows = (
-        ("data set", f"{dataset.name}, {len(dataset.classes)} classes" + (f", {dataset.root}" if dataset.root else "")),
+    report, place = Report(), f", {dataset.root}" if dataset.root else ""
+    report.rows = [
+        ("data set", f"{dataset.name}, {len(dataset.classes)} classes{place}"),
         ("training images", _count(f"{dataset.name}/train", dataset.train)),
         ("val", _count(f"{dataset.name}/val", dataset.val)),
         ("split", split.name),
         ("labeled", f"{len(split.labeled)}, sha256 {split.sha256}"),
         ("unlabeled", f"{len(split.unlabeled)}, sha256 {split.sha256_unlabeled}"),
-    )
-    return Report(rows, tuple(problems), shares)
+    ]
+    _check_lists(report, dataset, split)
+    there = _check_files(report, dataset, split)
+    if deep:
+        _check_contents(report, dataset, split, there, progress)
+    return report
 
 
 def _count(key: str, ids: tuple[str, ...]) -> str:
@@ -98,16 +79,16 @@ def _count(key: str, ids: tuple[str, ...]) -> str:
     return f"{len(ids)}{verdict[as_published(key, ids)]}"
 
 
-def _list_problems(dataset: SegDataset, split: Split) -> list[str]:
-    problems = []
-    for kind, ids in (("labeled", split.labeled), ("unlabeled", split.unlabeled), ("val", dataset.val)):
+def _check_lists(report: Report, dataset: SegDataset, split: Split) -> None:
+    for part, ids in (("labeled", split.labeled), ("unlabeled", split.unlabeled), ("val", dataset.val)):
         if not ids:
-            problems.append(f"the {kind} list is empty")
+            (report.warnings if part == "unlabeled" else report.problems).append(f"the {part} list is empty")
         if twice := [id for id, count in Counter(ids).items() if count > 1]:
-            problems.append(f"{some(twice, f'{kind} images')} listed more than once")
-    reused = split.name == "full" or set(split.labeled) == set(dataset.train)  # all are labeled, so all serve as unlabeled too
+            report.problems.append(f"{some(twice, f'{part} images')} listed more than once")
+    # where all are labeled, all serve as unlabeled images too
+    reused = split.name == "full" or set(split.labeled) == set(dataset.train)
     if not reused and (overlap := sorted(set(split.labeled) & set(split.unlabeled))):
-        problems.append(f"{some(overlap, 'images')} both labeled and unlabeled")
+        report.problems.append(f"{some(overlap, 'images')} both labeled and unlabeled")
 
     folder = cache(os.path.realpath)  # there are few of them, and files by the hundred thousand
 
@@ -115,26 +96,142 @@ def _list_problems(dataset: SegDataset, split: Split) -> list[str]:
         file = dataset.files(id)[0]
         if file is None:
             return id
-        return os.path.realpath(file) if os.path.islink(file) else os.path.join(folder(file.parent), file.name)
+        return (
+            os.path.realpath(file) if os.path.islink(file) else os.path.join(folder(file.parent), file.name)
+        )
 
     val = set(map(picture, dataset.val))
     if leak := sorted(id for id in {*split.labeled, *split.unlabeled} if picture(id) in val):
-        problems.append(f"{some(leak, 'images')} of the validation set in training")
-    return problems
+        report.problems.append(f"{some(leak, 'images')} of the validation set in training")
 
 
-def _examine(dataset: SegDataset, id: str) -> tuple[str, str, np.ndarray]:
-    """(id, what is wrong or "", pixels of each label value)."""
-    counts = np.zeros(256, np.int64)
+def _check_files(report: Report, dataset: SegDataset, split: Split) -> list[str]:
+    """Report files that are missing; return the ids of the others."""
+    required = {*split.labeled, *dataset.val}
+    there, images, masks = [], [], []
+    for id in sorted({*required, *split.unlabeled}):
+        image, mask = dataset.files(id)
+        image_there = image is None or image.is_file()
+        mask_there = image is None or id not in required or (mask is not None and mask.is_file())
+        images += [] if image_there else [image]
+        masks += [] if mask_there else [mask or id]
+        there += [id] if image_there and mask_there else []
+    for kind, paths in (("images", images), ("masks", masks)):
+        if paths:
+            report.problems.append(f"{some(paths, kind)} missing. {dataset.where}")
+    return there
+
+
+@dataclass
+class _Content:
+    """What one image and its mask hold."""
+
+    id: str
+    fault: str = ""
+    pixels: bytes = b""  # a hash of the image as it is trained on
+    turned: bool = False  # by EXIF orientation
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # pixels of each label value
+    colours: dict[int, tuple[int, ...]] = field(default_factory=dict)  # of the mask's palette
+
+
+def _look(dataset: SegDataset, id: str) -> _Content:
+    found = _Content(id)
     try:
+        file, mask = dataset.files(id)
         image = dataset.image(id)
+        pixels = image.numpy()
+        if pixels.min() < pixels.max():  # pictures of one colour are alike and no copies
+            found.pixels = hashlib.sha256(pixels.tobytes()).digest()
+        found.turned = file is not None and orientation(file) != 1
         if dataset.has_label(id):
             label = dataset.label(id)
             if label.shape != image.shape[1:]:
-                return id, f"{id}: the image has {tuple(image.shape[1:])} pixels, its mask {tuple(label.shape)}", counts
-            counts = np.bincount(label.numpy().ravel(), minlength=256)
-            if counts[len(dataset.classes) : IGNORE].any():
-                return id, f"{id}: label values outside 0..{len(dataset.classes) - 1} and {IGNORE}", counts
+                why = (
+                    " (its EXIF orientation is applied, so the mask must be upright too)"
+                    if found.turned
+                    else ""
+                )
+                raise DataError(
+                    f"{id}: the image has {tuple(image.shape[1:])} pixels{why}, its mask {tuple(label.shape)}"
+                )
+            found.colours = mask_colours(mask) if mask else {}
+            found.counts = np.bincount(label.numpy().ravel(), minlength=256)
     except DataError as error:
-        return id, str(error), counts
-    return id, "", counts
+        found.fault = str(error)
+    return found
+
+
+def _check_contents(
+    report: Report, dataset: SegDataset, split: Split, ids: Sequence[str], progress: Progress | None
+) -> None:
+    labeled, val = set(split.labeled), set(dataset.val)
+    counts = {"labeled": np.zeros(256, np.int64), "val": np.zeros(256, np.int64)}
+    faults, turned = [], []
+    pictures: dict[bytes, list[str]] = defaultdict(list)
+    colours: dict[int, dict[tuple[int, ...], list[str]]] = defaultdict(lambda: defaultdict(list))
+    with ThreadPoolExecutor() as pool:
+        for done, found in enumerate(pool.map(lambda id: _look(dataset, id), ids), 1):
+            faults += [found.fault] if found.fault else []
+            turned += [found.id] if found.turned else []
+            pictures[found.pixels or found.id.encode()].append(found.id)
+            for part, members in (("labeled", labeled), ("val", val)):
+                counts[part] += found.counts if found.id in members else 0
+            for index, colour in found.colours.items():
+                colours[index][colour].append(found.id)
+            if progress:
+                progress(done, len(ids))
+    names = {**dict(enumerate(dataset.classes)), IGNORE: "ignored"}
+    report.shares = {
+        part: {name: 100 * int(count[value]) / max(1, int(count.sum())) for value, name in names.items()}
+        for part, count in counts.items()
+    }
+    if faults:
+        report.problems.append(
+            f"{len(faults)} faulty files:\n  " + "\n  ".join(faults[:5] + ["..."] * (len(faults) > 5))
+        )
+    elif len(ids) == len({*split.labeled, *split.unlabeled, *dataset.val}):
+        _check_classes(report, dataset, counts)
+
+    twins = [same for same in pictures.values() if val.intersection(same) and not val.issuperset(same)]
+    if copies := [" = ".join(same) for same in twins]:
+        # the published sets are what they are
+        published = as_published(f"{dataset.name}/val", dataset.val)
+        (report.warnings if published else report.problems).append(
+            f"{some(copies, 'photos')} both in training and in the validation set"
+        )
+    if turned:
+        report.warnings.append(
+            f"{some(turned, 'images')} turned by EXIF orientation when read: are the masks upright too?"
+        )
+    odd = {id for of in colours.values() for ids in sorted(of.values(), key=len)[:-1] for id in ids}
+    if odd:
+        report.warnings.append(
+            f"{some(sorted(odd), 'masks')} whose palettes have other colours for the same class than the rest: "
+            "did a program re-order them? A palette is never applied, indices are classes"
+        )
+
+
+def _check_classes(report: Report, dataset: SegDataset, counts: dict[str, np.ndarray]) -> None:
+    """At least two classes in each part; no class that is evaluated and was never shown."""
+    held = {part: [k for k in range(len(dataset.classes)) if count[k]] for part, count in counts.items()}
+    for part, found in held.items():
+        if len(found) < 2 and counts[part].any():
+            hint = (
+                f" {IGNORE} means ignored: an object needs a class value of its own, 1 for example."
+                if counts[part][IGNORE]
+                else ""
+            )
+            report.problems.append(
+                f"the {part} masks hold {len(found)} of {len(dataset.classes)} classes, at least 2 are needed.{hint}"
+            )
+    unseen = [dataset.classes[k] for k in held["val"] if k not in held["labeled"]]
+    if unseen:
+        report.warnings.append(
+            f"{some(unseen, 'classes')} of the validation set in no labeled mask: they cannot be learned"
+        )
+    if nowhere := [
+        name for k, name in enumerate(dataset.classes) if k not in held["val"] and k not in held["labeled"]
+    ]:
+        report.warnings.append(
+            f"{some(nowhere, 'classes')} in no mask: do the labels start from 1, or does the class list hold a line that is no class?"
+        )

@@ -39,33 +39,48 @@ TRAIN_ID[[id for id, _, _ in LABELS]] = torch.arange(len(LABELS), dtype=torch.ui
 class Cityscapes(FileDataset):
     """2,975 training and 500 validation images of 2048 x 1024 pixels, 19 classes; the images on disk are the lists.
 
-    Masks are gtFine's labelTrainIds where the official script has made them, else labelIds mapped to the 19 classes.
+    Masks are gtFine's labelTrainIds where the official script has made them, else labelIds mapped to
+    the 19 classes. Names of other data sets in this layout may be any, but each only once.
     """
 
     name = "cityscapes"
     classes = tuple(name for _, name, _ in LABELS)
     palette = np.array([colour for _, _, colour in LABELS], np.uint8)
-    pattern = r"[a-z0-9-]+_\d{6}_\d{6}"
+    pattern = r"[^\s/]+?(?=_leftImg8bit\b|_gtFine|\.png|\s|$)"
     where = (
-        "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip, after registration: https://www.cityscapes-dataset.com/downloads/; "
-        "expected are leftImg8bit/{train,val}/<city>/<id>_leftImg8bit.png and gtFine/{train,val}/<city>/<id>_gtFine_labelIds.png."
+        "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip, after registration: "
+        "https://www.cityscapes-dataset.com/downloads/; expected are leftImg8bit/{train,val}/<city>/<id>_leftImg8bit.png "
+        "and gtFine/{train,val}/<city>/<id>_gtFine_labelIds.png."
     )
 
     def __init__(self, root: str):
         self.root = find_root(self.name, root, ["leftImg8bit"], self.where)
+        self._place: dict[str, Path] = {}  # id -> <part>/<city>
         self.train, self.val = (self._ids(part) for part in ("train", "val"))
-        if not self.train + self.val:
+        if not self._place:
             raise DataError(f"no images in {self.root / 'leftImg8bit'}/{{train,val}}/<city>. {self.where}")
-        self._val = frozenset(self.val)
 
     def _ids(self, part: str) -> tuple[str, ...]:
-        end = "_leftImg8bit.png"
-        return tuple(sorted(path.name.removesuffix(end) for path in (self.root / "leftImg8bit" / part).glob(f"*/*{end}")))
+        ids = []
+        for path in (self.root / "leftImg8bit" / part).glob("*/*_leftImg8bit.png"):
+            id, place = path.name.removesuffix("_leftImg8bit.png"), Path(part, path.parent.name)
+            if self._place.setdefault(id, place) != place:
+                raise DataError(
+                    f"{self.root / 'leftImg8bit'}: two images are called {id}, in {self._place[id]} and in {place}"
+                )
+            ids.append(id)
+        return tuple(sorted(ids))
 
     def files(self, id: str) -> tuple[Path, Path]:
-        place = Path("val" if id in self._val else "train", id.partition("_")[0])
-        masks = [self.root / "gtFine" / place / f"{id}_gtFine_{kind}.png" for kind in ("labelTrainIds", "labelIds")]
-        return self.root / "leftImg8bit" / place / f"{id}_leftImg8bit.png", masks[0] if masks[0].is_file() else masks[1]
+        place = self._place.get(
+            id, Path("train/*")
+        )  # where it was found; an id that is only listed is in no city
+        masks = [
+            self.root / "gtFine" / place / f"{id}_gtFine_{kind}.png" for kind in ("labelTrainIds", "labelIds")
+        ]
+        return self.root / "leftImg8bit" / place / f"{id}_leftImg8bit.png", masks[0] if masks[
+            0
+        ].is_file() else masks[1]
 
     def label(self, id: str) -> Tensor:
         mask = self.files(id)[1]

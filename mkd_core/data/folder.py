@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import posixpath
+import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,16 +12,24 @@ import numpy as np
 
 from .base import IGNORE, DataError, FileDataset, checked_ids, colormap, find_root, read_text
 
+# lines of a class list that are no plain name: a header; a value or a colour beside the name
+HEADER = re.compile(
+    r"(id|index|value|names?|class(es)?|labels?|categor(y|ies)|colou?r|[rgb]|[\s,;:_-])+", re.IGNORECASE
+)
+NO_NAME = re.compile(r"^-?\d+\s*[,;:\t]|[,;:\t]\s*\d")
+
 
 class Folder(FileDataset):
     """Images and masks named by list files; every path is relative to `root`, and an image's path is its id.
 
-    A line is "image mask", or "image" alone for an image without label; names with spaces are parted from each other by a tab.
-    Masks are grey or palette PNGs of class indices, 255 = ignored.
+    A line is "image mask", or "image" alone for an image without label; names with spaces are parted
+    from each other by a tab. Masks are grey or palette PNGs of class indices, 255 = ignored.
 
-    classes  the names, or their number; default: the lines of `classes.txt` under root
+    classes  the names, or their number; default: the lines of `classes.txt` under root, without those
+             that begin with "#" and without labelme's first, `__ignore__`
     palette  [[r, g, b], ...], a colour for each class; default: VOC's colours
-    train    list of the training images; may be absent where every split is a folder with labeled.txt and unlabeled.txt
+    train    list of the training images; may be absent where every split is a folder with labeled.txt
+             and unlabeled.txt
     val      list of the evaluated images, all with masks; "" for none
     """
 
@@ -36,55 +46,105 @@ class Folder(FileDataset):
     ):
         self.root = find_root(self.name, root, [], self.where)
         self.classes = _class_names(self.root, classes)
-        self.palette = colormap(len(self.classes)) if palette is None else _colours(palette, len(self.classes))
+        self.palette = (
+            colormap(len(self.classes)) if palette is None else _colours(palette, len(self.classes))
+        )
+        self._written: dict[str, str] = {}  # id -> the image's name as its list spells it
         self._masks: dict[str, str | None] = {}
         self.train = self.read_list(self.root / train) if (self.root / train).is_file() else ()
         self.val = self.read_list(self.root / val) if val else ()
         bare = [id for id in self.val if self._masks[id] is None]
         if bare:
-            raise DataError(f"{self.root / val}, images without mask, first {bare[0]}: evaluated images need one")
+            raise DataError(
+                f"{self.root / val}, images without mask, first {bare[0]}: evaluated images need one"
+            )
 
     def files(self, id: str) -> tuple[Path, Path | None]:
         mask = self._masks.get(id)
-        return self.root / id, self.root / mask if mask else None
+        return self._file(self._written.get(id, id)), self._file(mask) if mask else None
+
+    def _file(self, name: str) -> Path:
+        """The file of a name, in whichever Unicode form (composed or, from a Mac, decomposed) the disk has it."""
+        forms = (
+            [name]
+            if name.isascii()
+            else [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+        )
+        return next((self.root / form for form in forms if (self.root / form).is_file()), self.root / name)
 
     def read_list(self, path: Path) -> tuple[str, ...]:
-        """The images of a list file; their masks are remembered."""
+        """Read the images of a list file; their masks are remembered."""
         ids = []
         for number, line in enumerate(read_text(path).splitlines(), 1):
             if line.strip():
-                image, mask = self._pair(line.strip(), f"{path}, line {number}")
-                if mask and (self._masks.get(image) or mask) != mask:
-                    raise DataError(f"{path}, line {number}: {image} has mask {self._masks[image]} in one list and {mask} in another")
-                self._masks[image] = mask or self._masks.get(image)
-                ids.append(image)
+                place = f"{path}, line {number}"
+                image, mask = self._pair(line.strip(), place)
+                id = unicodedata.normalize("NFC", image)
+                if mask and (self._masks.get(id) or mask) != mask:
+                    raise DataError(
+                        f"{place}: {image} has mask {self._masks[id]} in one list and {mask} in another"
+                    )
+                self._masks[id] = mask or self._masks.get(id)
+                self._written[id] = image
+                ids.append(id)
         return checked_ids(ids, str(path))
 
     def _pair(self, line: str, place: str) -> tuple[str, str | None]:
         fields = line.split("\t") if "\t" in line else self._split_at_space(line)
-        fields = [posixpath.normpath(field.strip()) for field in fields if field.strip()]  # "./a.png" and "a.png" are one image
+        # "./a.png" and "a.png" are one image
+        fields = [posixpath.normpath(field.strip()) for field in fields if field.strip()]
         if absolute := [field for field in fields if field.startswith("/")]:
             raise DataError(f"{place}: {absolute[0]} is absolute; names are relative to {self.root}")
         if len(fields) > 2:
-            raise DataError(f"{place}: expected 'image mask' or 'image', got {line!r}; part names that hold spaces by a tab")
-        return fields[0], fields[1] if len(fields) == 2 else None
+            raise DataError(
+                f"{place}: expected 'image mask' or 'image', got {line!r}; part names that hold spaces by a tab"
+            )
+        image, mask = fields[0], fields[1] if len(fields) == 2 else None
+        if not self._file(image).is_file() and (hint := _hint(line, image, mask)):
+            raise DataError(f"{place}: {line!r} {hint}")
+        return image, mask
 
     def _split_at_space(self, line: str) -> list[str]:
         words = line.split()
-        if len(words) == 1 or (self.root / line).is_file():
+        if len(words) == 1 or self._file(line).is_file():
             return [line]
         pairs = [[" ".join(words[:k]), " ".join(words[k:])] for k in range(1, len(words))]
-        found = [pair for pair in pairs if all((self.root / name).is_file() for name in pair)]
+        found = [pair for pair in pairs if all(self._file(name).is_file() for name in pair)]
         return found[0] if len(found) == 1 else words
 
 
+def _hint(line: str, image: str, mask: str | None) -> str:
+    """What a line probably means whose image is not there, where its form tells; else ""."""
+    if found := re.search("[,;]", line):
+        return f"is no file: names are parted by a space or a tab, not by {found[0]!r}"
+    if not Path(image).suffix:
+        if mask and "\t" not in line:
+            return "is no file, and its first word has no ending: where a name holds spaces, part it from the mask's by a tab"
+        return "is no file: a name is written with its folder and ending, images/name.jpg for example"
+    return ""
+
+
 def _class_names(root: Path, classes: Sequence[str] | int | None) -> tuple[str, ...]:
+    source = "classes"
     if classes is None:
-        if not (root / "classes.txt").is_file():
-            file = root / "classes.txt"
-            raise DataError(f"which classes do the masks hold? Give classes=[names], classes=<number>, or one name per line in {file}")
-        classes = [line.strip() for line in read_text(root / "classes.txt").splitlines() if line.strip()]
-    names = tuple(f"class {k}" for k in range(classes)) if isinstance(classes, int) else tuple(map(str, classes))
+        file = root / "classes.txt"
+        if not file.is_file():
+            raise DataError(
+                f"which classes do the masks hold? Give classes=[names], classes=<number>, or one name per line in {file}"
+            )
+        lines = [line.strip() for line in read_text(file).splitlines()]
+        classes = [line for line in lines if line and not line.startswith("#")]
+        source = str(file)
+    names = (
+        tuple(f"class {k}" for k in range(classes)) if isinstance(classes, int) else tuple(map(str, classes))
+    )
+    if names[:1] == ("__ignore__",):  # labelme's first line: value -1, which is 255 in its masks
+        names = names[1:]
+    for number, name in enumerate(names):
+        if name == "__ignore__" or NO_NAME.search(name) or (number == 0 and HEADER.fullmatch(name)):
+            raise DataError(
+                f"{source}: {name!r} is no class name; give the names alone, one per class, the first for value 0"
+            )
     if isinstance(classes, str) or not 1 < len(names) <= IGNORE or len(set(names)) < len(names):
         raise DataError(f"classes must be 2 to {IGNORE} different names, or their number; got {classes!r}")
     return names
@@ -93,5 +153,7 @@ def _class_names(root: Path, classes: Sequence[str] | int | None) -> tuple[str, 
 def _colours(palette: Sequence[Sequence[int]], classes: int) -> np.ndarray:
     colours = np.asarray(palette) if len({len(colour) for colour in palette}) == 1 else np.zeros(0)
     if colours.shape != (classes, 3) or colours.min() < 0 or colours.max() > 255:
-        raise DataError(f"palette must hold {classes} colours [r, g, b] in 0..255, one for each class; got {palette!r}")
+        raise DataError(
+            f"palette must hold {classes} colours [r, g, b] in 0..255, one for each class; got {palette!r}"
+        )
     return colours.astype(np.uint8)

@@ -1,7 +1,7 @@
-"""`shapes`, the embedded data set: textures told apart by pattern, never by colour; made from a seed, nothing to download.
+"""`shapes`, the embedded data set: textures told apart by pattern, made from a seed.
 
-Every region is painted with one of five textures in two random colours, so colour misleads and only the local pattern names
-the class: a problem on which few labels overfit and unlabeled images help. Recipe and numbers: our choice (README).
+Every region is painted with one of five textures in two random colours. Colour misleads, and only the
+local pattern names the class: few labels overfit and unlabeled images help. Recipe and numbers: our choice.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from torch import Tensor
 from .base import SegDataset
 
 CLASSES = ("smooth", "stripes", "checker", "dots", "rings")
-PALETTE = np.array([[86, 180, 233], [213, 94, 0], [204, 121, 167], [240, 228, 66], [0, 158, 115]], np.uint8)  # Okabe and Ito
+PALETTE = np.array(
+    [[86, 180, 233], [213, 94, 0], [204, 121, 167], [240, 228, 66], [0, 158, 115]], np.uint8
+)  # Okabe and Ito
 SUPERSAMPLING = 2
 
 
 class Shapes(SegDataset):
-    """`train_size` + `val_size` images of `size` x `size` pixels, all labeled; image k depends on (set, k) alone.
+    """`train_size` + `val_size` labeled images of `size` x `size` pixels; image k depends on (set, k) alone.
 
     >>> Shapes(train_size=4, val_size=2).image("train/0003").shape
     torch.Size([3, 48, 48])
@@ -63,7 +65,9 @@ def _draw(id: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     angle, wave = rng.uniform(0, 2 * np.pi, 2)
     across = (x - size / 2) * np.cos(angle) + (y - size / 2) * np.sin(angle)
     along = (y - size / 2) * np.cos(angle) - (x - size / 2) * np.sin(angle)
-    line = rng.uniform(-0.12, 0.12) * size + rng.uniform(2, 5) * np.sin(along * rng.uniform(0.12, 0.25) + wave)
+    line = rng.uniform(-0.12, 0.12) * size + rng.uniform(2, 5) * np.sin(
+        along * rng.uniform(0.12, 0.25) + wave
+    )
     regions = [np.ones((side, side), bool), across > line]
     # One or two objects on top.
     for _ in range(rng.integers(1, 3)):
@@ -77,10 +81,14 @@ def _draw(id: str, size: int) -> tuple[np.ndarray, np.ndarray]:
 
     # Light: overall, a gradient, and sensor noise after averaging down.
     turn = rng.uniform(0, 2 * np.pi)
-    light = rng.uniform(0.6, 1.2) * (1 + rng.uniform(0, 0.4) * ((x - size / 2) * np.cos(turn) + (y - size / 2) * np.sin(turn)) / size)
+    light = rng.uniform(0.6, 1.2) * (
+        1 + rng.uniform(0, 0.4) * ((x - size / 2) * np.cos(turn) + (y - size / 2) * np.sin(turn)) / size
+    )
     image = (image * light[..., None]).reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 3).mean((1, 3))
     image = np.clip(image + rng.normal(0, 0.03, image.shape), 0, 1)
-    return (image.transpose(2, 0, 1) * 255).round().astype(np.uint8), label[::SUPERSAMPLING, ::SUPERSAMPLING].copy()
+    return (image.transpose(2, 0, 1) * 255).round().astype(np.uint8), label[
+        ::SUPERSAMPLING, ::SUPERSAMPLING
+    ].copy()
 
 
 def _object(x: np.ndarray, y: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
@@ -104,7 +112,7 @@ def _object(x: np.ndarray, y: np.ndarray, rng: np.random.Generator, size: int) -
 
 
 def _texture(kind: int, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(side, side, 3) in [0, 1]: the class's pattern between two random colours, random period, orientation and phase."""
+    """Paint a class's pattern between two random colours, random in period, turn and phase: (side, side, 3) in [0, 1]."""
     period, turn = rng.uniform(5, 7), rng.uniform(0, 2 * np.pi)
     u = 2 * np.pi * (x * np.cos(turn) + y * np.sin(turn)) / period + rng.uniform(0, 2 * np.pi)
     v = 2 * np.pi * (y * np.cos(turn) - x * np.sin(turn)) / period + rng.uniform(0, 2 * np.pi)
@@ -125,7 +133,10 @@ def _texture(kind: int, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) 
 
 
 def _two_colours(kind: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Two RGB colours at least 0.15 apart in mean brightness; hues scatter by 0.12 turn about one that the class shares: a weak hint."""
+    """Draw two RGB colours at least 0.15 apart in mean brightness.
+
+    Hues scatter by 0.12 turn about one that the class shares: a weak hint.
+    """
     while True:
         hue = (kind / len(CLASSES) + rng.normal(0, 0.12, 2))[:, None]
         saturation, value = rng.uniform(0.25, 0.85, (2, 1)), rng.uniform(0.25, 1, (2, 1))

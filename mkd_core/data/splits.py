@@ -1,4 +1,4 @@
-"""Labeled and unlabeled images by name: published lists (checked against their hashes), random draws, one's own folders."""
+"""Labeled and unlabeled images by name: published lists, random draws, one's own folders."""
 
 from __future__ import annotations
 
@@ -37,42 +37,47 @@ class Split:
 
 
 def set_hash(ids: Iterable[str]) -> str:
-    """sha256 of the sorted unique ids, one per line, each ended by a line feed: independent of a file's order and syntax."""
+    """Hash the sorted unique ids, one per line, each ended by a line feed: sha256, whatever a file's order and syntax."""
     return hashlib.sha256("".join(f"{id}\n" for id in sorted(set(ids))).encode()).hexdigest()
 
 
 def load_split(dataset: SegDataset, name: str, seed: int = 0) -> Split:
     """The split `name` of a data set; unlabeled = the training images that are not labeled, computed.
 
-    "cps/1_16", "cps/662"   a published list (splits.yaml), by fraction or by count, verified against its hash
-    "random/1_16"           ceil(N / 16) images drawn from `seed`; "random/32": 32 images; "random/32@3": seed 3. See `draw`
-    "full"                  every image that has a label; unlabeled = all training images, as wherever nothing else remains
-    "splits/mine"           a folder under the data set's root with labeled.txt and, optionally, unlabeled.txt, then taken as it is
+    "cps/1_16"     a published list (splits.yaml), verified against its hash
+    "random/1_16"  ceil(N / 16) images drawn from `seed`; "random/32": 32 images; "random/32@3": seed 3. See `draw`
+    "full"         every image that has a label; unlabeled = all training images, as wherever nothing else remains
+    "splits/mine"  a folder under the data set's root with labeled.txt and, optionally, unlabeled.txt
 
-    ValueError for a name that does not exist, DataError for lists that are empty, overlap, or leave the training set.
+    ValueError for a name that does not exist, DataError for a list that cannot be read. Whether its
+    images are there, overlap, or leak is for `check` to say.
     """
     wish = re.fullmatch(r"(random/(1_)?([1-9]\d*))(?:@(\d+))?", name)
     own = name != "full" and not wish and name not in published_splits(dataset.name)
     if own and dataset.root and (dataset.root / name / "labeled.txt").is_file():
         return _from_folder(dataset, name, dataset.root / name)
     if not dataset.train:
-        raise DataError(f"data set {dataset.name!r} has no training images under {dataset.root}. {dataset.where}")
+        raise DataError(
+            f"data set {dataset.name!r} has no training images under {dataset.root}. {dataset.where}"
+        )
     if name == "full":
-        return _split(dataset, name, [id for id in dataset.train if _may_be_labeled(dataset, id)])
+        return _split(name, [id for id in dataset.train if _may_be_labeled(dataset, id)], dataset.train)
     if wish is None:
         return _published_split(dataset, name)
     stem, fraction, size, fixed = wish.groups()
     count = math.ceil(len(dataset.train) / int(size)) if fraction else int(size)
     seed = int(fixed or seed)
-    return _split(dataset, f"{stem}@{seed}", draw(dataset, count, seed))
+    drawn = draw(dataset, count, seed)
+    return _split(f"{stem}@{seed}", drawn, _rest(dataset, drawn))
 
 
 def draw(dataset: SegDataset, count: int, seed: int) -> list[str]:
-    """`count` labeled ids, every class present: our rule. The same on every machine, and independent of the order of files.
+    """Draw `count` labeled ids with every class present (our rule); the same on every machine.
 
-    Images are ranked by sha256("seed:id") and the first `count` that have a label are taken. While a class is missing, the next
-    image in rank that holds one joins, and the last image that holds no class alone leaves. Each mask is opened at most once; a
-    class that no image of the data set holds is given up only after all were seen. DataError where the draw is impossible.
+    Images are ranked by sha256("seed:id") and the first `count` that have a label are taken. While a
+    class is missing, the next image in rank that holds one joins, and the last image that holds no
+    class alone leaves. Each mask is opened at most once; a class that no image of the data set holds
+    is given up only after all were seen. DataError where the draw is impossible.
     """
     ranked = sorted(dataset.train, key=lambda id: hashlib.sha256(f"{seed}:{id}".encode()).digest())
     pool = (id for id in ranked if _may_be_labeled(dataset, id))
@@ -93,7 +98,9 @@ def draw(dataset: SegDataset, count: int, seed: int) -> list[str]:
         if len(counts) == len(dataset.classes):
             break
     if absent := [dataset.classes[c] for c in sorted(seen - counts.keys())]:
-        raise DataError(f"random: no {count} images found that hold every class, {absent} would be absent; ask for more")
+        raise DataError(
+            f"random: no {count} images found that hold every class, {absent} would be absent; ask for more"
+        )
     return list(holds)
 
 
@@ -126,18 +133,20 @@ def _lists() -> dict:
     return yaml.safe_load(Path(__file__).with_name("splits.yaml").read_text())
 
 
-def by_fraction(dataset: str, name: str) -> str:
-    """A published split's own name, where it is given by its count ("cps/662" of voc_aug is "cps/1_16"); other names as they are."""
-    family, _, size = name.partition("/")
-    counts = published_splits(dataset) if dataset in _lists() else {}
-    return next((full for full, count in counts.items() if full.startswith(family + "/") and str(count) == size), name)
-
-
 def _published_split(dataset: SegDataset, name: str) -> Split:
-    counts, name = published_splits(dataset.name), by_fraction(dataset.name, name)
+    counts = published_splits(dataset.name)
     if name not in counts:
-        own = [str(found.parent.relative_to(dataset.root)) for found in sorted(dataset.root.rglob("labeled.txt"))] if dataset.root else []
-        choose(f"{dataset.name} split", name, [*counts, *own, "random/1_16", "random/32", "random/32@3", "full"])
+        own = (
+            [
+                str(found.parent.relative_to(dataset.root))
+                for found in sorted(dataset.root.rglob("labeled.txt"))
+            ]
+            if dataset.root
+            else []
+        )
+        choose(
+            f"{dataset.name} split", name, [*counts, *own, "random/1_16", "random/32", "random/32@3", "full"]
+        )
     count, file, sha256 = _lists()[dataset.name][name]
     labeled = _verified(file, dataset.pattern, count, sha256)
     if not as_published(f"{dataset.name}/train", dataset.train):
@@ -146,36 +155,27 @@ def _published_split(dataset: SegDataset, name: str) -> Split:
             f"split {name} is drawn from the {_lists()['sets'][f'{dataset.name}/train'][0]} training images of {dataset.name!r}; "
             f"{dataset.root} has {len(dataset.train)}, without {missing}. {dataset.where} For a part of the data use 'random/1_16'."
         )
-    return _split(dataset, name, labeled)
+    return _split(name, labeled, _rest(dataset, labeled))
 
 
 def _from_folder(dataset: SegDataset, name: str, folder: Path) -> Split:
-    labeled = dataset.read_list(folder / "labeled.txt")
-    given = folder / "unlabeled.txt"
-    unlabeled = dataset.read_list(given) if given.is_file() else None
-    if not dataset.train and unlabeled is None:
+    labeled, given = dataset.read_list(folder / "labeled.txt"), folder / "unlabeled.txt"
+    if given.is_file():
+        # an empty list is one: supervised training needs no unlabeled images
+        return _split(name, labeled, dataset.read_list(given) if read_text(given).strip() else ())
+    if not dataset.train:
         raise DataError(f"{given} is needed where the data set has no list of training images")
-    return _split(dataset, name, labeled, unlabeled)
+    return _split(name, labeled, _rest(dataset, labeled))
 
 
-def _split(dataset: SegDataset, name: str, labeled: Iterable[str], unlabeled: Iterable[str] | None = None) -> Split:
-    labeled, given = sorted(labeled), unlabeled is not None
-    if unlabeled is None:
-        # where all are labeled, all serve as unlabeled images too: the "Full" column of the paper's Table 1
-        everything = name == "full" or len(labeled) == len(dataset.train)
-        unlabeled = dataset.train if everything else set(dataset.train) - set(labeled)
-    elif overlap := sorted(set(labeled) & set(unlabeled)):
-        raise DataError(f"split {name}: {some(overlap, 'images')} both labeled and unlabeled")
-    unlabeled = sorted(unlabeled)
-    if leak := sorted({*labeled, *unlabeled} & set(dataset.val)):
-        raise DataError(f"split {name}: {some(leak, 'images')} of the validation set in training")
-    if not given and (outside := sorted(set(labeled) - set(dataset.train))):
-        raise DataError(f"split {name}: {some(outside, 'images')} not among the training images of {dataset.name!r}")
-    if bare := [id for id in labeled if not _may_be_labeled(dataset, id)]:
-        raise DataError(f"split {name}: {some(bare, 'labeled images')} without a mask")
-    if not labeled:
-        raise DataError(f"split {name}: no labeled images")
-    return Split(name, tuple(labeled), tuple(unlabeled), set_hash(labeled), set_hash(unlabeled))
+def _rest(dataset: SegDataset, labeled: Sequence[str]) -> Iterable[str]:
+    """The training images that are not labeled; where all are, all of them, as in the paper's Table 1, "Full"."""
+    return set(dataset.train) - set(labeled) or dataset.train
+
+
+def _split(name: str, labeled: Iterable[str], unlabeled: Iterable[str]) -> Split:
+    labeled, unlabeled = tuple(sorted(labeled)), tuple(sorted(unlabeled))
+    return Split(name, labeled, unlabeled, set_hash(labeled), set_hash(unlabeled))
 
 
 def _may_be_labeled(dataset: SegDataset, id: str) -> bool:
@@ -190,7 +190,9 @@ def _classes_of(dataset: SegDataset, id: str) -> set[int]:
 def _verified(file: str, pattern: str, count: int, sha256: str) -> tuple[str, ...]:
     ids = parse_ids(_fetch(file), pattern, file)
     if len(ids) != count or set_hash(ids) != sha256:
-        raise DataError(f"{file}: {len(ids)} ids with hash {set_hash(ids)}, published are {count} with {sha256}")
+        raise DataError(
+            f"{file}: {len(ids)} ids with hash {set_hash(ids)}, published are {count} with {sha256}"
+        )
     return tuple(sorted(ids))
 
 
@@ -204,7 +206,13 @@ def _fetch(file: str) -> str:
             zipped = plain.with_name(plain.name + ".gz")
             return gzip.decompress(zipped.read_bytes()).decode() if zipped.is_file() else read_text(plain)
         url, sha256 = f"{address['url']}/{path}", _lists()["files"][file]
-        return read_text(Path(pooch.retrieve(url, f"sha256:{sha256}", fname=file.replace("/", "_"), path=pooch.os_cache("mkd"))))
+        return read_text(
+            Path(
+                pooch.retrieve(
+                    url, f"sha256:{sha256}", fname=file.replace("/", "_"), path=pooch.os_cache("mkd")
+                )
+            )
+        )
     except (OSError, EOFError, ValueError) as error:
         advice = "Without a network, let MKD_SPLITS name a folder that holds the published lists."
         raise DataError(f"cannot get the list {address['url']}/{path}: {error}. {advice}") from error

@@ -1,9 +1,10 @@
-"""Endless training streams: sample k of a stream depends on (seed, stream, k) alone, so any step can be resumed or replayed."""
+"""Endless training streams: sample k depends on (seed, stream, k) alone, so any step can be resumed or replayed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +16,11 @@ from .base import SegDataset
 
 
 class Stream:
-    """Sample k: the images in a new random order every pass, each with a weak view of its own. Streams of other names are independent.
+    """Images in a new random order every pass, each sample with a weak view of its own.
 
-    block: what is left of a pass and does not fill a block is dropped, so a batch of that size never holds an image twice (CutMix).
+    name   streams of other names are independent
+    block  what is left of a pass and does not fill a block is dropped, so that a batch of that size
+           never holds an image twice (CutMix)
     """
 
     def __init__(
@@ -35,10 +38,11 @@ class Stream:
         return self.ids[_order(self.key, turn, len(self.ids))[i]]
 
     def __getitem__(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(image (3, h, w) uint8, label (h, w) uint8, valid (h, w) bool); the label of an unlabeled stream is never read."""
+        """Return image (3, h, w) uint8, label (h, w) uint8, valid (h, w) bool; an unlabeled stream reads no label."""
         id = self.id(k)
         label = self.dataset.label(id) if self.labeled else None
-        return geometry(self.dataset.image(id), label, self.crop, self.scale, self.base, np.random.default_rng([*self.key, k, 1]))
+        rng = np.random.default_rng([*self.key, k, 1])
+        return geometry(self.dataset.image(id), label, self.crop, self.scale, self.base, rng)
 
 
 @lru_cache(maxsize=8)
@@ -46,25 +50,38 @@ def _order(key: tuple[int, int], turn: int, n: int) -> np.ndarray:
     return np.random.default_rng([*key, turn, 0]).permutation(n)
 
 
+class Crops(NamedTuple):
+    """What one training step is made from, as files hold it; U = 0 where no unlabeled images are wanted."""
+
+    x: Tensor  # (B, 3, h, w) uint8, labeled images
+    y: Tensor  # (B, h, w) uint8, their labels
+    u: Tensor  # (U, 3, h, w) uint8, unlabeled images
+    valid: Tensor  # (U, h, w) bool, False on their padding
+    label: Tensor  # (U, h, w) uint8, their pseudo-labels; all IGNORE where there are none
+
+
 class Steps(Dataset):
-    """Item s: the tensors of training step s, (image, label) of the labeled stream and (image, valid, label) of the unlabeled one, if any."""
+    """Item s: the Crops of training step s."""
 
     def __init__(self, labeled: Stream, unlabeled: Stream | None, batch: int):
         self.labeled, self.unlabeled, self.batch = labeled, unlabeled, batch
 
-    def __getitem__(self, step: int) -> tuple[Tensor, ...]:
-        ks = range(step * self.batch, (step + 1) * self.batch)
-        x, y, _ = map(torch.stack, zip(*(self.labeled[k] for k in ks), strict=True))
-        if self.unlabeled is None:
-            return x, y
-        u, label, valid = map(torch.stack, zip(*(self.unlabeled[k] for k in ks), strict=True))
-        return x, y, u, valid, label
+    def __getitem__(self, step: int) -> Crops:
+        x, y, inside = self._stack(self.labeled, step)
+        u, label, valid = self._stack(self.unlabeled, step) if self.unlabeled else (x[:0], y[:0], inside[:0])
+        return Crops(x, y, u, valid, label)
+
+    def _stack(self, stream: Stream, step: int) -> list[Tensor]:
+        samples = [stream[k] for k in range(step * self.batch, (step + 1) * self.batch)]
+        return [torch.stack(part) for part in zip(*samples, strict=True)]
 
     def ids(self, step: int) -> tuple[list[str], list[str]]:
-        """The labeled and unlabeled images of a step."""
+        """Return the labeled and unlabeled images of a step."""
         ks = range(step * self.batch, (step + 1) * self.batch)
         return [self.labeled.id(k) for k in ks], [self.unlabeled.id(k) for k in ks] if self.unlabeled else []
 
-    def batches(self, start: int, stop: int, workers: int, pin: bool) -> Iterator[tuple[Tensor, ...]]:
-        """Steps start .. stop - 1; the number of workers changes nothing but the speed."""
-        return iter(DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin))
+    def batches(self, start: int, stop: int, workers: int, pin: bool) -> Iterator[Crops]:
+        """Load steps start .. stop - 1; the number of workers changes nothing but the speed."""
+        return iter(
+            DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin)
+        )

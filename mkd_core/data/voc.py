@@ -8,29 +8,11 @@ from ..choices import choose
 from .base import DataError, FileDataset, colormap, find_root
 from .splits import published
 
-CLASSES = [
-    "background",
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "diningtable",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "pottedplant",
-    "sheep",
-    "sofa",
-    "train",
+CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
     "tvmonitor",
-]
+)  # fmt: skip
 
 
 class VOC(FileDataset):
@@ -43,7 +25,7 @@ class VOC(FileDataset):
     """
 
     name = "voc"
-    classes = tuple(CLASSES)
+    classes = CLASSES
     palette = colormap(21)
     pattern = r"\d{4}_\d{6}"
     where = (
@@ -53,7 +35,9 @@ class VOC(FileDataset):
     train_list = "train"
 
     def __init__(self, root: str, prefer_aug_masks: bool = False):
-        self.root = find_root(self.name, root, ["JPEGImages"], self.where, below=("", "VOC2012", "VOCdevkit/VOC2012"))
+        self.root = find_root(
+            self.name, root, ["JPEGImages"], self.where, below=("", "VOC2012", "VOCdevkit/VOC2012")
+        )
         self.prefer_aug_masks = prefer_aug_masks
         self.train = self._list(self.train_list, f"{self.name}/train")
         self.val = self._list("val", "voc/val")
@@ -65,12 +49,14 @@ class VOC(FileDataset):
         return self.read_list(path) if path.is_file() else published(key, self.pattern)
 
     def files(self, id: str) -> tuple[Path, Path]:
-        """A mask in SegmentationClass where VOC annotated the image, else in SegmentationClassAug; the other where that is missing."""
+        """The mask of SegmentationClass where VOC annotated the image, else of SegmentationClassAug, or of the other."""
         folders = ["SegmentationClass", "SegmentationClassAug"]
         if self.prefer_aug_masks or id not in self._original:
             folders.reverse()
         masks = [self.root / folder / f"{id}.png" for folder in folders]
-        return self.root / "JPEGImages" / f"{id}.jpg", next((mask for mask in masks if mask.is_file()), masks[0])
+        return self.root / "JPEGImages" / f"{id}.jpg", next(
+            (mask for mask in masks if mask.is_file()), masks[0]
+        )
 
 
 class VOCAug(VOC):
@@ -85,7 +71,10 @@ class VOCAug(VOC):
 
 
 def download(name: str, root: str) -> None:
-    """VOC 2012 into root/VOCdevkit/VOC2012, 2 GB, verified by torchvision's checksum; the augmented masks have no official archive."""
+    """Download VOC 2012, 2 GB, into root/VOCdevkit/VOC2012; torchvision verifies its checksum.
+
+    The augmented masks have no official archive.
+    """
     from torchvision.datasets import VOCSegmentation  # here: the data sets are read without torchvision
 
     choose("data set to download", name, ["voc", "voc_aug"])

@@ -25,6 +25,7 @@ from ..config import RunConfig, read_config
 from ..data import open_dataset
 from ..data.base import IGNORE
 from ..data.splits import load_split
+from ..data.stream import Crops
 from ..evaluate import pick_device, probabilities
 from ..methods import METHODS, Batch, Method
 from ..metrics import confusion_matrix, miou
@@ -331,7 +332,7 @@ class Study:
         x, y, _ = crops(known, [self.data.label(i) for i in known])
         with torch.random.fork_rng():
             seed_step(config.seed, draw)
-            batch = make_batch((x, y, images, valid, unknown), config, max(1, method.views), self.device)
+            batch = make_batch(Crops(x, y, images, valid, unknown), config, max(1, method.views), self.device)
             shown = {"weak view": batch.weak[0], "strong view": batch.strong[0][0], "partner": batch.weak[1]}
             view = shown[name] if name in shown else _fed(copy.deepcopy(method), batch)
         pasted = [(view[None] == torch.stack([of[k] for of in (batch.weak, *batch.strong)])).all(1).any(0) for k in (0, 1)]

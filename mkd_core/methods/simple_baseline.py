@@ -17,10 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..augment import STRONG
 from ..data.base import IGNORE
 from ..losses import confidence, cross_entropy, masked_mean
 from .base import Batch, Build, Method, PositiveCount, Prob, Scales, Share, Terms, Weight
+from .noise import three_of
 from .st_plus_plus import tta
+
+STRONG["three_of"] = three_of  # its strong view, which any method may be given
 
 
 class SimpleBaseline(Method):

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..config import RunConfig
+from ..data.stream import Crops
 from ..evaluate import pick_device
 from ..methods import Batch, Method
 from ..models import SegNet
@@ -55,8 +56,9 @@ class Step:
         shape = (config.batch, *config.crop)
         seed_step(config.seed, 0)
         image, label = torch.randint(256, (2, shape[0], 3, *shape[1:]), dtype=torch.uint8), torch.randint(CLASSES, shape, dtype=torch.uint8)
-        unlabeled = [image[1], torch.ones(shape, dtype=torch.bool), label] if self.method.unlabeled or self.method.stages else []
-        self.batch: Batch = make_batch([image[0], label, *unlabeled], config, self.method.views, self.device)
+        n = config.batch if self.method.unlabeled or self.method.stages else 0
+        crops = Crops(image[0], label, image[1][:n], torch.ones(shape, dtype=torch.bool)[:n], label[:n])
+        self.batch: Batch = make_batch(crops, config, self.method.views, self.device)
         self.encoded = (0.0, 0.0)
 
     def __call__(self) -> None:

@@ -278,13 +278,12 @@ def refuse_unlike_configs(title: str, rows: Mapping[str, Sequence[Mapping[str, A
     _refuse_different(where, "evaluation protocols", (c["protocol"] for c in every))
     if source is None or title not in source.columns:
         return
-    from ..data.splits import by_fraction  # not at the top: tables without published numbers do not wait for torch
 
     theirs = source.columns[title]
     for row, configs in rows.items():
         about, dataset = source.rows.get(row), source.dataset_of(row)
         for c in configs:
-            ours = (c["dataset"], by_fraction(c["dataset"], c["split"]), c["encoder"])
+            ours = (c["dataset"], c["split"], c["encoder"])
             same_unlabeled = ours[0] == dataset or about is None or about.unlabeled == "none"
             if not (_images(ours[0]) == _images(dataset) and same_unlabeled and ours[1] == theirs.split and _is(theirs.backbone, ours[2])):
                 raise ValueError(

@@ -1,0 +1,93 @@
+"""The weak view: random scale, crop and flip of image, label and validity; normalising."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as TF
+from torch import Tensor
+
+from ..data.base import IGNORE
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in [0, 1]
+FILL = tuple(round(255 * m) for m in MEAN)  # padding: the mean colour, zero after normalisation
+
+
+def geometry(
+    image: Tensor,
+    label: Tensor | None,
+    crop: tuple[int, int],
+    scale: tuple[float, float],
+    base: int,
+    rng: np.random.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weak view: random scale, random crop, padding, horizontal flip; the same for image, label and validity.
+
+    image (3, H, W) uint8, label (H, W) uint8 or None
+        -> image (3, h, w) uint8, label (h, w) uint8, valid (h, w) bool with (h, w) = crop
+    scale   range of the factor r, uniform
+    base    0: the image is scaled by r; else its long side becomes r * base (released MKD: 512, r in [0.5, 2])
+    Padding is FILL in the image, IGNORE in the label (all IGNORE without a label), False in valid.
+    The crop is taken first and only it is resampled.
+    """
+    height, width = image.shape[-2:]
+    factor = rng.uniform(*scale) * (base / max(height, width) if base else 1)
+    scaled = [max(1, round(side * factor)) for side in (height, width)]
+    # The window in the scaled image, then the same window in the source: at most the whole image.
+    inside = [min(c, s) for c, s in zip(crop, scaled, strict=True)]
+    top, left = (int(rng.integers(s - i + 1)) for s, i in zip(scaled, inside, strict=True))
+    (rows, tall, y), (columns, wide, x) = (
+        _source(*axis, factor) for axis in ((top, inside[0], height), (left, inside[1], width))
+    )
+    window = image[:, rows, columns]
+    target = (torch.full((height, width), IGNORE, dtype=torch.uint8) if label is None else label)[
+        rows, columns
+    ]
+    if window.shape[-2:] != (tall, wide):
+        window = TF.resize_image(
+            window, [tall, wide], interpolation=TF.InterpolationMode.BILINEAR, antialias=True
+        )
+        # "Exact" samples at pixel centres as the image does; plain nearest would shift labels by up to half a pixel.
+        target = TF.resize_image(
+            target[None], [tall, wide], interpolation=TF.InterpolationMode.NEAREST_EXACT
+        )[0]
+    window, target = (
+        window[:, y : y + inside[0], x : x + inside[1]],
+        target[y : y + inside[0], x : x + inside[1]],
+    )
+    if rng.random() < 0.5:
+        window, target = window.flip(-1), target.flip(-1)
+    room = [c - i for c, i in zip(crop, inside, strict=True)]
+    above, before = (int(rng.integers(r + 1)) for r in room)
+    place = (slice(above, above + inside[0]), slice(before, before + inside[1]))
+    out = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].repeat(1, *crop)
+    out[:, place[0], place[1]] = window
+    out_label = torch.full(crop, IGNORE, dtype=torch.uint8)
+    out_label[place] = target
+    valid = torch.zeros(crop, dtype=torch.bool)
+    valid[place] = True
+    return out, out_label, valid
+
+
+def _source(start: int, length: int, side: int, factor: float) -> tuple[slice, int, int]:
+    """Find, along one axis, the source pixels under `length` scaled ones from `start`.
+
+    Returns the slice of them, their number once scaled, and where in these the crop begins.
+    """
+    first, last = int(start / factor), min(side, math.ceil((start + length) / factor))
+    scaled = max(length, round((last - first) * factor))
+    return slice(first, last), scaled, min(scaled - length, round(start - first * factor))
+
+
+def normalise(image: Tensor) -> Tensor:
+    """(B, 3, H, W) in [0, 1] -> zero mean, unit variance over ImageNet."""
+    return (image - constant(MEAN, image.device)) / constant(STD, image.device)
+
+
+@cache
+def constant(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """(3, 1, 1) on the device, sent once: every later copy would wait for it."""
+    return torch.tensor(values, device=device)[:, None, None]
