@@ -96,7 +96,7 @@ def test_the_full_protocol_leaves_no_value_to_a_default(stem):
 def test_the_full_protocol_is_the_published_table(stem):
     """Every row and column that the paper has, with its split and its backbone."""
     values = yaml.safe_load(PAPER[stem].read_text())
-    published = yaml.safe_load((PARAMETERS / f"published/{values['published']}.yaml").read_text())
+    published = yaml.safe_load((PARAMETERS.parent / f"published/{values['published']}.yaml").read_text())
     assert published["rows"].keys() <= cells(PAPER[stem]).keys()
     backbones = {"ResNet-50": "resnet50", "ResNet-101": "resnet101", "Xception-65": "tu-xception65"}
     for of in cells(PAPER[stem]).values():
