@@ -1,4 +1,4 @@
-"""Errors for names that do not exist: they restate the call, guess what was meant, and list what there is."""
+"""Errors that restate what was asked for, guess what was meant, and list what there is."""
 
 from __future__ import annotations
 
@@ -8,70 +8,80 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, create_model, field_validator
 
 
 def choose(kind: str, name: str, allowed: Iterable[str]) -> str:
-    """`name` if it is one of `allowed`, else ValueError: "there is no <kind> <name>; did you mean ...? There are: ..."."""
+    """Return `name` if it is allowed, else raise "there is no <kind> <name>; did you mean ...? There are: ..."."""
     allowed = list(allowed)
     if name in allowed:
         return name
-    near = get_close_matches(str(name), allowed, n=8, cutoff=0.3)
-    there = f"There are: {', '.join(allowed)}" if len(allowed) <= 120 else f"There are {len(allowed)}, the nearest: {', '.join(near)}"
+    there = f"There are: {', '.join(allowed)}"
+    if len(allowed) > 120:
+        near = get_close_matches(str(name), allowed, n=8, cutoff=0.3)
+        there = f"There are {len(allowed)}, the nearest: {', '.join(near)}"
     raise ValueError(f"there is no {kind} {name!r}{_guess(name, allowed)} {there}")
 
 
-def check_options(owner: str, make: Callable[..., Any], options: Mapping[str, Any], skip: Iterable[str] = ()) -> None:
-    """ValueError unless `make(**options)` would accept every name and get all that it needs; `skip`: parameters that are not options."""
-    parameters = {n: p for n, p in inspect.signature(make).parameters.items() if n not in set(skip)}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise TypeError(f"{owner}: options must be named in the signature, it takes **kwargs")
-    has = f" It has: {', '.join(parameters) or 'no options'}"
-    for name in options:
-        if name not in parameters:
-            raise ValueError(f"{owner} has no option {name!r}{_guess(name, list(parameters))}{has}")
-    for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and name not in options:
-            raise ValueError(f"{owner} needs the option {name!r}.{has}")
+class Checked(BaseModel):
+    """A frozen model that takes no unknown keys and tells all its faults in one ValueError."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    def __init__(self, **keys: Any):
+        try:
+            super().__init__(**keys)
+        except ValidationError as error:
+            raise ValueError("; ".join(_spell_out(e, type(self)) for e in error.errors())) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        hint = cls.model_fields[str(info.field_name)].annotation
+        values = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(v, bool) for v in values) and bool not in (hint, *get_args(hint)):
+            raise ValueError(f"{info.field_name!r} cannot be true or false; got {value}")
+        return value
 
 
-def complete_options(owner: str, make: Callable[..., Any], options: Mapping[str, Any], skip: str) -> dict[str, Any]:
-    """Options with the constructor's defaults filled in, checked against its type hints: 1, 1.0 and "1.0" are one weight."""
-    check_options(owner, make, options, skip={skip})
-    model = _model(owner, make, skip)
-    for name, value in options.items():
-        refuse_bool(f"{owner}, option {name!r}", model.model_fields[name].annotation, value)
-    try:
-        return model(**options).model_dump(mode="json")
-    except ValidationError as error:
-        raise ValueError(f"{owner}, {spell_out(error, 'option ')}") from error
+def complete_options(
+    owner: str, make: Callable[..., Any], options: Mapping[str, Any], skip: str
+) -> dict[str, Any]:
+    """Fill in the constructor's defaults and check options against its type hints.
 
-
-def refuse_bool(what: str, hint: Any, *values: Any) -> None:
-    """ValueError for true or false where the type hint has no bool: pydantic takes true for 1."""
-    if bool not in (hint, *get_args(hint)) and (wrong := [value for value in values if isinstance(value, bool)]):
-        raise ValueError(f"{what} cannot be true or false; got {wrong[0]}")
+    owner: its name in errors; skip: the parameter that is no option.
+    The number 1.0 may be written 1 or "1.0": equal runs have equal ids.
+    """
+    return _model(owner, make, skip)(**options).model_dump(mode="json")
 
 
 @cache
-def _model(owner: str, make: Callable[..., Any], skip: str) -> type[BaseModel]:
+def _model(owner: str, make: Callable[..., Any], skip: str) -> type[Checked]:
     """The options of a constructor as a pydantic model, made once: a table asks for it hundreds of times."""
     hints = get_type_hints(make.__init__, include_extras=True)  # type: ignore[misc]
     parameters = inspect.signature(make).parameters.values()
-    fields: dict[str, Any] = {p.name: (hints[p.name], ... if p.default is p.empty else p.default) for p in parameters if p.name != skip}
-    return create_model(owner, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
+    fields: dict[str, Any] = {
+        p.name: (hints[p.name], ... if p.default is p.empty else p.default)
+        for p in parameters
+        if p.name != skip
+    }
+    return create_model(owner, __base__=Checked, **fields)
 
 
-def spell_out(error: ValidationError, prefix: str = "") -> str:
-    """Every fault that pydantic found, in our words where they are ours: "crop: input should be a valid integer; got 'wide'"."""
-
-    def text(e: Any) -> str:
-        if "error" in e.get("ctx", {}):
-            return str(e["ctx"]["error"])
-        place = ".".join(map(str, e["loc"]))
-        return f"{prefix}{place!r}: {e['msg'].lower()}; got {e['input']!r}"
-
-    return "; ".join(text(e) for e in error.errors())
+def _spell_out(error: Any, model: type[BaseModel]) -> str:
+    """Tell a fault that pydantic found in our words: "mkd, 'decay': input should be ...; got 2"."""
+    place, fields = ".".join(map(str, error["loc"])), list(model.model_fields)
+    has = f"It has: {', '.join(fields) or 'no options'}"
+    if error["type"] == "extra_forbidden":
+        return f"{model.__name__} has no option {place!r}{_guess(place, fields)} {has}"
+    if error["type"] == "missing":
+        return f"{model.__name__} needs the option {place!r}. {has}"
+    if "error" in error.get("ctx", {}):  # one of ours
+        return str(error["ctx"]["error"])
+    hint = "; in YAML, text that reads as a number, a date or null needs quotes" * (
+        error["type"] == "string_type"
+    )
+    return f"{model.__name__}, {place!r}: {error['msg'].lower()}; got {error['input']!r}{hint}"
 
 
 def _guess(name: str, allowed: list[str]) -> str:

@@ -1,93 +1,94 @@
-"""RunConfig: one run; Grid: one table. Both are checked before anything starts; equal configurations have equal ids."""
+"""RunConfig: one run; Grid: one table. Both are checked before anything starts; equal runs have equal ids."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-import os
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import segmentation_models_pytorch as smp
 import timm
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictInt,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, StrictInt, ValidationInfo, field_validator, model_validator
 
 from .augment import STRONG
-from .choices import choose, complete_options, refuse_bool, spell_out
+from .choices import Checked, choose, complete_options
 from .data import DATASETS
 from .data.base import local
 from .methods import METHODS
 from .models import ARCHITECTURES, file_sha256
+from .parameters import read_parameters
+from .records import ROOT
 
-# Left out of the id by choice: where things lie and on what they run (other hardware changes bits, and training amplifies them), how often
-# the run is logged and saved; weights enter by their hash.
-NOT_IDENTITY = {"root", "device", "threads", "workers", "checkpoint_every", "keep_every", "log_every", "weights"}
-
-
-# Raised when a change of the code changes results, so that runs from before it are not taken for new ones. 1 is left out of the id: runs
-# are older than this number.
-RESULTS = 1
-
-# Options younger than some runs, with the value that those runs had: left out of the id at that value.
-YOUNGER = {"mkd": {"fda_ramp": "cosine", "fda_detach": True, "law": "xor"}}
-
-
-class _Checked(BaseModel):
-    """A model whose faults are told in our words, not in pydantic's."""
-
-    def __init__(self, **keys: Any):
-        try:
-            super().__init__(**keys)
-        except ValidationError as error:
-            raise ValueError(spell_out(error)) from None
+# Not in the id: where things lie, on what they run (other hardware changes bits, and training amplifies them),
+# how often the run is logged and saved. Weights enter by their hash.
+PLACES = {"root", "weights"}
+NOT_IDENTITY = PLACES | {"device", "threads", "workers", "checkpoint_every", "keep_every", "log_every"}
+PARAMETERS = ROOT / "parameters"
+TABLE = {"common", "recipes", "rows", "columns"}  # keys of a table's file; a single run's has none of them
+OF_METHOD = (
+    "method",
+    "options",
+    "weak_photometric",
+    "bn_momentum",
+)  # what a row takes of a single run's file
 
 
-class RunConfig(_Checked):
-    """Everything that decides a run. Flat; unknown keys, methods, options and values out of range are errors that list what is allowed.
+def _encoder(name: str) -> str:
+    if name.startswith("tu-"):
+        return "tu-" + choose("timm model", name[3:], timm.list_models())
+    return choose("encoder", name, smp.encoders.get_encoder_names())
 
-    `options` are the keyword arguments of the method's constructor, `dataset_options` those of the data set's; defaults are filled in, so
-    the record of a run states every hyper-parameter.
+
+Dataset = Annotated[str, AfterValidator(lambda name: choose("data set", name, DATASETS))]
+MethodName = Annotated[str, AfterValidator(lambda name: choose("method", name, METHODS))]
+Encoder = Annotated[str, AfterValidator(_encoder)]
+Side = Annotated[int, Field(gt=0, multiple_of=16)]
+Zoom = Annotated[float, Field(ge=0.05, le=20)]
+
+
+class RunConfig(Checked):
+    """Everything that decides a run. What is unknown or out of range is an error that lists what is allowed.
+
+    `options` are keyword arguments of the method's constructor, `dataset_options` those of the data set's.
+    Defaults are filled in, so that the record of a run states every hyper-parameter.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-
     # Data.
-    dataset: str = Field("shapes", description="shapes, folder, voc, voc_aug, cityscapes, coco")
+    dataset: Dataset = Field("shapes", description="shapes, folder, voc, voc_aug, cityscapes, coco")
     root: str = Field("", description="folder of the data set; not needed for shapes")
-    dataset_options: dict[str, Any] = {}
-    split: str = Field("random/32", description='"cps/1_16", "u2pl/1_8", "classic/92", "pseudoseg/1_512", "random/1_16", or a list folder')
+    dataset_options: dict[str, Any] = Field({})
+    split: str = Field("random/32", description='"cps/1_16", "classic/92", "random/1_16", or a list folder')
     # Method and networks.
-    method: str = "mkd"
-    options: dict[str, Any] = {}
+    method: MethodName = "mkd"
+    options: dict[str, Any] = Field({})
     arch: Literal[ARCHITECTURES] = "deeplabv3plus"  # type: ignore[valid-type]
-    encoder: str = "resnet50"
-    encoder_depth: int = Field(5, ge=3, le=5, description="stages of the encoder that run; 4: a ResNet ends after layer3")
-    weights: str = Field("", description="local file with the encoder's ImageNet weights; '' starts from random ones")
+    encoder: Encoder = "resnet50"
+    encoder_depth: int = Field(5, ge=3, le=5, description="stages that run; 4: a ResNet ends after layer3")
+    weights: str = Field("", description="local file of the encoder's ImageNet weights; '': random ones")
     channels: int = Field(256, gt=0, le=4096, description="of the decoder")
     dropout: float = Field(0.0, ge=0, lt=1)
     norm: Literal["batch", "group"] = "batch"
     bn_momentum: float = Field(0.1, gt=0, le=1)
     # Views.
-    crop: tuple[int, int] = Field((512, 512), description="height, width; multiples of 16")
-    scale: tuple[float, float] = Field((0.5, 2.0), description="range of the random scale")
-    base: int = Field(0, ge=0, le=16_384, description="0: scale the native size; else, from 16 on, the long side becomes scale * base")
+    crop: tuple[Side, Side] = Field(
+        (512, 512), description="height, width; multiples of the encoder's stride"
+    )
+    scale: tuple[Zoom, Zoom] = Field((0.5, 2.0), description="range of the random scale")
+    base: int = Field(0, ge=0, le=16_384, description="0: native size; else the long side is scale * base")
     strong: Literal[tuple(STRONG)] = "one_of"  # type: ignore[valid-type]
-    weak_photometric: bool = Field(False, description="colour distortion in the weak view and on labeled images (released MKD)")
+    weak_photometric: bool = Field(False, description="colour distortion in the weak view too (released MKD)")
     # Optimisation.
     steps: int = Field(30_000, gt=0)
     batch: int = Field(16, gt=0, description="labeled images a step, and as many unlabeled ones")
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(0.0025, gt=0)
-    head_lr: float = Field(1.0, gt=0, description="learning rate of all but the encoders, as a multiple of lr (UniMatch 10)")
+    head_lr: float = Field(
+        1.0, gt=0, description="rate of all but the encoders, in units of lr (UniMatch 10)"
+    )
     weight_decay: float = Field(5e-4, ge=0)
     power: float = Field(0.9, ge=0, description="poly schedule: lr (1 - step / steps) ** power")
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -95,100 +96,126 @@ class RunConfig(_Checked):
     # Evaluation.
     protocol: Literal["whole", "long512", "sliding"] = "whole"  # evaluate.PROTOCOLS
     evaluate_every: int = Field(0, ge=0, description="steps; 0: at the end only")
-    quality_images: int = Field(64, ge=0, description="unlabeled images with withheld labels on which pseudo-labels are measured")
+    quality_images: int = Field(64, ge=0, description="unlabeled images on which pseudo-labels are measured")
     # Machine: not part of the id.
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1 ...")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda:1 ...")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of torch; 0: its own choice")
     workers: int = Field(0, ge=0, le=1024, description="loader processes")
     checkpoint_every: int = Field(1_000, gt=0)
-    keep_every: int = Field(0, ge=0, description="steps between checkpoints that stay, for the explorer; 0: only the last one stays")
+    keep_every: int = Field(0, ge=0, description="steps between checkpoints that stay; 0: the last alone")
     log_every: int = Field(50, gt=0)
 
-    @model_validator(mode="before")
+    @field_validator("options", "dataset_options")
     @classmethod
-    def _known_keys(cls, data: Any) -> Any:
-        for key, value in data.items() if isinstance(data, dict) else ():
-            choose("RunConfig key", key, cls.model_fields)
-            refuse_bool(key, cls.model_fields[key].annotation, *(value if isinstance(value, list | tuple) else [value]))
-        return data
-
-    @field_validator("dataset")
-    @classmethod
-    def _dataset(cls, name: str) -> str:
-        return choose("data set", name, DATASETS)
-
-    @field_validator("method")
-    @classmethod
-    def _method(cls, name: str) -> str:
-        return choose("method", name, METHODS)
-
-    @field_validator("encoder")
-    @classmethod
-    def _encoder(cls, name: str) -> str:
-        if name.startswith("tu-"):
-            return "tu-" + choose("timm model", name[3:], timm.list_models())
-        return choose("encoder", name, smp.encoders.get_encoder_names())
-
-    @field_validator("crop")
-    @classmethod
-    def _crop(cls, crop: tuple[int, int]) -> tuple[int, int]:
-        if any(side <= 0 or side % 16 for side in crop):
-            raise ValueError(f"crop sides must be positive multiples of 16 (the encoder's stride); got {crop}")
-        return crop
-
-    @field_validator("scale")
-    @classmethod
-    def _scale(cls, scale: tuple[float, float]) -> tuple[float, float]:
-        if not 0.05 <= scale[0] <= scale[1] <= 20:
-            raise ValueError(f"scale must be (low, high) with 0.05 <= low <= high <= 20; got {scale}")
-        return scale
+    def _complete(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if info.field_name == "options" and (name := info.data.get("method")):
+            return complete_options(name, METHODS[name], options, "build")
+        if info.field_name == "dataset_options" and (name := info.data.get("dataset")):
+            return complete_options(f"data set {name!r}", DATASETS[name], options, "root")
+        return options  # of a name that is refused already
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        object.__setattr__(self, "options", complete_options(self.method, METHODS[self.method], self.options, "build"))
-        object.__setattr__(
-            self, "dataset_options", complete_options(f"data set {self.dataset!r}", DATASETS[self.dataset], self.dataset_options, "root")
-        )
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale is (low, high); got {self.scale}")
+        if 0 < self.base < 16:
+            raise ValueError(f"base must be 0 or the long side of an image, from 16 on; got {self.base}")
         if self.batch < 2 and self.norm == "batch":
             raise ValueError(
-                "batch must be at least 2: BatchNorm cannot normalise a single image (DeepLabV3+ pools to 1 x 1); or norm='group'"
+                "batch must be at least 2, BatchNorm cannot normalise one image; or norm='group'"
             )
-        if 0 < self.base < 16:
-            raise ValueError(f"base must be 0, or the long side of an image in pixels, at least 16; got {self.base}")
         if self.keep_every % self.checkpoint_every:
-            raise ValueError(f"keep_every must be a multiple of checkpoint_every ({self.checkpoint_every}); got {self.keep_every}")
+            raise ValueError(f"keep_every must be a multiple of checkpoint_every, {self.checkpoint_every}")
         return self
+
+    def absolute(self) -> RunConfig:
+        """Return this run with absolute places of data and weights: its folder is of use from anywhere."""
+        given = {key: local(place).absolute() for key in PLACES if (place := getattr(self, key))}
+        return self.model_copy(update={key: str(place) for key, place in given.items()})
 
     @property
     def named(self) -> bool:
         """Whether the files that `id` takes in are there: the weights, a folder's lists."""
-        weights = not self.weights or os.path.isfile(local(self.weights))
-        return weights and (self.dataset != "folder" or os.path.isdir(local(self.root)))
+        weights = not self.weights or local(self.weights).is_file()
+        return weights and (self.dataset != "folder" or local(self.root).is_dir())
 
     @property
     def id(self) -> str:
-        """Readable prefix and a hash of all that can change the result: `shapes-random_32-mkd-s0-1f2e3d4c`."""
+        """Readable prefix and a hash of all that can change the result: shapes-random_32-mkd-s0-1f2e3d4c."""
         identity = self.model_dump(mode="json", exclude=NOT_IDENTITY)
         identity["weights"] = file_sha256(self.weights) if self.weights else ""
-        young = YOUNGER.get(self.method, {}).items()
-        identity["options"] = {name: value for name, value in self.options.items() if (name, value) not in young}
-        for key, default in {"encoder_depth": 5, "head_lr": 1.0}.items():  # younger than some runs
-            if identity[key] == default:
-                del identity[key]
-        if RESULTS > 1:
-            identity["results"] = RESULTS
         if self.dataset == "folder":  # its lists tell one folder from another, wherever it lies
-            root, options = local(self.root).resolve(), self.dataset_options
-            names = [options["train"], options["val"], "classes.txt", f"{self.split}/labeled.txt", f"{self.split}/unlabeled.txt"]
-            identity["root"] = root.name
-            identity["lists"] = [file_sha256(root / name) for name in names if name and (root / name).is_file()]
+            root, split = local(self.root).resolve(), self.split
+            own = [self.dataset_options["train"], self.dataset_options["val"], "classes.txt"]
+            files = [root / name for name in (*own, f"{split}/labeled.txt", f"{split}/unlabeled.txt") if name]
+            identity |= {"root": root.name, "lists": [file_sha256(path) for path in files if path.is_file()]}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-        data = identity.get("root") or self.dataset
-        return f"{data}-{self.split}-{self.method}-s{self.seed}-{digest}".replace("/", "_").replace(" ", "_")
+        name = f"{identity.get('root') or self.dataset}-{self.split}-{self.method}-s{self.seed}-{digest}"
+        return name.replace("/", "_").replace(" ", "_")
+
+
+class Grid(Checked):
+    """The runs of a table: every row in every column with every seed. No columns: one without a name.
+
+    A row's keys win over a column's, and these over the common ones. "{seed}" in a split's name is filled in.
+    A row with `recipe: NAME` starts from that one of `recipes`. `base` names files below: `with_bases`.
+    All configurations are checked when the grid is made.
+    """
+
+    base: str | list[str] = ""
+    common: dict[str, Any] = Field({})
+    recipes: dict[str, dict[str, Any]] = Field({})
+    rows: dict[str, dict[str, Any]] = Field(min_length=1)
+    columns: dict[str, dict[str, Any]] = Field({"": {}}, min_length=1)
+    seeds: list[StrictInt] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _on_bases(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return with_bases(values)
+
+    @cached_property
+    def cells(self) -> dict[str, dict[str, list[RunConfig]]]:
+        """Row name -> column name -> one configuration a seed."""
+        return {
+            row: {c: [self._config(row, c, s) for s in self.seeds] for c in self.columns} for row in self.rows
+        }
+
+    @property
+    def runs(self) -> dict[str, list[RunConfig]]:
+        """Row name -> its configurations, column by column, seed by seed."""
+        return {
+            name: [config for configs in row.values() for config in configs]
+            for name, row in self.cells.items()
+        }
+
+    def _config(self, row: str, column: str, seed: int) -> RunConfig:
+        own = dict(self.rows[row])
+        try:
+            if recipe := own.pop("recipe", None):
+                own = lay_over(self.recipes[choose("recipe", recipe, self.recipes)], own)
+            keys = self.common | self.columns[column] | own
+            if "seed" in keys:
+                raise ValueError("seed stands in `seeds`, not among the keys of the runs")
+            if isinstance(keys.get("split"), str):
+                keys["split"] = keys["split"].replace("{seed}", str(seed))
+            return RunConfig(**keys, seed=seed)
+        except ValueError as error:
+            raise ValueError(f"{', '.join(filter(None, (row, column)))}, seed {seed}: {error}") from None
+
+    @model_validator(mode="after")
+    def _no_run_twice(self) -> Grid:
+        found: dict[str, str] = {}
+        for row, configs in self.runs.items():
+            for config in filter(lambda c: c.named, configs):  # others are planned without their files
+                if config.id in found:
+                    raise ValueError(f"rows {found[config.id]!r} and {row!r} hold the same run, {config.id}")
+                found[config.id] = row
+        return self
 
 
 def read_config(folder: str | Path) -> RunConfig:
-    """The configuration of a run folder; ValueError where there is none, or none that this version of the suite knows."""
+    """Read the configuration of a run folder; ValueError where there is none."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"there is no run in {folder}")
@@ -198,53 +225,59 @@ def read_config(folder: str | Path) -> RunConfig:
         raise ValueError(f"{path} is damaged, or of another version of the suite: {error}") from error
 
 
-class Grid(_Checked):
-    """The runs of a table: every row in every column with every seed; no columns: one without a name.
+def with_bases(
+    values: Mapping[str, Any], folder: Path = PARAMETERS, above: tuple[Path, ...] = ()
+) -> dict[str, Any]:
+    """Lay parameters over the files that their key `base` names: a path, or a list in which later ones win.
 
-    A row's keys win over a column's, and these over the common ones; "{seed}" in a split's name is filled in.
-
-    All configurations are checked when the grid is made.
+    A path is relative to `folder`, where the parameters lie, to parameters/, or to the working directory.
+    Below a table, a single run's file NAME.yaml gives its values to `common`, and its method to the recipe NAME.
+    A number as `base` is no file: it is that key of a single run.
     """
+    names, result = values.get("base", ""), dict[str, Any]()
+    if isinstance(names, int):
+        return dict(values)
+    for name in filter(None, [names] if isinstance(names, str) else names):
+        path = next(
+            (p.resolve() for p in (folder / name, PARAMETERS / name, Path(name)) if p.is_file()), None
+        )
+        if path is None:
+            raise ValueError(
+                f"base: there is no file {name!r} in {folder}, {PARAMETERS} or the working directory"
+            )
+        if path in above:
+            raise ValueError(f"base: {' -> '.join(p.name for p in (*above, path))} is a circle")
+        below = with_bases(read_parameters(path), path.parent, (*above, path))
+        if TABLE & values.keys() and not TABLE & below.keys():
+            recipe = {key: below[key] for key in OF_METHOD if key in below}
+            common = {key: value for key, value in below.items() if key not in ("method", "options")}
+            below = {"common": common, "recipes": {path.stem: recipe}}
+        result = lay_over(result, below)
+    return lay_over(result, {key: value for key, value in values.items() if key != "base"})
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    common: dict[str, Any]
-    rows: dict[str, dict[str, Any]] = Field(min_length=1)
-    columns: dict[str, dict[str, Any]] = Field({"": {}}, min_length=1)
-    seeds: list[StrictInt] = Field(min_length=1)
+def lay_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge two mappings and the mappings in them; `above` wins, None instead of a mapping takes it away."""
+    result = dict(below)
+    for key, value in above.items():
+        if isinstance(result.get(key), dict) and value is None:
+            del result[key]
+        elif isinstance(result.get(key), dict) and isinstance(value, dict):
+            result[key] = lay_over(result[key], value)
+        else:
+            result[key] = value
+    return result
 
-    @cached_property
-    def cells(self) -> dict[str, dict[str, list[RunConfig]]]:
-        """Row name -> column name -> one configuration a seed."""
 
-        def config(row: str, column: str, seed: int) -> RunConfig:
-            keys = self.common | self.columns[column] | self.rows[row] | {"seed": seed}
-            try:
-                return RunConfig(**keys | {"split": str(keys["split"]).replace("{seed}", str(seed))} if "split" in keys else keys)
-            except ValueError as error:
-                raise ValueError(f"{', '.join(filter(None, (row, column)))}, seed {seed}: {error}") from None
+def drop_foreign_options(values: Mapping[str, Any], typed: Collection[str]) -> dict[str, Any]:
+    """Drop the options that a file holds for another method, or data set, than the one that was typed.
 
-        return {row: {column: [config(row, column, seed) for seed in self.seeds] for column in self.columns} for row in self.rows}
-
-    @property
-    def runs(self) -> dict[str, list[RunConfig]]:
-        """Row name -> its configurations, column by column, seed by seed."""
-        return {name: [config for configs in row.values() for config in configs] for name, row in self.cells.items()}
-
-    @model_validator(mode="after")
-    def _all_valid(self) -> Grid:
-        if any("seed" in keys for keys in (self.common, *self.rows.values(), *self.columns.values())):
-            raise ValueError("seed stands in `seeds`, not among the keys of the runs")
-        if odd := [name for name in (*self.rows, *self.columns) if name.splitlines() not in ([], [name])]:
-            raise ValueError(f"names of rows and columns are one line; got {odd[0]!r}")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"a seed is given twice: {self.seeds}")
-        places: dict[str, list[str]] = {}
-        for row, columns in self.cells.items():
-            for column, configs in columns.items():
-                for config in filter(lambda c: c.named, configs):  # others are planned without their files
-                    places.setdefault(config.id, []).append(", ".join(filter(None, (row, column))))
-        for run, of in places.items():
-            if len(of) > 1:
-                raise ValueError(f"two rows are the same run: {' and '.join(map(repr, of))} are {run}")
-        return self
+    values: a run's parameters; typed: those that the user gave beside the file, "method" or "options.alpha".
+    If the typed method lacks one of the options, they are another's and all go, unless the user typed some.
+    """
+    result, tops = dict(values), {name.split(".")[0] for name in typed}
+    for key, known, options in (("method", METHODS, "options"), ("dataset", DATASETS, "dataset_options")):
+        if key in tops and options not in tops and values[key] in known:
+            has = inspect.signature(known[values[key]]).parameters  # type: ignore[index]
+            result[options] = {} if values.get(options, {}).keys() - has.keys() else values.get(options, {})
+    return result

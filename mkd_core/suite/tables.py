@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from ..choices import choose
 from ..records import ROOT, Cells, Record, Rows, as_cells, write_atomically
 
-PUBLISHED = ROOT / "parameters" / "published"
+PUBLISHED = ROOT / "published"
 BOLD, QUOTED = "font-weight: bold;", "font-style: italic;"
 
 
@@ -57,7 +57,7 @@ class PublishedRow(BaseModel):
 
 
 class Published(BaseModel):
-    """A published table, read from parameters/published: data, each row with its source."""
+    """A published table, read from published: data, each row with its source."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -104,7 +104,7 @@ class Published(BaseModel):
 
 
 def published(name: str, section: str | None = None) -> Published:
-    """parameters/published/<name>.yaml, e.g. "table1"; `section` of a file that holds several tables ("newer")."""
+    """published/<name>.yaml, e.g. "table1"; `section` of a file that holds several tables ("newer")."""
     files = {path.stem: path for path in sorted(PUBLISHED.glob("*.yaml"))}
     text = files[choose("published table", name, files)].read_text(encoding="utf-8")
     content = yaml.load(text, yaml.BaseLoader)  # numbers stay text: 65.20 is not 65.2
