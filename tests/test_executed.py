@@ -16,7 +16,7 @@ EXECUTED = sorted(ROOT.glob("figures/*/executed.ipynb"))
 def test_an_executed_notebook_is_the_notebook_with_its_pictures(path):
     assert sources(path) == sources(NOTEBOOKS / f"{path.parent.name}.ipynb"), "execute it again"
     text = path.read_text(encoding="utf-8")
-    assert text == executed(path) or len(text) <= LARGEST and "image/png" in text
+    assert "image/png" in text and len(text.encode()) <= LARGEST
     assert (
         "widget-view" not in text
         and '"papermill"' not in text
@@ -56,7 +56,7 @@ def test_evidence_keeps_pictures_and_loses_what_is_volatile(tmp_path):
     said = new_output("stream", name="stdout", text=f"written: {ROOT}/runs/a")
     path = written(tmp_path, log, widget, said, picture())
     text = executed(path)
-    (first, injected, cell) = nbformat.reads(text, 4).cells
+    _, injected, cell = nbformat.reads(text, 4).cells
     assert [o.output_type for o in cell.outputs] == ["stream", "display_data"] and cell.outputs[
         0
     ].text == "written: runs/a"
