@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
 ROOT = (
@@ -149,48 +150,153 @@ def commit() -> str:
         return "unknown"
 
 
+# Many records.
+
+COLUMNS = (
+    "row", "column", "seed", "method", "dataset", "data", "dataset_options", "split", "all_labels", "protocol",
+    "encoder", "steps", "weights", "labeled", "sha256", "sha256_unlabeled", "evaluated", "images", "classes",
+    "iou", "miou", "miou_best", "seconds", "confusion", "evaluations",
+)  # fmt: skip
+
+
 def as_cells(cells: Rows | Cells) -> Cells:
-    """Rows alone stand in one column without a name."""
+    """Give rows alone one column without a name."""
     return {row: of if isinstance(of, Mapping) else {"": of} for row, of in cells.items()}
 
 
-def dump(cells: Rows | Cells, path: Path) -> None:
-    """records.jsonl: one record a line, led by its row and column (these alone where a cell is empty); folders by their last name only."""
+def describe(config: Mapping[str, Any], record: Record | None = None) -> dict[str, Any]:
+    """Make a run's line of `frame` from its configuration in plain JSON, and from its record where there is one."""
+    dataset, root = config["dataset"], Path(config["root"]).name
+    line = {
+        key: config[key] for key in ("seed", "method", "dataset", "split", "protocol", "encoder", "steps")
+    }
+    # VOC and VOCAug differ in their unlabeled images only; a folder is known by its name.
+    line["data"] = {"voc_aug": "voc", "folder": f"folder {root}"}.get(dataset, dataset)
+    line["dataset_options"] = json.dumps(config["dataset_options"], sort_keys=True)
+    line["all_labels"] = line["method"] == "supervised" and line["split"] == "full"
+    if record:
+        line |= {key: getattr(record, key) for key in COLUMNS if key in Record.model_fields}
+        line |= {key: record.split.get(key, "") for key in ("labeled", "sha256", "sha256_unlabeled")}
+        line |= {
+            "split": config["split"],
+            "weights": record.weights["name"],
+            "images": record.evaluated["images"],
+        }
+        line |= {"evaluated": json.dumps(record.evaluated, sort_keys=True)}
+    return line
+
+
+def frame(cells: Rows | Cells | pd.DataFrame) -> pd.DataFrame:
+    """Lay out records in one tidy table, a line a run; a table stays as it is. All tables and figures are made from it.
+
+    row, column        categories in the order of `cells`; those without runs are among them
+    seed .. weights    of the configuration; data: whose images are evaluated; all_labels: whether the run is
+                       SupOnly on every label (split "full"), the upper bound of the methods
+    labeled, sha256, sha256_unlabeled   number of labeled images, hashes of both sets of ids
+    evaluated, images  the images of the evaluation and their number
+    classes, iou       C names, and IoU in percent (None where a class does not occur): `explode` both
+    miou, miou_best    in percent, of the last step and of the best evaluation
+    confusion, evaluations   as in the record
+    """
+    if isinstance(cells, pd.DataFrame):
+        return cells
+    cells = as_cells(cells)
+    titles = dict.fromkeys(title for of in cells.values() for title in of)
     lines = [
-        json.dumps({"row": row, "column": title} | record, ensure_ascii=False) + "\n"
-        for row, of in as_cells(cells).items()
+        {"row": row, "column": title, **describe(record.config, record)}
+        for row, of in cells.items()
         for title, found in of.items()
-        for record in ([_portable(r).model_dump(mode="json") for r in found] or [{}])
+        for record in found
     ]
+    table = pd.DataFrame(lines, columns=list(COLUMNS)).astype({"all_labels": bool})
+    return table.assign(
+        row=pd.Categorical(table.row, list(cells)), column=pd.Categorical(table.column, list(titles))
+    )
+
+
+def evaluations(runs: pd.DataFrame) -> pd.DataFrame:
+    """Lay out the evaluations of the runs of a `frame`, a line an evaluated predictor.
+
+    row, column, seed, step, predictor; miou, kept, accuracy, accuracy_all in percent, NaN where not measured.
+    reported marks the predictor whose mIoU counts, the first; labeler the one that labels unlabeled images: the
+    first teacher, else the first. A run whose record holds no evaluations has no lines.
+    """
+    lines = []
+    for run in runs.itertuples():
+        for found in run.evaluations:
+            quality = found.get("pseudo_labels", {})
+            names = list(dict.fromkeys([*found["miou"], *quality]))
+            labeler = next((name for name in names if name.startswith("teacher")), names[0])
+            for name in names:
+                line = {
+                    "row": run.row,
+                    "column": run.column,
+                    "seed": run.seed,
+                    "step": found["step"],
+                    "predictor": name,
+                }
+                line |= {
+                    "reported": name == names[0],
+                    "labeler": name == labeler,
+                    "miou": found["miou"].get(name),
+                }
+                lines.append(
+                    line
+                    | {key: quality.get(name, {}).get(key) for key in ("kept", "accuracy", "accuracy_all")}
+                )
+    keys = [
+        "row",
+        "column",
+        "seed",
+        "step",
+        "predictor",
+        "reported",
+        "labeler",
+        "miou",
+        "kept",
+        "accuracy",
+        "accuracy_all",
+    ]
+    numbers = dict.fromkeys(keys[-4:], float) | {"row": runs.row.dtype, "reported": bool, "labeler": bool}
+    return pd.DataFrame(lines, columns=keys).astype(numbers)
+
+
+def dump(cells: Rows | Cells, path: Path) -> None:
+    """Write records.jsonl: one record a line, led by its row and column; these alone where a cell is empty.
+
+    Folders keep their last name only: where they lay on the machine says nothing, the hashes say what they held.
+    """
+    lines = []
+    for row, of in as_cells(cells).items():
+        for title, found in of.items():
+            kept: list[dict[str, Any]] = [record.model_dump(mode="json") for record in found]
+            for line in kept:
+                line["config"] |= {key: Path(line["config"][key]).name for key in ("root", "weights")}
+            lines += [
+                json.dumps({"row": row, "column": title} | line, ensure_ascii=False) + "\n"
+                for line in kept or [{}]
+            ]
     write_atomically(path, "".join(lines))
 
 
 def read_cells(path: str | Path) -> dict[str, dict[str, list[Record]]]:
-    """Row -> column -> records of a records.jsonl file, in its order."""
+    """Read row -> column -> records of a records.jsonl file, in its order."""
     cells: dict[str, dict[str, list[Record]]] = {}
     for number, text in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
             line = json.loads(text)
-            row, title = (line.pop(key) for key in ("row", "column"))
-            if not isinstance(row, str) or not isinstance(title, str):
-                raise ValueError("row and column are names")
-            cells.setdefault(row, {}).setdefault(title, []).extend([Record(**line)] if line else [])
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            found = cells.setdefault(line.pop("row"), {}).setdefault(line.pop("column"), [])
+            found += [Record(**line)] if line else []
+        except (ValueError, KeyError) as error:
             raise ValueError(
-                f"{path}, line {number} is cut or damaged, no record with its row and column: {str(error)[:300]}"
+                f"{path}, line {number} is not a record with its row and column: {str(error)[:300]}"
             ) from error
     return cells
 
 
 def evidence(source: str) -> dict[str, dict[str, dict[str, list[Record]]]]:
-    """The cells of every <source>/<name>/records.jsonl, by name; source is relative to the root. ValueError where there is none."""
+    """Read the cells of every <source>/<name>/records.jsonl, by name; `source` is relative to the root."""
     place = below_root(source)
     if not (found := sorted(place.glob("*/records.jsonl"))):
         raise ValueError(f"{place} holds no folder with a records.jsonl")
     return {path.parent.name: read_cells(path) for path in found}
-
-
-def _portable(record: Record) -> Record:
-    """Without the folders of the machine that made it; the hashes say what the files were."""
-    own = {key: Path(record.config[key]).name for key in ("root", "weights")}
-    return record.model_copy(update={"config": record.config | own})

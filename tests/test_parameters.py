@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from mkd_core.parameters import read_parameters
 from PIL import Image
 from test_notebooks import NOTEBOOKS
 from test_notebooks import parameters as cell_of
@@ -25,7 +26,6 @@ from mkd_core import METHODS, Grid, RunConfig, load_split, open_dataset, records
 from mkd_core.config import NOT_IDENTITY, with_bases
 from mkd_core.data import DATASETS
 from mkd_core.data.splits import published_splits
-from mkd_core.parameters import read_parameters
 from mkd_core.suite import batch
 from mkd_core.suite.cli import main
 

@@ -442,20 +442,13 @@ def _options(words: argparse.Namespace) -> dict[str, Any]:
 
 def _refuse_late(table: Path, parameters: dict[str, Any], grid: Grid) -> None:
     """ValueError for what a table's notebook would refuse when all has run."""
-    from .tables import published, refuse_unlike_configs
+    from .tables import check
 
-    quoted = published(parameters["published"]) if parameters.get("published") else None
-    if parameters.get("shown"):
-        choose("column to be shown", parameters["shown"], grid.columns)
-    if parameters.get("against"):
-        choose("row to compare with", parameters["against"], grid.rows)
     if parameters.get("slots", 1) < 1:
         raise ValueError(f"slots must be a number from 1 on; got {parameters['slots']}")
     if not parameters.get("train", True):
         raise ValueError(f"train: false asks for the table of what is done, without runs: mkd run {table}")
-    for title in grid.columns:
-        rows = {row: [config.model_dump(mode="json") for config in of[title]] for row, of in grid.cells.items()}
-        refuse_unlike_configs(title, rows, quoted)
+    check(grid, *(parameters.get(key, "") for key in ("published", "shown", "against")))
 
 
 def _batch(words: argparse.Namespace) -> int:

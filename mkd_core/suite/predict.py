@@ -115,7 +115,7 @@ def predict(
         image = read_image(file)
         label, confidence = model(image)
         strips = zip(image.split(512, 1), label.split(512), strict=True)  # colours are floats: a strip at a time
-        painted = [np.rint(255 * overlay(to_image(part), below, model.palette)).astype(np.uint8) for part, below in strips]
+        painted = [np.rint(255 * overlay(to_image(part), below, model.palette, model.classes)).astype(np.uint8) for part, below in strips]
         _save(made[name][0], label.numpy(), model.palette)
         _save(made[name][1], (255 * confidence).round().byte().numpy())
         _save(made[name][2], np.concatenate(painted))

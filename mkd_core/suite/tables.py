@@ -1,161 +1,149 @@
-"""Tables of records in the paper's shape, beside published numbers that are quoted with their source and never mixed with ours."""
+"""Tables of records in the paper's shape, beside published numbers: quoted with their source, never mixed with ours."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from html import escape
-from math import inf
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
-from zlib import crc32
 
 import pandas as pd
-import yaml
-from pandas.io.formats.style import Styler
-from pydantic import BaseModel, ConfigDict, model_validator
 
 from ..choices import choose
-from ..records import ROOT, Cells, Record, Rows, as_cells, write_atomically
+from ..config import Grid
+from ..data.splits import published_count
+from ..records import COLUMNS, Cells, Rows, describe, frame, write_atomically
+from .published import Published, published
 
-PUBLISHED = ROOT / "published"
-BOLD, QUOTED = "font-weight: bold;", "font-style: italic;"
+# What may be compared.
 
-
-class PublishedColumn(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    labeled: int  # images
-    split: str = ""  # as RunConfig.split names it
-    backbone: str = ""
-
-
-class PublishedRow(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    source: str  # who measured it, where
-    values: dict[str, Decimal]  # column title -> mIoU in percent, as printed; none where the source has none
-    printed: str = ""  # the row's names in the source
-    backbone: str = ""  # where the columns do not say
-    family: str = ""  # of labeled lists, where it is not the column's
-    family_in: tuple[str, ...] = ()  # the columns where it is not; (): in all
-    dataset: str = ""  # where it is not the table's
-    unlabeled: str = ""
-    note: str = ""  # contradictions and doubts
-
-    @property
-    def credit(self) -> str:
-        return "; ".join(filter(None, (self.source, self.note)))
-
-    def on_the_lists_of(self, title: str) -> bool:
-        return not self.family or (bool(self.family_in) and title not in self.family_in)
+# Column of the frame -> its name, and within which runs it must agree.
+ALIKE: dict[str, tuple[str, list[str]]] = {
+    "data": ("data sets", []),
+    "dataset_options": ("options of the data set", []),
+    "protocol": ("evaluation protocols", []),
+    "class_names": ("classes", []),
+    "evaluated": ("evaluated images", []),
+    "sha256": ("labeled images", ["seed"]),
+    "sha256_unlabeled": ("unlabeled images", ["seed", "dataset"]),
+}
 
 
-class Published(BaseModel):
-    """A published table, read from published: data, each row with its source."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    title: str
-    source: str
-    dataset: str
-    columns: dict[str, PublishedColumn]
-    rows: dict[str, PublishedRow]
-
-    @model_validator(mode="after")
-    def _columns_exist(self) -> Published:
-        for row in self.rows.values():
-            for title in (*row.values, *row.family_in):
-                choose(f"column of {self.title}", title, self.columns)
-        return self
-
-    def value(self, row: str, title: str) -> Decimal | None:
-        return self.rows[row].values.get(title) if row in self.rows else None
-
-    def dataset_of(self, row: str) -> str:
-        """The row's own data set where it has one, else the table's."""
-        return (self.rows[row].dataset if row in self.rows else "") or self.dataset
-
-    def text(self, row: str, title: str) -> str:
-        """The number as printed; "-" where the source has none, "" where it has no such row."""
-        value = self.value(row, title)
-        return str(value) if value is not None else "-" * (row in self.rows)
-
-    def frame(self) -> pd.DataFrame:
-        """Every row as quoted, between its backbone and split family and its source: compare only where both agree."""
-
-        def of_columns(row: PublishedRow, kind: str) -> str:
-            found = (getattr(self.columns[title], kind).split("/")[0] for title in row.values)
-            return ", ".join(dict.fromkeys(filter(None, found)))
-
-        rows = {
-            name: {"backbone": row.backbone or of_columns(row, "backbone"), "split family": row.family or of_columns(row, "split")}
-            | ({"unlabeled": row.unlabeled} if row.unlabeled else {})
-            | {title: self.text(name, title) for title in self.columns}
-            | {"source": row.credit}
-            for name, row in self.rows.items()
-        }  # fmt: skip
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis(self.title)
+def refuse_unlike(runs: pd.DataFrame, source: Published | None = None) -> None:
+    """Raise ValueError where runs of a column were not measured alike, or are not what the published column is."""
+    runs = runs.assign(class_names=runs.classes.map(", ".join, na_action="ignore"))
+    for key, (what, within) in ALIKE.items():
+        compared = runs[~runs.all_labels] if within else runs  # all labels are meant to be other labels
+        for (title, *_), values in compared.groupby(["column", *within], observed=True)[key]:
+            if values.nunique() > 1:
+                found = ", ".join(sorted(values.unique()))
+                raise ValueError(
+                    f"column {title!r}, different {what}: {found}; give them columns of their own"
+                )
+    for run in runs[runs.duplicated(["row", "column", "seed"])].itertuples():
+        raise ValueError(f"column {run.column!r}, row {run.row!r} holds seed {run.seed} more than once")
+    for run in runs[~runs.all_labels].itertuples() if source else ():
+        if source and run.column in source.columns:
+            _refuse_other(run, source)
 
 
-def published(name: str, section: str | None = None) -> Published:
-    """published/<name>.yaml, e.g. "table1"; `section` of a file that holds several tables ("newer")."""
-    files = {path.stem: path for path in sorted(PUBLISHED.glob("*.yaml"))}
-    text = files[choose("published table", name, files)].read_text(encoding="utf-8")
-    content = yaml.load(text, yaml.BaseLoader)  # numbers stay text: 65.20 is not 65.2
-    return Published(**(content if "title" in content else content[choose(f"section of {name}", section or "", content)]))
+def _refuse_other(run: Any, source: Published) -> None:
+    """Raise ValueError where a run has other images or another encoder than the published column of its title."""
+    theirs, row = source.columns[run.column], source.rows.get(run.row, {"unlabeled": "none"})
+    dataset, data = row.get("dataset", source.dataset), run.dataset
+    if row.get("unlabeled") == "none":  # VOC and VOCAug share their labeled images
+        dataset, data = dataset.removesuffix("_aug"), run.data
+    # "ResNet-50" is resnet50 and timm's other stems of it (tu-resnet50d), not tu-wide_resnet50_2.
+    encoder = re.sub(r"^tu-|(?<=\d)[cdst]$", "", run.encoder)
+    for what, ours, other in (
+        ("data set", data, dataset),
+        ("split", run.split, theirs["split"]),
+        ("encoder", encoder, theirs["backbone"].lower().replace("-", "")),
+        ("number of labeled images", run.labeled, int(theirs["labeled"])),
+        ("number of evaluated images", run.images, published_count(f"{dataset}/val")),
+    ):
+        if ours != other and pd.notna(ours):  # a run that is only planned has no counts yet
+            raise ValueError(
+                f"column {run.column!r}, row {run.row!r} holds a run whose {what} is {ours}, not {other} as in "
+                f"{source.title}: give it another title"
+            )
 
 
-@dataclass(frozen=True)
-class Part:
-    """One table of text: `style` holds the CSS of each cell (BOLD, QUOTED or nothing)."""
+def check(grid: Grid, published_name: str = "", shown: str = "", against: str = "") -> None:
+    """Raise ValueError, before anything runs, for what the table of the grid would refuse when all has run."""
+    source = published(published_name) if published_name else None
+    for what, name, known in (("column", shown, grid.columns), ("row", against, grid.rows)):
+        if name:
+            choose(what, name, known)
+    plan = [
+        {"row": row, "column": title, **describe(config.model_dump(mode="json"))}
+        for row, of in grid.cells.items()
+        for title, configs in of.items()
+        for config in configs
+    ]
+    refuse_unlike(pd.DataFrame(plan, columns=list(COLUMNS)), source)
 
-    heading: str
-    text: pd.DataFrame
-    style: pd.DataFrame
 
-    def styler(self, escape: str) -> Styler:
-        styler = self.text.style.apply(lambda _: self.style, axis=None).format(escape=escape)
-        styler = styler.set_caption(_latex(self.heading) if escape == "latex" else self.heading)
-        return styler.format_index(escape=escape, axis=0).format_index(escape=escape, axis=1)
+# The table.
+
+CSS = """<style>
+.mkd-table {border-collapse: collapse; margin: 1em 0; font: 14px/1.4 sans-serif; border: 0}
+.mkd-table th, .mkd-table td {text-align: left; padding: 3px 10px; border: 0; border-bottom: 1px solid #ddd}
+.mkd-table thead th {border-bottom: 1px solid #222}
+</style>"""
+ALONE = r"""% For a document that loads booktabs, multirow and threeparttable. Alone: pdflatex
+% '\documentclass{article}\usepackage{booktabs,multirow,threeparttable}\begin{document}\input{table}\end{document}'"""
+FLOAT = r"""\begin{table}
+\centering
+\begin{threeparttable}
+\caption{%s}
+%s%s\end{threeparttable}
+\end{table}"""
+BEST = re.compile(r"\*\*(.+?)\*\*")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows x columns beside the paper's numbers, then every column in detail; and notes on what was measured and what is quoted."""
+    """Rows x columns beside the paper's numbers, then every column in detail: a heading and a frame of text each.
 
-    parts: Sequence[Part]
+    What is best of a column stands between two **. notes: on what was measured and what is quoted.
+    """
+
+    parts: Sequence[tuple[str, pd.DataFrame]]
     notes: Sequence[str]
 
     def markdown(self) -> str:
-        """Rows alone, without named columns, are one plain table."""
+        """Write Markdown; rows alone, without named columns, are one plain table."""
         texts = []
-        for part in self.parts:
-            frame = part.text.mask(part.style == BOLD, "**" + part.text + "**") if part.heading else part.text
-            frame.columns = [", ".join(c) if isinstance(c, tuple) else c for c in frame.columns]
-            frame = frame.rename(index=_piped, columns=_piped)
-            numbers = [pd.to_numeric(frame[c], errors="coerce").notna().all() for c in frame]
+        for heading, text in self.parts:
+            text = text.set_axis([", ".join(c) if isinstance(c, tuple) else c for c in text], axis=1)
+            text = text.rename(index=_piped, columns=_piped).replace(
+                {} if heading else {BEST: r"\1"}, regex=True
+            )
+            numbers = [pd.to_numeric(text[c], errors="coerce").notna().all() for c in text]
             align = ["left", *("right" if number else "left" for number in numbers)]
-            texts += [part.heading] * bool(part.heading) + [frame.to_markdown(disable_numparse=True, colalign=align)]
+            texts += [heading] * bool(heading) + [text.to_markdown(disable_numparse=True, colalign=align)]
         return "\n\n".join([*texts, *self.notes])
 
     def html(self) -> str:
-        # pandas draws a random id for the styles; one made from the content keeps equal tables equal
-        look = [{"selector": "th, td", "props": "text-align: left; padding: 2px 8px"}]
-        stylers = [part.styler("html").set_table_styles(look).set_uuid(f"{crc32(part.text.to_csv().encode()):x}") for part in self.parts]
-        return "\n".join([*(styler.to_html() for styler in stylers), *(f"<p>{escape(note)}</p>" for note in self.notes)])
+        texts = [CSS]
+        for heading, text in self.parts:
+            made = text.rename_axis(index=None).to_html(classes="mkd-table", border=0)
+            texts += [f"<p>{escape(heading)}</p>", BEST.sub(r"<b>\1</b>", made)]
+        return "\n".join([*texts, *(f"<p>{escape(note)}</p>" for note in self.notes)])
 
     _repr_html_ = html
 
     def latex(self) -> str:
-        """Needs booktabs and multirow."""
-        parts = [part.styler("latex").to_latex(hrules=True, convert_css=True) for part in self.parts]
-        return "\n\n".join([*parts, *map(_latex, self.notes)])
+        """Write a float for each part, the notes under the first."""
+        items = "".join(rf"\item {_latex(note)}" + "\n" for note in self.notes)
+        below, floats = f"\\begin{{tablenotes}}\n{items}\\end{{tablenotes}}\n" if items else "", [ALONE]
+        for heading, text in self.parts:
+            made = BEST.sub(r"\\textbf{\1}", text.rename_axis(index=None).to_latex(escape=True))
+            floats.append(FLOAT % (_latex(heading), made, below if len(floats) == 1 else ""))
+        return "\n\n".join(floats)
 
 
 def _piped(text: str) -> str:
@@ -167,176 +155,118 @@ def _latex(text: str) -> str:
 
 
 def save(table: Table, folder: Path) -> None:
-    """table.md, table.html and table.tex, each whole or not at all."""
+    """Write table.md, table.html and table.tex, each whole or not at all."""
     for name, text in {"md": table.markdown(), "html": table.html(), "tex": table.latex()}.items():
         write_atomically(folder / f"table.{name}", text + "\n")
 
 
 def table(cells: Rows | Cells, published: Published | None = None) -> Table:
-    """Records by row and column (or by row alone): mIoU of the last step and of the best evaluation, mean +- sample deviation over seeds.
+    """Make the table of records by row and column (or by row alone): mean +- sample deviation over seeds, percent.
 
-    A column that `published` has under the same title gets the paper's number and the difference (ours minus the paper's) in columns of
-    their own. Refused where a column's records were not measured alike: other data sets, evaluation protocols or evaluated images, or,
-    seed by seed, other labeled images; or where a column's runs are not what the published one is.
+    A column that `published` has under the same title gets the paper's number and the difference (ours minus the
+    paper's). Where a row is SupOnly on all labels, the others get `gap_closed`. ValueError: see `refuse_unlike`.
     """
-    if not (cells := as_cells(cells)):
-        raise ValueError("a table needs at least one row")
-    titles = list(dict.fromkeys(title for of in cells.values() for title in of))
-    columns = {title: {row: list(of.get(title, ())) for row, of in cells.items()} for title in titles}
-    quoted = {title: published for title in titles if published and title in published.columns}
-    for title, rows in columns.items():
-        _refuse_unlike(title, rows, quoted.get(title))
-    parts = [Part(_heading(title, rows), *_details(rows)) for title, rows in columns.items()]
-    if titles == [""]:
-        return Table(parts, [])
-    notes = ["mIoU in percent, last step: mean ± sample standard deviation over seeds; bold: the best measured here."]
-    if quoted and published:
-        notes += [
-            f'Columns "paper" are quoted, not measured here: {published.title}, {published.source}. Difference: ours minus the paper\'s.',
-            "Source of each row: " + " ".join(f"{row} ({published.rows[row].credit})." for row in cells if row in published.rows),
-            *(
-                f"{row} is on other lists{' in ' * bool(of.family_in)}{', '.join(of.family_in)}, so without a difference: {of.family}."
-                for row, of in published.rows.items()
-                if row in cells and of.family
-            ),
-        ]
-    return Table([Part("Measured here" + " beside the paper's numbers" * bool(quoted), *_overview(columns, quoted)), *parts], notes)
+    runs = frame(cells)
+    refuse_unlike(runs, published)
+    details = {title: _details(runs[runs.column == title]) for title in runs.column.cat.categories}
+    if list(details) == [""]:
+        return Table([("", details[""])], [])
+    overview, quoted = {}, False
+    for title, part in details.items():
+        overview[title, "mIoU"] = part["mIoU last"]
+        if published and title in published.columns:
+            quoted, means = True, runs[runs.column == title].groupby("row", observed=False).miou.mean()
+            overview[title, "paper"] = [published.text(row, title) for row in part.index]
+            overview[title, "difference"] = [
+                _difference(row, title, means[row], published) for row in part.index
+            ]
+    first = pd.DataFrame(overview, part.index)
+    heading = "Measured here" + " beside the paper's numbers" * quoted
+    parts = [(heading, first if quoted else first.droplevel(1, axis=1))]
+    parts += [(_heading(title, runs[runs.column == title]), part) for title, part in details.items()]
+    return Table(parts, _notes(list(first.index), published if quoted else None, details))
 
 
-def _overview(columns: Mapping[str, Rows], quoted: Mapping[str, Published]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The paper's shape; where numbers are quoted, each column has three: mIoU, paper, difference."""
-    text, style = {}, {}
-    for title, rows in columns.items():
-        text[title, "mIoU"], style[title, "mIoU"] = _scores(rows, "miou")
-        if source := quoted.get(title):
-            text[title, "paper"] = [source.text(row, title) for row in rows]
-            text[title, "difference"] = [_difference(row, title, records, source) for row, records in rows.items()]
-            style[title, "paper"] = style[title, "difference"] = [QUOTED] * len(rows)
-    frames = [pd.DataFrame(cells, index=pd.Index(next(iter(columns.values())), name="method")) for cells in (text, style)]
-    if not quoted:
-        frames = [frame.droplevel(1, axis=1) for frame in frames]
-    return frames[0], frames[1]
-
-
-def _details(rows: Rows) -> tuple[pd.DataFrame, pd.DataFrame]:
-    last, best = _scores(rows, "miou"), _scores(rows, "miou_best")
-    text = {
-        "mIoU last": last[0],
-        "mIoU best": best[0],
-        "runs": [str(len(records)) for records in rows.values()],
-        "seeds": [", ".join(str(r.seed) for r in records) for records in rows.values()],
-        "seconds a run": [f"{fmean(r.seconds for r in records):.0f}" if records else "" for records in rows.values()],
-    }
-    index = pd.Index(rows, name="method")
-    style = pd.DataFrame("", index, list(text)).assign(**{"mIoU last": last[1], "mIoU best": best[1]})
-    return pd.DataFrame(text, index), style
-
-
-def _scores(rows: Rows, field: str) -> tuple[list[str], list[str]]:
-    """Mean +- sample deviation of each row, and BOLD at the highest mean of several."""
-    values = [[getattr(r, field) for r in records] for records in rows.values()]
-    means = [fmean(v) if v else -inf for v in values]
-    text = [f"{m:.1f}" + (f" ± {stdev(v):.1f}" if len(v) > 1 else "") if v else "missing" for m, v in zip(means, values, strict=True)]
-    several = sum(map(bool, values)) > 1
-    return text, [BOLD * (several and m == max(means)) for m in means]
-
-
-def _difference(row: str, title: str, records: Sequence[Record], source: Published) -> str:
-    """None across split families."""
-    value = source.value(row, title)
-    if not records or value is None or not source.rows[row].on_the_lists_of(title):
-        return ""
-    return f"{fmean(r.miou for r in records) - float(value):+.1f}"
-
-
-def _heading(title: str, rows: Rows) -> str:
-    """What a column's runs have in common, and, joined by "or", in what they differ."""
-    if not title:
-        return ""
-    every = [r for records in rows.values() for r in records]
-    parts = (
-        "{dataset} {split}",
-        "{labeled} labeled images",
-        "{encoder}",
-        "{start}",
-        "{steps} steps",
-        "{images} images evaluated ({protocol})",
-    )
-    known = [
-        r.config | {"labeled": r.split["labeled"], "images": r.evaluated["images"], "protocol": r.protocol, "start": r.weights["name"] or "from scratch"}
-        for r in every
-    ]  # fmt: skip
-    return ", ".join([title, *(" or ".join(dict.fromkeys(part.format(**of) for of in known)) for part in parts)]) if every else title
-
-
-def refuse_unlike_configs(title: str, rows: Mapping[str, Sequence[Mapping[str, Any]]], source: Published | None) -> None:
-    """ValueError where runs of a column, as they are configured, cannot stand in one table, or not beside the published column `title`."""
-    where = f"column {title!r}" if title else "one table"
-    every = [c for configs in rows.values() for c in configs]
-    _refuse_different(where, "data sets", (_images(c["dataset"]) + f" {Path(c['root']).name}" * (c["dataset"] == "folder") for c in every))
-    _refuse_different(where, "options of the data set", (json.dumps(c["dataset_options"], sort_keys=True) for c in every))
-    _refuse_different(where, "evaluation protocols", (c["protocol"] for c in every))
-    if source is None or title not in source.columns:
-        return
-
-    theirs = source.columns[title]
-    for row, configs in rows.items():
-        about, dataset = source.rows.get(row), source.dataset_of(row)
-        for c in configs:
-            ours = (c["dataset"], c["split"], c["encoder"])
-            same_unlabeled = ours[0] == dataset or about is None or about.unlabeled == "none"
-            if not (_images(ours[0]) == _images(dataset) and same_unlabeled and ours[1] == theirs.split and _is(theirs.backbone, ours[2])):
-                raise ValueError(
-                    f"row {row!r} of {where} holds a run on {' '.join(ours)}, that of {source.title} is "
-                    f"{dataset} {theirs.split} {theirs.backbone}: give it another title"
-                )
-
-
-def _refuse_different(where: str, what: str, values: Iterable[str]) -> None:
-    if len(found := set(values)) > 1:
-        raise ValueError(f"{where}, different {what}: {', '.join(sorted(found))}")
-
-
-def _refuse_unlike(title: str, rows: Rows, source: Published | None) -> None:
-    records = [r for of in rows.values() for r in of]
-    where = f"column {title!r}" if title else "one table"
-    configs = {row: [r.config | {"protocol": r.protocol, "split": r.split.get("name")} for r in of] for row, of in rows.items()}
-    refuse_unlike_configs(title, configs, source)
-    _refuse_different(where, "classes", (", ".join(r.classes) for r in records))
-    _refuse_different(where, "evaluated images", (json.dumps(r.evaluated, sort_keys=True) for r in records))
-    for row, runs in rows.items():
-        if repeated := [seed for seed, count in Counter(r.seed for r in runs).items() if count > 1]:
-            raise ValueError(f"{where}, row {row!r} holds the seeds {repeated} more than once")
-    for seed in {r.seed for r in records}:
-        if len({r.split["sha256"] for r in records if r.seed == seed}) > 1:
-            raise ValueError(f"{where}, different labeled images (split hashes) for seed {seed}")
-        for dataset in {r.config["dataset"] for r in records}:  # VOC and VOCAug share a column
-            if len({r.split.get("sha256_unlabeled") for r in records if r.seed == seed and r.config["dataset"] == dataset}) > 1:
-                raise ValueError(f"{where}, different unlabeled images (split hashes) for seed {seed}")
+def _notes(rows: Sequence[str], source: Published | None, details: Mapping[str, pd.DataFrame]) -> list[str]:
+    notes = [
+        "mIoU in percent, last step: mean ± sample standard deviation over seeds; bold: the best measured here."
+    ]
+    if any("gap closed (%)" in part for part in details.values()):
+        notes.append(
+            "Gap closed: (row - SupOnly) / (SupOnly on all labels - SupOnly), over the seeds that all have."
+        )
     if source is None:
-        return
-    from ..data.splits import published_count
-
-    theirs = source.columns[title]
-    for row, runs in rows.items():
-        dataset = source.dataset_of(row)
-        for r in runs:
-            counts = {
-                "labeled": (r.split["labeled"], theirs.labeled),
-                "evaluated": (r.evaluated["images"], published_count(f"{dataset}/val")),
-            }
-            for what, (mine, published) in counts.items():
-                if mine != published:
-                    raise ValueError(
-                        f"row {row!r} of {where} holds a run with {mine} {what} images, {source.title} has {published}: give it another title"
-                    )
+        return notes
+    credit = " ".join(f"{row} ({source.credit(row)})." for row in rows if row in source.rows)
+    notes.append(
+        f'Columns "paper" are quoted, not measured here: {source.title}, {source.source}. Difference: ours minus '
+        "the paper's."
+    )
+    notes.append(f"Source of each row: {credit}")
+    for row, of in source.rows.items():
+        if row in rows and "family" in of:
+            where = " in " * ("family_in" in of) + ", ".join(of.get("family_in", ()))
+            notes.append(f"{row} is on other lists{where}, so without a difference: {of['family']}.")
+    return notes
 
 
-def _is(backbone: str, encoder: str) -> bool:
-    """ "ResNet-50" is resnet50 and timm's other stems of it (tu-resnet50d), not tu-wide_resnet50_2 or se_resnet50."""
-    return re.fullmatch(f"(tu-)?{backbone.lower().replace('-', '')}[cdst]?", encoder) is not None
+def _details(runs: pd.DataFrame) -> pd.DataFrame:
+    """Lay out one column: last and best mIoU, share of the gap closed where it is known, runs, seeds, seconds."""
+    of, closed = runs.groupby("row", observed=False), gap_closed(runs)
+    text = {"mIoU last": _scores(runs, "miou"), "mIoU best": _scores(runs, "miou_best")}
+    text |= {"gap closed (%)": closed} if len(closed) else {}
+    text |= {
+        "runs": of.size().map(str),
+        "seeds": runs.groupby("row", observed=True).seed.agg(lambda seeds: ", ".join(map(str, seeds))),
+        "seconds a run": of.seconds.mean().map("{:.0f}".format, na_action="ignore"),
+    }
+    return pd.DataFrame(text, pd.Index(runs.row.cat.categories, name="method")).astype(object).fillna("")
 
 
-def _images(dataset: str) -> str:
-    """The data set whose images are evaluated: VOC and VOCAug differ in their unlabeled images only."""
-    return "voc" if dataset == "voc_aug" else dataset
+def _scores(runs: pd.DataFrame, field: str) -> pd.Series:
+    """Give mean +- sample deviation of each row, the best of several between **; all labels do not compete."""
+    of = runs.groupby("row", observed=False)[field].agg(["mean", "std"])
+    rivals = of["mean"].drop(runs[runs.all_labels].row.unique()).dropna()
+    best = rivals[(rivals == rivals.max()) & (len(rivals) > 1)].index
+    text = _spread(of, "{:.1f}").fillna("missing")
+    return text.where(~of.index.isin(best), "**" + text + "**")
+
+
+def _spread(of: pd.DataFrame, form: str) -> pd.Series:
+    """Write columns mean and std as "mean ± std", without the second where it is NaN."""
+    return of["mean"].map(form.format, na_action="ignore") + of["std"].map(
+        f" ± {form}".format, na_action="ignore"
+    ).fillna("")
+
+
+def gap_closed(runs: pd.DataFrame) -> pd.Series:
+    """Compute the share of the headroom that each row of one column uses: (row - SupOnly) / (all labels - SupOnly).
+
+    In percent, mean ± sample deviation over seeds: each seed's gain on SupOnly, divided by the mean gap. Empty where
+    SupOnly or SupOnly on all labels did not run, or where their gap is not larger than its own standard error.
+    """
+    supervised, scores = runs[runs.method == "supervised"], runs.set_index(["seed", "row"]).miou.unstack()
+    base, full = (supervised[supervised.all_labels == every].row.unique() for every in (False, True))
+    gap = (scores[full[0]] - scores[base[0]]).dropna() if len(base) and len(full) else pd.Series(dtype=float)
+    if not gap.mean() > (gap.sem() if len(gap) > 1 else 0):
+        return pd.Series(dtype=object)
+    shares = 100 * scores.sub(scores[base[0]], axis=0).loc[gap.index] / gap.mean()
+    return _spread(shares.drop(columns=[base[0], full[0]]).agg(["mean", "std"]).T, "{:.0f}")
+
+
+def _difference(row: str, title: str, mean: float, source: Published) -> str:
+    """Give ours minus the paper's; none where the row's labeled lists are another family's."""
+    of = source.rows.get(row, {"values": {}})
+    other_lists = "family" in of and title in of.get("family_in", [title])
+    known = title in of["values"] and pd.notna(mean) and not other_lists
+    return f"{mean - float(of['values'][title]):+.1f}" if known else ""
+
+
+def _heading(title: str, runs: pd.DataFrame) -> str:
+    """Say what a column's runs have in common, and, joined by "or", in what they differ."""
+    parts = ["{dataset} {split}", "{labeled} labeled images", "{encoder}", "{weights}", "{steps} steps"]
+    parts.append("{images} images evaluated ({protocol})")
+    lines = runs[~runs.all_labels].replace({"weights": {"": "from scratch"}}).to_dict("records")
+    return ", ".join(
+        [title, *(" or ".join(dict.fromkeys(part.format(**of) for of in lines)) for part in parts if lines)]
+    )
