@@ -205,6 +205,12 @@ def show(study: Study, id: str, choices: Sequence[Choice], threshold: float, dra
     return shown
 
 
+SORTS = {  # what of `score`, and by which sign: the smallest comes first
+    "file order": ("", 1), "A and B differ most": ("differ", -1), "A least confident": ("confidence", 1),
+    "A most confident": ("confidence", -1), "A worst mIoU": ("miou", 1), "A best mIoU": ("miou", -1),
+}  # fmt: skip
+
+
 def score(study: Study, id: str, a: Choice, b: Choice) -> dict[str, Any]:
     """Return what images are ordered by: of A's prediction, and the share of pixels where B differs.
 

@@ -22,13 +22,9 @@ import traitlets
 from .. import records
 from ..evaluate import QUALITY_THRESHOLD
 from . import panes
-from .panes import LAYERS, Choice, Shown, number
+from .panes import LAYERS, SORTS, Choice, Shown, number
 from .study import VIEWS, Checkpoint, Runs, Study, labeler, newest_runs
 
-SORTS = {  # what of panes.score, and the sign by which the first comes first
-    "file order": ("", 1), "A and B differ most": ("differ", -1), "A least confident": ("confidence", 1),
-    "A most confident": ("confidence", -1), "A worst mIoU": ("miou", 1), "A best mIoU": ("miou", -1),
-}  # fmt: skip
 BUTTONS = ("previous", "next", "random", "redraw views", "look again", "save view", "save pseudo-label")
 THUMBNAILS = 12
 
@@ -57,7 +53,7 @@ def guarded(action: Callable[..., None]) -> Callable[..., None]:
         try:
             action(self, *args)
         except (ValueError, OSError, RuntimeError) as error:
-            self.shown = []
+            self.shown, self.changing = [], False
             with self.canvas.hold_sync():
                 self.canvas.image_a = self.canvas.image_b = self.canvas.mask_a = self.canvas.mask_b = b""
                 self.canvas.state, self.canvas.pixel = {"message": str(error)}, ""
@@ -67,10 +63,9 @@ def guarded(action: Callable[..., None]) -> Callable[..., None]:
 
 def control(kind: type[Any], name: str, **keys: Any) -> Any:
     """Make a control that shares the width of its row with the others."""
+    style = {"description_width": f"{10 + 7 * len(name)}px"}
     layout = widgets.Layout(flex="1 1 180px", width="auto", max_width="340px")
-    return kind(
-        description=name, layout=layout, style={"description_width": f"{10 + 7 * len(name)}px"}, **keys
-    )
+    return kind(description=name, layout=layout, style=style, **keys)
 
 
 def choose(name: str, options: Iterable[Any], **keys: Any) -> Any:
@@ -91,8 +86,8 @@ class Pane:
         self.run = choose(f"{letter} run", zip(study.names, itertools.count()), value=run)
         self.source = choose(f"{letter} shows", sources, value=source)
         self.layer = choose(f"{letter} as", LAYERS)
-        slider = {"options": steps, "value": steps[-1][1]}
-        self.checkpoint = control(widgets.SelectionSlider, f"{letter} weights", **slider)
+        slider = widgets.SelectionSlider
+        self.checkpoint = control(slider, f"{letter} weights", options=steps, value=steps[-1][1])
         self.controls = [self.run, self.source, self.layer, self.checkpoint][len(study.names) == 1 :]
 
     def sources(self, run: int, checkpoint: Checkpoint) -> list[str]:
@@ -101,13 +96,9 @@ class Pane:
 
     def renew(self) -> None:
         """Offer what the chosen run has now; what was chosen stays where it exists there."""
-        steps, before, source = (
-            self.study.checkpoints(self.run.value),
-            self.checkpoint.label,
-            self.source.value,
-        )
+        step, source, steps = self.checkpoint.label, self.source.value, self.study.checkpoints(self.run.value)
         self.checkpoint.options = list(steps.items())
-        self.checkpoint.value = steps.get(before, [*steps.values()][-1])
+        self.checkpoint.label = step if step in steps else list(steps)[-1]
         self.source.options = sources = self.sources(self.run.value, self.checkpoint.value)
         self.source.value = source if source in sources else labeler(sources[2:])
 
@@ -135,17 +126,12 @@ class Explorer(widgets.VBox):
         self.index = control(widgets.IntSlider, "image", max=len(self.order) - 1)
         self.sort = choose("order", SORTS)
         self.present = choose("with", [("any class", -1), *zip(study.classes, itertools.count())])
-        own, critic = (
-            study.configs[0].options.get("threshold"),
-            study.open(*self.panes[0].choice[:2]).method.critic,
-        )
-        T = (
-            QUALITY_THRESHOLD if own is None or critic else own
-        )  # a critic's threshold is not one of confidence
-        self.threshold, self.opacity = (
-            control(widgets.FloatSlider, name, value=value, max=1, step=0.01)
-            for name, value in (("T", T), ("opacity", 0.55))
-        )
+        T = study.configs[0].options.get("threshold", QUALITY_THRESHOLD)
+        if study.open(*self.panes[0].choice[:2]).method.critic:  # its threshold is none of confidence
+            T = QUALITY_THRESHOLD
+        unit = {"max": 1, "step": 0.01}
+        self.threshold = control(widgets.FloatSlider, "T", value=T, **unit)
+        self.opacity = control(widgets.FloatSlider, "opacity", value=0.55, **unit)
         self.out = control(widgets.Text, "save to", value=out)
         self.saved = widgets.Label(layout=widgets.Layout(flex="1 1 100px", min_width="0"))
         fixed = widgets.Layout(width="auto", flex="none")
@@ -156,8 +142,11 @@ class Explorer(widgets.VBox):
             *(pane.controls for pane in self.panes),
             [self.threshold, self.opacity, *self.buttons[3:5], self.out, *self.buttons[5:], self.saved],
         ]
-        wrap = widgets.Layout(flex_flow="row wrap", align_items="center")
-        super().__init__([*(widgets.Box(row, layout=wrap) for row in rows), self.canvas])
+        boxes = [widgets.Box(row) for row in rows]
+        for box in boxes:
+            box.add_class("mkd-controls")
+        super().__init__([*boxes, self.canvas])
+        self.add_class("mkd-whole")
         self.draw()
 
     def _connect(self) -> None:
@@ -187,9 +176,8 @@ class Explorer(widgets.VBox):
         if self.changing:
             return
         study, canvas, truth = self.study, self.canvas, self.study.load(self.id)[1]
-        a, b = self.shown = panes.show(
-            study, self.id, [pane.choice for pane in self.panes], self.T, self.draws
-        )
+        choices = [pane.choice for pane in self.panes]
+        a, b = self.shown = panes.show(study, self.id, choices, self.T, self.draws)
         said = [panes.describe(shown, truth, self.T, len(study.classes)) for shown in (a, b)]
         note = self.id
         if a.labels is not None and b.labels is not None:
@@ -223,11 +211,9 @@ class Explorer(widgets.VBox):
     @guarded
     def _renew(self, *panes: Pane) -> None:
         self.changing = True
-        try:
-            for pane in panes:
-                pane.renew()
-        finally:
-            self.changing = False
+        for pane in panes:
+            pane.renew()
+        self.changing = False
         self.draw()
 
     def find(self, *_: Any) -> None:
@@ -241,16 +227,12 @@ class Explorer(widgets.VBox):
 
     async def _find(self) -> None:
         """Images that cannot be read are left out."""
-        ids, (what, sign), wanted = (
-            self.study.sets[self.set.value],
-            SORTS[self.sort.value],
-            self.present.value,
-        )
-        found: dict[str, Any] = {}
-        note = ""
+        ids, wanted, note = self.study.sets[self.set.value], self.present.value, ""
+        what, sign = SORTS[self.sort.value]
         if what or wanted >= 0:
+            found: dict[str, Any] = {}
             choices = [pane.choice._replace(layer="") for pane in self.panes]
-            note = f"order and choice of the images: by A = {self.panes[0].title}, B = {self.panes[1].title}"
+            note = f"found and ordered by A = {self.panes[0].title}; B = {self.panes[1].title}"
             try:
                 for k, id in enumerate(ids):
                     self.canvas.progress = f"predicting image {k + 1:,} of {len(ids):,}"
@@ -263,9 +245,9 @@ class Explorer(widgets.VBox):
             if left := len(ids) - len(found):
                 note += f"; {left} of {len(ids)} are left out: not readable, or with a mask of another size"
             ids = [id for id in found if wanted < 0 or wanted in found[id]["classes"]]
-        if what:  # NaN comes last
-            ids = sorted(ids, key=lambda id: (np.isnan(found[id][what]), sign * found[id][what]))
-        self.canvas.progress = note if ids else f"A predicts {self.study.classes[wanted]} in no image"
+            if what:  # NaN comes last
+                ids.sort(key=lambda id: (np.isnan(found[id][what]), sign * found[id][what]))
+        self.canvas.progress = note if ids else f"no such image, {note}"
         if ids:
             self.changing = True
             self.order, self.index.value, self.index.max = ids, 0, len(ids) - 1
@@ -274,10 +256,9 @@ class Explorer(widgets.VBox):
 
     def do(self, name: str, id: str = "") -> None:
         """Do what a button, a key or a thumbnail asks for."""
-        if name in ("next", "previous"):
-            self.index.value = (self.index.value + (1 if name == "next" else -1)) % len(self.order)
-        elif name == "random":
-            self.index.value = int(np.random.default_rng().integers(len(self.order)))
+        steps = {"next": 1, "previous": -1, "random": int(np.random.default_rng().integers(len(self.order)))}
+        if name in steps:
+            self.index.value = (self.index.value + steps[name]) % len(self.order)
         elif name == "show" and id in self.order:
             self.index.value = self.order.index(id)
         elif name == "redraw views":
