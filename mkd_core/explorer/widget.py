@@ -64,7 +64,7 @@ def guarded(action: Callable[..., None]) -> Callable[..., None]:
 def control(kind: type[Any], name: str, **keys: Any) -> Any:
     """Make a control that shares the width of its row with the others."""
     style = {"description_width": f"{10 + 7 * len(name)}px"}
-    layout = widgets.Layout(flex="1 1 180px", width="auto", max_width="340px")
+    layout = widgets.Layout(flex="1 1 130px", width="auto", max_width="340px")
     return kind(description=name, layout=layout, style=style, **keys)
 
 
@@ -133,7 +133,7 @@ class Explorer(widgets.VBox):
         self.threshold = control(widgets.FloatSlider, "T", value=T, **unit)
         self.opacity = control(widgets.FloatSlider, "opacity", value=0.55, **unit)
         self.out = control(widgets.Text, "save to", value=out)
-        self.saved = widgets.Label(layout=widgets.Layout(flex="1 1 100px", min_width="0"))
+        self.saved = widgets.Label(layout=widgets.Layout(flex="1 1 60px", min_width="0"))
         fixed = widgets.Layout(width="auto", flex="none")
         self.buttons = [widgets.Button(description=name, layout=fixed) for name in BUTTONS]
         self._connect()
