@@ -1,8 +1,7 @@
-"""What the explorer shows: numbers and maps against slow references, views against what the method is fed, runs that are broken or growing."""
+"""What the explorer shows: numbers and maps against slow references, views, runs that are broken or growing."""
 
 import io
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -12,23 +11,22 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import config
 
-from mkd_core import evaluate, runner
+from mkd_core import runner
+from mkd_core.config import read_config
 from mkd_core.data.base import read_label
 from mkd_core.explorer import Explorer, explore
-from mkd_core.explorer.study import (
-    VIEWS,
-    Prediction,
-    Recent,
-    Study,
+from mkd_core.explorer.panes import (
+    LAYERS,
+    Shown,
     accuracy_curve,
     by_class,
     image_bytes,
     layer,
     mask_png,
-    newest_runs,
+    side_by_side,
     write_new,
-)
-from mkd_core.methods import METHODS
+)  # fmt: skip
+from mkd_core.explorer.study import VIEWS, Prediction, Study, newest_runs, tell_apart
 
 OPTIONS = {"mkd": {}, "cps": {"boxes": 3}, "cutmix_seg": {}, "supervised": {}}
 
@@ -37,10 +35,26 @@ OPTIONS = {"mkd": {}, "cps": {"boxes": 3}, "cutmix_seg": {}, "supervised": {}}
 def runs(tmp_path_factory):
     """Method -> folder of a run of six steps, checkpoints kept after 2 and 4."""
     place = tmp_path_factory.mktemp("runs")
-    configs = {name: config(name, keep_every=2, quality_images=0, options=options) for name, options in OPTIONS.items()}
-    for c in configs.values():
+    made = {
+        name: config(name, keep_every=2, quality_images=0, options=options)
+        for name, options in OPTIONS.items()
+    }
+    for c in made.values():
         runner.run(c, place, quiet=True)
-    return {name: place / c.id for name, c in configs.items()}
+    return {name: place / c.id for name, c in made.items()}
+
+
+def last(study, run=0):
+    return study.checkpoints(run)["last"]
+
+
+def copy(run, folder, *names):
+    """A run folder with some files of another one; damaged ones are named with a "!" before them."""
+    folder.mkdir()
+    for name in ("config.json", *names):
+        content = (run / name.strip("!")).read_bytes()
+        (folder / name.strip("!")).write_bytes(content[:1000] if name[0] == "!" else content)
+    return folder
 
 
 def random_case(seed, classes=4, side=5):
@@ -59,7 +73,8 @@ def share(part, whole):
 @given(st.integers(0, 10_000), st.floats(0, 1))
 def test_numbers_are_those_of_a_loop_over_pixels(seed, threshold):
     found, truth = random_case(seed)
-    pixels = [(int(p), float(c), int(t)) for p, c, t in zip(found.label.flat, found.confidence.flat, truth.flat, strict=True)]
+    values = zip(found.label.flat, found.confidence.flat, truth.flat, strict=True)
+    pixels = [(int(p), float(c), int(t)) for p, c, t in values]
     table = by_class(found, truth, threshold, 4)
     limit = float(np.float32(threshold))
     for c in range(5):
@@ -71,7 +86,8 @@ def test_numbers_are_those_of_a_loop_over_pixels(seed, threshold):
     known = [x for x in pixels if x[2] != 255]
     for level, coverage, accuracy in accuracy_curve(found, truth):
         kept = [x for x in known if x[1] >= level]
-        np.testing.assert_allclose([coverage, accuracy], [share(kept, known), share([x for x in kept if x[0] == x[2]], kept)])
+        expected = [share(kept, known), share([x for x in kept if x[0] == x[2]], kept)]
+        np.testing.assert_allclose([coverage, accuracy], expected)
     without = by_class(found, None, threshold, 4)
     assert np.isnan(without["right"]).all() and np.array_equal(without["kept"], table["kept"], equal_nan=True)
 
@@ -80,10 +96,7 @@ def test_numbers_are_those_of_a_loop_over_pixels(seed, threshold):
 def test_layers_mark_the_pixels_that_they_name(threshold):
     found, truth = random_case(1)
     other, palette = random_case(2)[0].label, np.arange(12, dtype=np.uint8).reshape(4, 3)
-    masks = {
-        name: layer(name, found, other, truth, threshold, palette)[0]
-        for name in ("pseudo-labels", "labels", "confidence", "errors", "A ≠ B")
-    }
+    masks = {name: layer(name, found, other, truth, threshold, palette)[0] for name in LAYERS}
     for at in np.ndindex(5, 5):
         label, confidence, y = found.label[at], found.confidence[at], truth[at]
         kept = confidence >= np.float32(threshold)
@@ -91,197 +104,216 @@ def test_layers_mark_the_pixels_that_they_name(threshold):
         assert masks["errors"][at] == (255 if y in (255, label) else 0 if kept else 1)
         assert masks["A ≠ B"][at] == (255 if other[at] == label else 0)
         assert abs(masks["confidence"][at] / 254 - confidence) < 1 / 254
-    assert (layer("errors", found, other, None, threshold, palette)[0] == 255).all(), "without truth nothing is wrong"
+    for name in ("errors", "A ≠ B"):
+        assert (layer(name, found, None, None, threshold, palette)[0] == 255).all(), (
+            "there is nothing to compare with"
+        )
 
 
 def test_masks_and_images_arrive_as_they_are():
     found, _ = random_case(3, classes=150, side=40)
-    palette = np.random.default_rng(0).integers(0, 256, (150, 3)).astype(np.uint8)
+    rng = np.random.default_rng(0)
+    palette, image = (rng.integers(0, 256, size).astype(np.uint8) for size in ((150, 3), (40, 40, 3)))
     mask = found.pseudo_label(0.5)
-    picture = Image.open(io.BytesIO(mask_png(mask, palette)))
+    shown = Shown(image, mask, palette, [], found, found.label)
+    picture = Image.open(io.BytesIO(mask_png(shown)))
     assert np.array_equal(np.array(picture), mask)
-    rgba = np.array(picture.convert("RGBA"))
-    assert ((rgba[..., 3] == 0) == (mask == 255)).all() and (rgba[mask != 255, :3] == palette[mask[mask != 255]]).all()
-    image = np.random.default_rng(1).integers(0, 256, (16, 20, 3)).astype(np.uint8)
+    rgba, free = np.array(picture.convert("RGBA")), mask == 255
+    assert ((rgba[..., 3] == 0) == free).all() and (rgba[~free, :3] == palette[mask[~free]]).all()
     assert np.array_equal(np.array(Image.open(io.BytesIO(image_bytes(image)))), image)
-
-
-def test_the_cache_keeps_what_was_used_last_within_its_bound():
-    cache, made = Recent(10), []
-
-    def get(key, cost):
-        return cache.get(key, lambda: made.append(key) or key, lambda value: cost)
-
-    for key, cost in (("a", 4), ("b", 4), ("a", 4), ("c", 4), ("a", 4), ("b", 4)):
-        assert get(key, cost) == key
-        assert cache.used <= 10 and cache.used == sum(cost for _, cost in cache.items.values())
-    assert made == ["a", "b", "c", "b"]  # c displaced b, the older one
-    get("huge", 11)
-    assert cache.used <= 10
+    both = np.array(side_by_side([shown, Shown(image[:20], None, palette, [], None, None)], 0.4))[::12, ::12]
+    expected = np.where(free[..., None], image, 0.6 * image + 0.4 * palette[np.minimum(mask, 149)])
+    assert both.shape == (40, 81, 3) and np.abs(both[:, :40] - expected).max() <= 1
+    assert (both[:20, 41:] == image[:20]).all() and (both[20:, 41:] == 255).all()
 
 
 @pytest.mark.parametrize("method", OPTIONS)
 def test_predictions_are_those_of_the_evaluation(runs, method):
     study = Study(runs[method])
-    id = study.sets["unlabeled"][3]
-    for name, file in (("checkpoint.pt", "checkpoint.pt"), ("step 2", "checkpoint-2.pt")):
-        trained = runner.load_method(runs[method], checkpoint=file)
-        found = study.predict(0, file, id)
-        labels = {n: evaluate.segment(net, study.data, [id])[0].numpy() for n, net in trained.predictors.items()}
-        assert list(found) == study.predictors(0, file) == [*labels, *(["mean"] if len(labels) > 1 else [])]
-        assert all(np.array_equal(found[n].label, label) for n, label in labels.items()), name
-    again = study.cache.used
-    study.predict(0, "checkpoint.pt", id)
-    assert study.cache.used == again > 0
-    assert list(study.checkpoints(0).items()) == [("step 2", "checkpoint-2.pt"), ("step 4", "checkpoint-4.pt"), ("last", "checkpoint.pt")]
+    id, found = study.sets["unlabeled"][3], study.checkpoints(0)
+    assert [(name, step) for name, (step, _) in found.items()] == [("step 2", 2), ("step 4", 4), ("last", 0)]
+    for name, step in (("last", None), ("step 2", 2)):
+        trained = trained.open_run(runs[method], step).predictor()
+        shown = study.predict(0, found[name], id)
+        assert list(shown) == trained.names
+        for network, prediction in shown.items():
+            label, confidence = trained.label(study.data.image(id), network)
+            assert np.array_equal(prediction.label, label.numpy())
+            assert np.array_equal(prediction.confidence, confidence.numpy())
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_the_views_are_what_the_method_is_fed(tmp_path, name):
-    """Recomputed for each way of mixing from the draws of the same step."""
-    c = config(name, steps=3, checkpoint_every=3, quality_images=0, options=OPTIONS.get(name, {}), weak_photometric=True)
+@pytest.mark.parametrize("name, mixed", [("mkd", "strong view"), ("cps", "weak view"), ("supervised", None)])
+def test_views_are_those_of_the_runs_augmentation(tmp_path, name, mixed):
+    c = config(name, steps=2, quality_images=0, options=OPTIONS[name], scale=(1, 1))
     runner.run(c, tmp_path, quiet=True)
-    study, draw = Study(tmp_path / c.id), 5
+    study, shown = Study(tmp_path / c.id), explore(tmp_path / c.id)
     id, *others = study.sets["unlabeled"]
-    before = {key: value.clone() for key, value in study.method(0, "checkpoint.pt").state_dict().items()}
-    views = {view: study.view(view, 0, "checkpoint.pt", id, draw)[0] for view in VIEWS}
-    _, own, partner = study.view(VIEWS[-1], 0, "checkpoint.pt", id, draw)
-    assert all(torch.equal(value, before[key]) for key, value in study.method(0, "checkpoint.pt").state_dict().items())
-    assert partner in others
-    seen, weak, strong = (views[key] for key in ("what the student sees", "weak view", "strong view"))
-    assert not np.array_equal(weak, strong)
-    kept = {key: (seen == views[key]).all(-1) for key in ("weak view", "strong view")}
-    if name in ("supervised", "mean_teacher", "advsemseg", "gct", "cct"):
-        assert kept["weak view"].all() and own.all()
-    elif name == "vat":  # the strong view and a direction
-        difference = np.abs(seen.astype(int) - strong)
-        assert 0 < difference.mean() < 40 and own.all()
-    elif name in ("pc2seg", "simple_baseline", "speed"):
-        assert kept["strong view"].all() or name == "speed"  # which mixes two strong views
-    elif name in ("pseudoseg", "st_plus_plus"):  # CutOut
-        assert own.all() and (~kept["strong view"]).any(1).sum() <= 32 and kept["strong view"].mean() > 0.2
-    elif name in ("mkd", "fixmatch", "unimatch", "cutmix_seg", "ps_mt"):
-        assert kept["strong view"][own].all() and not kept["strong view"][~own].any()
-    elif name in ("cps", "u2pl"):
-        assert kept["weak view"][own].all() and not kept["weak view"][~own].any()
-    if name in ("mkd", "cps", "cutmix_seg"):  # always some boxes; the others draw whether
+    views, state = study.views(0, id, 5), torch.get_rng_state()
+    image = study.load(id)[0]
+    assert any(np.array_equal(views["weak view"], flipped) for flipped in (image, image[:, ::-1]))
+    partners = [study.load(i)[0] for i in others]
+    assert any(np.array_equal(views["partner"], p[:, ::step]) for p in partners for step in (1, -1))
+    assert not np.array_equal(views["weak view"], views["strong view"])
+    assert ("CutMix" in shown.panes[0].source.options) == bool(mixed)
+    if mixed:
+        own = (views["CutMix"] == views[mixed]).all(-1)
         assert 0 < own.mean() < 1
+        if mixed == "weak view":
+            assert (views["CutMix"] == views["partner"])[~own].all()
     again = Study(tmp_path / c.id)
-    assert all(np.array_equal(again.view(key, 0, "checkpoint.pt", id, draw)[0], views[key]) for key in VIEWS)
-    assert not np.array_equal(study.view("weak view", 0, "checkpoint.pt", id, 6)[0], weak)
+    assert all(np.array_equal(again.views(0, id, 5)[view], views[view]) for view in VIEWS)
+    assert not np.array_equal(study.views(0, id, 6)["strong view"], views["strong view"])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_searches_order_and_filter(runs):
+def test_images_are_ordered_and_filtered(runs):
     shown = explore([runs["mkd"], runs["cps"]])
     study, ids = shown.study, shown.study.sets["unlabeled"]
-    a, b = (0, "checkpoint.pt", "teacher 1"), (1, "checkpoint.pt", "student 1")
-    one, two = ([study.predict(*which[:2], i)[which[2]] for i in ids] for which in (a, b))
+    networks = (0, last(study), "teacher 1"), (1, last(study, 1), "student 1")
+    one, two = ([study.predict(*which[:2], i)[which[2]] for i in ids] for which in networks)
     differ = {i: (p.label != q.label).mean() for i, p, q in zip(ids, one, two, strict=True)}
     confidence = {i: p.confidence.mean() for i, p in zip(ids, one, strict=True)}
     shown.sort.value = "A and B differ most"
     assert shown.order == sorted(ids, key=lambda i: -differ[i])
+    assert "teacher 1" in shown.canvas.progress and "student 1" in shown.canvas.progress
     shown.sort.value = "A least confident"
     assert shown.order == sorted(ids, key=lambda i: confidence[i])
     seldom = min(range(5), key=lambda c: sum((p.label == c).any() for p in one) or 99)
     shown.present.value = seldom
-    expected = [i for i, p in zip(ids, one, strict=True) if (p.label == seldom).any()]
-    assert sorted(shown.order) == sorted(expected)
-    shown.panes[0].source.value = "student 2"  # the order is that of what pane A shows now
-    confidence = {i: study.predict(*a[:2], i)["student 2"].confidence.mean() for i in ids}
+    assert set(shown.order) == {i for i, p in zip(ids, one, strict=True) if (p.label == seldom).any()}
     shown.present.value = -1
-    assert shown.order == sorted(ids, key=lambda i: confidence[i])
-    shown.panes[0].source.value = "teacher 1"
-    assert shown.order != sorted(ids, key=lambda i: confidence[i])
+    before = shown.order
+    shown.panes[0].source.value = "student 2"  # what is shown changes at once, the order when it is asked for
+    assert shown.order == before and shown.canvas.state["id"] == before[0]
+    shown.do("look again")
+    confidence = {i: study.predict(*networks[0][:2], i)["student 2"].confidence.mean() for i in ids}
+    assert shown.order == sorted(ids, key=lambda i: confidence[i]) != before
+    shown.panes[0].source.value = "image"
+    shown.do("look again")
+    assert "choose a network" in shown.canvas.progress
     shown.sort.value = "file order"
-    assert shown.order == list(ids) and shown.canvas.state["current"] == ids[0]
+    assert shown.order == list(ids) and shown.canvas.state["id"] == ids[0] and not shown.canvas.progress
 
 
 def test_a_run_that_is_being_written_shows_its_new_checkpoint(runs, tmp_path):
-    folder = tmp_path / "growing"
-    folder.mkdir()
-    (folder / "config.json").write_bytes((runs["mkd"] / "config.json").read_bytes())
+    folder = copy(runs["mkd"], tmp_path / "growing")
     with pytest.raises(ValueError, match="no checkpoint yet: the first one comes after 2 steps"):
-        Study(folder)
+        explore(folder)
     (folder / "checkpoint.pt").write_bytes((runs["mkd"] / "checkpoint-2.pt").read_bytes())
     shown = explore(folder)
-    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
-    first = shown.canvas.mask_a
-    shown.panes[0].layer.value = "labels"
-    first = shown.panes[0].found.confidence
+    pane, first = shown.panes[0], shown.shown[0].found.confidence
     (folder / ".new").write_bytes((runs["mkd"] / "checkpoint.pt").read_bytes())
     (folder / ".new").replace(folder / "checkpoint.pt")
     (folder / "checkpoint-2.pt").write_bytes((runs["mkd"] / "checkpoint-2.pt").read_bytes())
     shown.do("look again")
-    assert list(shown.panes[0].checkpoint.options) == [("step 2", "checkpoint-2.pt"), ("last", "checkpoint.pt")]
-    assert not np.array_equal(shown.panes[0].found.confidence, first)
-    shown.panes[0].checkpoint.value = "checkpoint-2.pt"
-    assert np.array_equal(shown.panes[0].found.confidence, first)
-    assert {p.name for p in folder.iterdir()} == {*before, "checkpoint-2.pt"}, "nothing is written into a run"
+    assert [label for label, _ in pane.checkpoint.options] == ["step 2", "last"]
+    assert not np.array_equal(shown.shown[0].found.confidence, first)
+    pane.checkpoint.label = "step 2"
+    assert np.array_equal(shown.shown[0].found.confidence, first)
+    files = {"config.json", "checkpoint.pt", "checkpoint-2.pt"}
+    assert {p.name for p in folder.iterdir()} == files, "nothing is written into a run"
 
 
-def test_a_damaged_checkpoint_is_said_and_the_controls_stay_usable(runs, tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for name in ("config.json", "checkpoint.pt"):
-        (folder / name).write_bytes((runs["mkd"] / name).read_bytes())
-    (folder / "checkpoint-4.pt").write_bytes((runs["mkd"] / "checkpoint-4.pt").read_bytes()[:1000])
-    shown = explore(folder)
-    shown.panes[0].checkpoint.value = "checkpoint-4.pt"
-    assert "checkpoint-4.pt is damaged" in shown.canvas.state["message"]
-    shown.panes[0].checkpoint.value = "checkpoint.pt"
-    assert shown.canvas.state["message"] == "" and shown.canvas.mask_a
-
-
-def test_a_mask_of_another_size_is_named_and_left_out_of_a_search(runs):
-    study = Study(runs["supervised"])
-    label, wrong = study.data.label, study.sets["unlabeled"][1]
-    study.data.label = lambda id: label(id)[1:] if id == wrong else label(id)
-    shown = Explorer(study)
-    shown.index.value = 1
-    assert f"{wrong}: its mask has (31, 32) pixels" in shown.canvas.state["message"]
-    shown.sort.value = "A worst mIoU"
-    assert len(shown.order) == len(study.sets["unlabeled"]) - 1 and "1 of" in shown.canvas.state["message"]
-
-
-def test_a_run_that_is_damaged_can_be_left_for_its_older_checkpoint(runs, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(runs["cps"], folder)
+def test_a_damaged_checkpoint_is_said_and_can_be_left(runs, tmp_path):
+    folder = copy(runs["cps"], tmp_path / "run", "checkpoint.pt", "checkpoint-2.pt")
     shown = explore([runs["mkd"], folder])
-    (folder / "checkpoint.pt").write_bytes((folder / "checkpoint.pt").read_bytes()[:1000])
-    shown.panes[0].run.value = 1
+    a, b = shown.panes
+    copy(runs["cps"], tmp_path / "damaged", "!checkpoint.pt")
+    (tmp_path / "damaged/checkpoint.pt").replace(folder / "checkpoint.pt")
+    a.run.value = 1
     assert "checkpoint.pt is damaged" in shown.canvas.state["message"]
-    shown.panes[1].checkpoint.value = "checkpoint-2.pt"
-    shown.panes[0].checkpoint.value = "checkpoint-2.pt"
+    b.checkpoint.label = "step 2"
+    a.checkpoint.label = "step 2"
     assert "has no teacher 1; it has student 1, student 2, mean" in shown.canvas.state["message"]
-    shown.panes[0].source.value = "truth"
-    assert shown.canvas.state["message"] == ""
+    a.source.value = "truth"
+    assert "message" not in shown.canvas.state and shown.canvas.mask_a
 
 
-def test_the_threshold_begins_at_the_methods_own(tmp_path):
-    for name, options, expected in (
+@pytest.mark.parametrize("fault", ["image", "mask", "run"])
+def test_after_a_failure_nothing_of_before_is_seen_or_saved(runs, tmp_path, fault):
+    """The picture of before must not be saved under the name of an image or a run that cannot be shown."""
+    damaged = copy(runs["cps"], tmp_path / "run", "checkpoint.pt")
+    shown = explore([runs["mkd"], damaged], tmp_path / "out")
+    data, bad = shown.study.data, shown.order[15]
+    shown.canvas.pointer = [0, 5, 5]
+    assert all((shown.canvas.image_a, shown.canvas.mask_a, shown.canvas.mask_b, shown.canvas.pixel))
+    image, label = data.image, data.label
+    if fault == "image":
+        data.image = lambda id: image("no such image") if id == bad else image(id)
+    elif fault == "mask":
+        data.label = lambda id: label(id)[1:] if id == bad else label(id)
+    else:
+        (damaged / "checkpoint.pt").write_bytes(b"damaged")
+        shown.panes[0].run.value = 1
+    shown.index.value = 15
+    message = {"image": "", "mask": f"{bad}: its mask has (31, 32) pixels", "run": "is damaged"}[fault]
+    assert message in shown.canvas.state["message"] and shown.canvas.state["message"]
+    pictures = shown.canvas.image_a, shown.canvas.image_b, shown.canvas.mask_a, shown.canvas.mask_b
+    assert not any(pictures) and not shown.canvas.pixel
+    for name in ("save view", "save pseudo-label"):
+        shown.do(name)
+        assert shown.saved.value == "not saved: the panes show nothing"
+    assert not (tmp_path / "out").exists()
+    if fault != "run":
+        shown.sort.value = "A worst mIoU"
+        assert bad not in shown.order and "1 of 18 are left out" in shown.canvas.progress
+    shown.panes[0].run.value = 0
+    shown.index.value = 0
+    shown.do("save pseudo-label")
+    assert len(list((tmp_path / "out").iterdir())) == 1 and "saved: " in shown.saved.value
+
+
+@pytest.mark.parametrize(
+    "name, options, expected",
+    [
         ("mkd", {"threshold": 0.0}, 0.0),
         ("fixmatch", {"threshold": 0.8}, 0.8),
         ("gct", {}, 0.95),
         ("supervised", {}, 0.95),
-    ):
-        c = config(name, steps=2, quality_images=0, options=options)
-        runner.run(c, tmp_path, quiet=True)
-        assert explore(tmp_path / c.id).threshold.value == expected
-
-
-@pytest.mark.parametrize(
-    "what, message", [("empty", "there is no run in"), ("none", "no run to explore"), ("other", "have different ones")]
+    ],
 )
-def test_what_cannot_be_opened_is_refused(runs, tmp_path, what, message):
-    other = tmp_path / "other"
-    other.mkdir()
-    if what == "other":
-        values = json.loads((runs["cps"] / "config.json").read_text())
-        values["dataset_options"]["size"] = 64
-        (other / "config.json").write_text(json.dumps(values))
-        (other / "checkpoint.pt").write_bytes((runs["cps"] / "checkpoint.pt").read_bytes())
-    with pytest.raises(ValueError, match=message):
-        explore({"empty": other, "none": [], "other": [runs["cps"], other]}[what])
+def test_the_threshold_begins_at_the_methods_own(tmp_path, name, options, expected):
+    c = config(name, steps=2, quality_images=0, options=options)
+    runner.run(c, tmp_path, quiet=True)
+    assert explore(tmp_path / c.id).threshold.value == expected
+
+
+def test_a_threshold_that_keeps_nothing_says_so(runs):
+    shown = explore(runs["mkd"])
+    shown.threshold.value = 1.0
+    highest = shown.shown[0].found.confidence.max()
+    assert shown.canvas.state["panes"][0]["key"] == [
+        ("", f"T keeps nothing: the highest confidence is {highest:.2f}")
+    ]
+    shown.threshold.value = 0.0
+    assert "untinted" in shown.canvas.state["panes"][0]["key"][0][1]
+
+
+def test_what_cannot_be_opened_is_refused(runs, tmp_path):
+    (tmp_path / "empty").mkdir()
+    other = copy(runs["cps"], tmp_path / "other", "checkpoint.pt")
+    values = json.loads((other / "config.json").read_text())
+    values["dataset_options"]["size"] = 64
+    (other / "config.json").write_text(json.dumps(values))
+    for named, message in (
+        (tmp_path / "empty", "empty"),
+        ([], "no run to explore"),
+        ([runs["cps"], other], "other has other data than the first"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            explore(named)
+
+
+def test_runs_open_wherever_jupyter_was_started(runs, tmp_path, monkeypatch):
+    """Paths of runs, and the folder to save to, are relative to the project, not to the working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runner.records, "RUNS", runs["mkd"].parent)
+    monkeypatch.setattr(runner.records, "ROOT", runs["mkd"].parents[1])
+    for name in (runs["mkd"].name, f"{runs['mkd'].parent.name}/{runs['mkd'].name}", read_config(runs["mkd"])):
+        assert explore(name).study.folders == [runs["mkd"]]
+    shown = explore(None, "saved views")
+    shown.do("save view")
+    assert list((runs["mkd"].parents[1] / "saved views").iterdir()) and not list(tmp_path.iterdir())
 
 
 def test_saving_never_overwrites_and_reads_back(runs, tmp_path):
@@ -289,57 +321,48 @@ def test_saving_never_overwrites_and_reads_back(runs, tmp_path):
     shown.threshold.value = 0.3
     for _ in range(2):
         shown.do("save pseudo-label")
+    expected = shown.shown[0].found.pseudo_label(0.3)
     first, second = sorted((tmp_path / "out").iterdir(), key=lambda p: len(p.name))
-    expected = shown.panes[0].found.pseudo_label(0.3)
+    assert shown.saved.value == f"saved: {second}"
     for path in (first, second):
         assert np.array_equal(read_label(path, 5).numpy(), expected)
-    for shown.mode.value in ("side by side", "swipe", "A alone"):
-        shown.do("save view")
-    assert len(list((tmp_path / "out").glob("*view*.png"))) == 3
+    shown.do("save view")
+    assert len(list((tmp_path / "out").glob("*view*.png"))) == 1
     shown.panes[0].source.value = "truth"
     shown.do("save pseudo-label")
-    assert "choose a network" in shown.canvas.state["message"]
+    assert "choose a network" in shown.saved.value and shown.canvas.image_a, "a refusal changes no picture"
     shown.out.value = " "
     shown.do("save view")
-    assert "name a folder" in shown.canvas.state["message"]
+    assert "name a folder" in shown.saved.value
     assert write_new(tmp_path, "a b/c", Image.new("L", (1, 1))).name == "a_b_c.png"
 
 
-def test_many_classes_of_which_few_occur(runs):
-    """150 classes: the legend names those that occur and counts the others; a class that is isolated but absent clears the mask."""
+def test_the_table_has_the_classes_that_occur_of_many(runs):
     study = Study(runs["supervised"])
-    names = tuple(f"class {k}" for k in range(150))
-    study.data.classes, study.palette = names, np.zeros((150, 3), np.uint8)
+    study.classes, study.palette = tuple(f"class {k}" for k in range(150)), np.zeros((150, 3), np.uint8)
     found = Prediction(np.full((1, 32, 32), 149, np.uint8), np.full((1, 32, 32), 0.5, np.float32))
     study.predict = lambda *_: {"net": found}
     shown = Explorer(study)
-    truth = study.truth(shown.id)
-    assert {row["name"] for row in shown.canvas.state["legend"]} == {"class 149", *(names[c] for c in np.unique(truth))}
-    assert shown.canvas.state["absent"] == f"not here: {150 - 1 - len(np.unique(truth))} classes"
-    shown.canvas.isolated = 60
-    assert (shown.panes[0].mask == 255).all()
-    assert "class 60" in {row["name"] for row in shown.canvas.state["legend"]}, "a second click on it frees it"
+    truth = study.load(shown.id)[1]
+    expected = {"class 149", *(study.classes[c] for c in np.unique(truth))}
+    assert {row["name"] for row in shown.canvas.state["legend"]} == expected
 
 
-def test_newest_runs_are_comparable_and_mkd_is_first(runs):
-    place = runs["mkd"].parent
-    assert newest_runs(place / "nowhere") == []
-    later = place / "later"
-    later.mkdir()
-    (later / "config.json").write_text(config("unimatch", keep_every=2, quality_images=0).model_dump_json())
-    (later / "checkpoint.pt").touch()
-    assert newest_runs(place) == [runs["mkd"], runs["cps"], runs["supervised"], runs["cutmix_seg"], later]
-    shutil.rmtree(later)
-    broken = place / "broken"
-    broken.mkdir()
+def test_runs_are_told_apart_by_what_differs(tmp_path):
+    made = [config("mkd", seed=1), config("mkd", options={"alpha": 2.0}), config("cps"), config("cps")]
+    folders = [tmp_path / name for name in "abcd"]
+    assert tell_apart(made, folders) == ["mkd seed=1 alpha=1.5", "mkd seed=0 alpha=2.0", "cps c", "cps d"]
+
+
+def test_newest_runs_are_comparable_and_mkd_is_first(runs, tmp_path):
+    assert newest_runs(tmp_path / "nowhere") == []
+    place = tmp_path / "runs"
+    place.mkdir()
+    folders = [copy(runs[name], place / name, "checkpoint.pt") for name in OPTIONS]
+    assert newest_runs(place) == [place / name for name in ("mkd", "cps", "supervised", "cutmix_seg")]
+    broken = copy(runs["mkd"], place / "broken", "checkpoint.pt")
     (broken / "config.json").write_text("{}x")
-    (broken / "checkpoint.pt").touch()
-    other = place / "other"
-    other.mkdir()
+    assert set(newest_runs(place)) == set(folders)
+    other = copy(runs["mkd"], place / "other", "checkpoint.pt")
     (other / "config.json").write_text(config(seed=5).model_dump_json())
-    (other / "checkpoint.pt").touch()
     assert newest_runs(place) == [other]
-    for folder in (broken, other):
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()

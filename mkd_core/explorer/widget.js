@@ -50,26 +50,19 @@ function curve(box, panes) {
   }
 }
 
-function legend(table, model, state) {
+function legend(table, rows) {
   table.replaceChildren();
   const head = make(make(table, "thead"), "tr");
   make(head, "th", "", "class");
   for (const what of ["pixels %", "kept %", "right %"]) make(head, "th", "", what).colSpan = 2;
   const body = make(table, "tbody");
-  for (const { index, name, colour, cells } of state.legend) {
+  for (const { name, colour, cells } of rows) {
     const row = make(body, "tr");
-    row.dataset.index = index;
-    row.title = "click: show this class alone";
     const first = make(row, "td");
     make(first, "span", "mkd-swatch").style.background = colour;
     first.append(name);
     cells.forEach((text, k) => make(row, "td", `mkd-pane${k % 2}`, text));
-    row.onclick = () => {
-      model.set("isolated", model.get("isolated") === index ? -1 : index);
-      model.save_changes();
-    };
   }
-  if (state.absent) make(make(body, "tr", "mkd-absent"), "td", "", state.absent).colSpan = 7;
 }
 
 export default {
@@ -92,24 +85,23 @@ export default {
       mask.onload = () => (root.dataset.drawn = Number(root.dataset.drawn || 0) + 1);
       return { pane, title, picture, image, mask, key: make(pane, "div", "mkd-key") };
     });
-    const divider = make(panes[1].picture, "div", "mkd-divider");
     const readout = make(left, "div", "mkd-readout");
     const side = make(middle, "div", "mkd-side");
     const graph = make(side, "div", "mkd-curve");
-    const agree = make(side, "div", "mkd-agree");
+    const note = make(side, "div", "mkd-note");
     const table = make(make(side, "div", "mkd-scroll"), "table", "mkd-legend");
+    const progress = make(root, "div", "mkd-progress");
     const strip = make(root, "div", "mkd-strip");
     const command = (name, id = "") => model.send({ command: name, id });
 
-    // A pixel is asked for while the pointer moves; a click holds it until the next one.
+    // A pixel is asked for while the pointer moves; a click holds it until the next one; a double click enlarges both panes there.
     let held = false;
     panes.forEach(({ picture, image }, k) => {
       const ask = (event) => {
-        const box = picture.getBoundingClientRect();
-        const at = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+        const box = image.getBoundingClientRect(); // of the enlarged image
         const side = [image.naturalWidth, image.naturalHeight];
-        const under = stage.dataset.mode === "swipe" && at[0] < model.get("divider") ? 0 : k;
-        model.set("pointer", [under, ...at.map((share, i) => Math.max(0, Math.min(side[i] - 1, Math.floor(share * side[i]))))]);
+        const at = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+        model.set("pointer", [k, ...at.map((share, i) => Math.max(0, Math.min(side[i] - 1, Math.floor(share * side[i]))))]);
         model.save_changes();
       };
       picture.onpointermove = (event) => held || ask(event);
@@ -118,21 +110,13 @@ export default {
         root.classList.toggle("mkd-held", held);
         ask(event);
       };
+      picture.ondblclick = (event) => {
+        const box = picture.getBoundingClientRect();
+        const at = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+        stage.style.setProperty("--at", at.map((share) => `${100 * share}%`).join(" "));
+        stage.classList.toggle("mkd-zoomed");
+      };
     });
-
-    divider.onclick = divider.onpointermove = (event) => event.stopPropagation();
-    divider.onpointerdown = (event) => {
-      divider.setPointerCapture(event.pointerId);
-      divider.onpointermove = (move) => {
-        move.stopPropagation();
-        const box = panes[0].picture.getBoundingClientRect();
-        model.set("divider", Math.max(0, Math.min(1, (move.clientX - box.left) / box.width)));
-      };
-      divider.onpointerup = () => {
-        divider.onpointermove = (move) => move.stopPropagation();
-        model.save_changes();
-      };
-    };
 
     root.onkeydown = (event) => {
       const name = { ArrowRight: "next", ArrowLeft: "previous", r: "random" }[event.key];
@@ -147,9 +131,8 @@ export default {
         const state = model.get("state");
         message.textContent = state.message || "";
         message.hidden = !state.message;
+        middle.hidden = !state.panes; // nothing of the image before stays beside a message
         if (!state.panes) return;
-        stage.dataset.mode = state.mode;
-        stage.style.setProperty("--ratio", state.panes[0].size[0] / state.panes[0].size[1]);
         state.panes.forEach((found, k) => {
           const { title, key, picture } = panes[k];
           title.replaceChildren();
@@ -160,18 +143,16 @@ export default {
           picture.classList.toggle("mkd-small", found.size[0] < 400);
           key.replaceChildren();
           for (const [colour, text] of found.key) {
-            make(key, "span", "mkd-swatch").style.background = colour;
+            if (colour) make(key, "span", "mkd-swatch").style.background = colour;
             make(key, "span", "", text);
           }
         });
         curve(graph, state.panes);
-        agree.textContent = [state.current, state.agree].filter(Boolean).join(" · ");
-        legend(table, model, state);
+        note.textContent = state.note;
+        legend(table, state.legend);
         update.current();
-        update.isolated();
       },
-      isolated: () => [...table.querySelectorAll("[data-index]")].forEach((row) => row.classList.toggle("mkd-on", row.dataset.index == model.get("isolated"))),
-      current: () => [...strip.children].forEach((node) => node.classList.toggle("mkd-on", node.title === model.get("state").current)),
+      current: () => [...strip.children].forEach((node) => node.classList.toggle("mkd-on", node.title === model.get("state").id)),
       strip() {
         strip.replaceChildren();
         for (const { id, png } of model.get("strip")) {
@@ -182,9 +163,9 @@ export default {
         }
         update.current();
       },
-      pixel: () => (readout.textContent = model.get("pixel") || "Point at a pixel: class, confidence, runners-up. A click holds it. Keys: ← → r."),
+      pixel: () => (readout.textContent = model.get("pixel") || "Point at a pixel: class, confidence, runners-up. Click: hold it. Double click: zoom. Keys: ← → r."),
+      progress: () => (progress.textContent = model.get("progress")),
       opacity: () => root.style.setProperty("--opacity", model.get("opacity")),
-      divider: () => root.style.setProperty("--divider", `${100 * model.get("divider")}%`),
       image_a: () => show(panes[0].image, model.get("image_a")),
       image_b: () => show(panes[1].image, model.get("image_b")),
       mask_a: () => show(panes[0].mask, model.get("mask_a")),
