@@ -127,7 +127,7 @@ def test_all_ways_to_predict_agree(precise_run, tmp_path, name):
     assert torch.equal(
         confusion, sum(confusion_matrix(label, data.label(id), 5) for id, label in labels.items())
     )
-    files = [tmp_path / f"{id}.png" for id in data.val]
+    files = [tmp_path / f"{id.replace('/', '_')}.png" for id in data.val]
     for id, file in zip(data.val, files, strict=True):
         Image.fromarray(data.image(id).permute(1, 2, 0).numpy()).save(file)
     options = {"predictor": name, "device": "cpu", "quiet": True}
