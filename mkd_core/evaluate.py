@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -15,13 +17,17 @@ from .choices import choose
 from .config import RunConfig
 from .data import SegDataset
 from .metrics import PseudoLabelQuality, confusion_matrix
-from .models import resize
+from .models import nearest, resize
 
+LARGE = 2**21  # pixels, those of a Cityscapes image: what is larger is predicted in pieces (our choice)
 QUALITY_THRESHOLD = 0.95  # MKD's T: pseudo-label quality is reported at it and at 0
 
 
 def whole(net: nn.Module, images: Tensor, window: tuple[int, int]) -> Tensor:
-    """The image at its own size, padded at the bottom and right where a side is no multiple of 16 (our choice for VOC and COCO)."""
+    """The image at its own size, padded at the bottom and right where a side is no multiple of 16.
+
+    Our choice for VOC and COCO. A Predictor takes `sliding` for images above LARGE pixels.
+    """
     return _padded(net, images).softmax(1)
 
 
@@ -111,32 +117,44 @@ class Predictor:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """images (B, 3, H, W) uint8 RGB of any size -> name -> class probabilities (B, C, H, W) float32, on the device."""
+        protocol = PROTOCOLS[self._protocol(images)]
         with self._at_work():
             x = self._input(images)
-            found = {name: PROTOCOLS[self.protocol](net, x, self.window) for name, net in self.nets.items()}
+            found = {name: protocol(net, x, self.window) for name, net in self.nets.items()}
         if "mean" in self.names:
             found["mean"] = torch.stack([*found.values()]).mean(0)
         return found
 
     @torch.no_grad()
-    def label(self, image: Tensor, name: str = "") -> tuple[Tensor, Tensor]:
-        """image (3, H, W) uint8 -> label (H, W) uint8 and its probability (H, W) float32 by one network (the first), on the host.
+    def label(self, image: Tensor | np.ndarray | Image.Image, name: str = "") -> tuple[Tensor, Tensor]:
+        """Label one image: label (H, W) uint8 and its probability (H, W) float32, on the host.
 
-        "sliding" goes in bands, so that only labels and confidences grow with the image.
+        image: a tensor (3, H, W), an array (H, W, 3) or a PIL picture; uint8 RGB of any size.
+        name: the network, by default the first.
+
+        Memory is bounded: "sliding" goes in bands, so that only labels and confidences grow with the
+        image; of images above LARGE pixels, "long512" sees a copy of LARGE pixels.
         """
-        name = name or self.names[0]
-        nets = [*self.nets.values()] if name == "mean" else [self.nets[choose("predictor", name, self.names)]]
+        image, name = as_tensor(image), choose("predictor", name or self.names[0], self.names)
+        size, protocol = image.shape[1:], self._protocol(image)
+        if protocol == "long512" and (factor := (LARGE / math.prod(size)) ** 0.5) < 1:
+            small = resize(image[None].float(), torch.Size(max(1, int(side * factor)) for side in size))
+            label, confidence = self.label(small[0].round().byte(), name)
+            return nearest(label[None], size)[0], resize(confidence[None, None], size)[0, 0]
+        nets = [*self.nets.values()] if name == "mean" else [self.nets[name]]
         with self._at_work():
             x = self._input(image[None])
-            if self.protocol == "sliding":
-                parts: Iterable[Sequence[Tensor]] = zip(
-                    *(bands(net, x, self.window) for net in nets), strict=True
-                )
+            if protocol == "sliding":
+                parts: Iterable[Sequence[Tensor]] = zip(*(bands(net, x, self.window) for net in nets), strict=True)
             else:
-                parts = [[PROTOCOLS[self.protocol](net, x, self.window) for net in nets]]
+                parts = [[PROTOCOLS[protocol](net, x, self.window) for net in nets]]
             found = [torch.stack([*part]).mean(0).max(1) for part in parts]
         labels, confidences = [f.indices[0].byte().cpu() for f in found], [f.values[0].cpu() for f in found]
         return torch.cat(labels), torch.cat(confidences)
+
+    def _protocol(self, images: Tensor) -> str:
+        large = images.shape[-2] * images.shape[-1] > LARGE
+        return "sliding" if large and self.protocol == "whole" else self.protocol
 
     def _input(self, images: Tensor) -> Tensor:
         return normalise(images.to(self.device).float() / 255)
@@ -152,6 +170,17 @@ class Predictor:
         finally:
             for net, mode in modes.items():
                 net.train(mode)
+
+
+def as_tensor(image: Tensor | np.ndarray | Image.Image) -> Tensor:
+    """A picture as (3, H, W) uint8 RGB: tensors of that shape, arrays (H, W, 3), or PIL's, turned upright by EXIF."""
+    if isinstance(image, Image.Image):
+        image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    if not isinstance(image, Tensor):
+        image = torch.tensor(image).movedim(-1, 0)
+    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
+        raise ValueError(f"an image is uint8 RGB, a tensor (3, H, W) or an array (H, W, 3); got {image.dtype}, {tuple(image.shape)}")
+    return image
 
 
 class _Items(Dataset):

@@ -1,7 +1,7 @@
 """make bench: speed and memory of the parts as ratios against their plain forms, measured side by side in one run.
 
-A ratio is the median of alternating pairs after a warm-up; extra memory is the most that the tensors made on the way held at once
-(mkd_core/cost.py).
+A ratio is the median of alternating pairs, its range beside it; extra memory is the most that was held at once
+(mkd_core/suite/cost.py).
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ def line(what: str, value: float, note: str = "", target: float | None = None) -
     print(f"{what:<66} {value:>9,.1f} x{verdict}  {note}", flush=True)
 
 
+def span(ends: tuple[float, float]) -> str:
+    return f"{ends[0]:,.1f} .. {ends[1]:,.1f}"
+
+
 def fda() -> None:
     g = torch.Generator().manual_seed(0)
     logits, label = torch.randn(N, C, generator=g), torch.randint(0, C, (N,), generator=g)
@@ -45,13 +49,29 @@ def fda() -> None:
 
     exact = torch.cat([per_pixel(part, torch.float64) for part in torch.arange(N).chunk(16)])
     error = ((table()[0].flatten(1).T.double() - exact).abs() / exact.abs().clamp_min(1)).max().item()
-    r, slow, fast = ratio(per_pixel, table, pairs=2)
-    line(f"FDA, table against {N} x {C} x {A}: time", r, f"{1e3 * slow:.0f} ms -> {1e3 * fast:.2f} ms", 100)
+    r, spread, slow, fast = ratio(per_pixel, table, pairs=3)
+    line(
+        f"FDA, table against {N} x {C} x {A}: time",
+        r,
+        f"{span(spread)}, {1e3 * slow:.0f} ms -> {1e3 * fast:.2f} ms",
+        100,
+    )
     slow_b, fast_b = peak_bytes(per_pixel), peak_bytes(table)
-    line("FDA: extra memory, result included", slow_b / fast_b, f"{slow_b / 2**20:.0f} MiB -> {fast_b / 2**20:.1f} MiB")
+    line(
+        "FDA: extra memory, result included",
+        slow_b / fast_b,
+        f"{slow_b / 2**20:.0f} MiB -> {fast_b / 2**20:.1f} MiB",
+    )
     extra = fast_b - logits.numel() * 4, slow_b - logits.numel() * 4
-    line("FDA: extra memory beyond the result", extra[1] / extra[0], f"{extra[1] / 2**20:.0f} MiB -> {extra[0] / 2**20:.1f} MiB", 100)
-    print(f"FDA: largest relative difference from float64: {error:.1e} ({'met' if error <= 1e-6 else 'MISSED'}: 1e-6)")
+    line(
+        "FDA: extra memory beyond the result",
+        extra[1] / extra[0],
+        f"{extra[1] / 2**20:.0f} MiB -> {extra[0] / 2**20:.1f} MiB",
+        100,
+    )
+    print(
+        f"FDA: largest relative difference from float64: {error:.1e} ({'met' if error <= 1e-6 else 'MISSED'}: 1e-6)"
+    )
 
     few, label, moments = features[: N // 4], label[: N // 4], ClassMoments(C, A)
 
@@ -64,10 +84,18 @@ def fda() -> None:
 
     moments.update(few, label)
     torch.testing.assert_close(expanded(), moments.var, rtol=1e-3, atol=1e-5)
-    r, slow, fast = ratio(expanded, lambda: moments.update(few, label), pairs=2)
-    line(f"class moments of {N // 4} pixels, products against expansion: time", r, f"{1e3 * slow:.0f} ms -> {1e3 * fast:.1f} ms")
+    r, spread, slow, fast = ratio(expanded, lambda: moments.update(few, label), pairs=3)
+    line(
+        f"class moments of {N // 4} pixels, products against expansion: time",
+        r,
+        f"{span(spread)}, {1e3 * slow:.0f} ms -> {1e3 * fast:.1f} ms",
+    )
     slow_b, fast_b = peak_bytes(expanded), peak_bytes(lambda: moments.update(few, label))
-    line("class moments: extra memory", slow_b / fast_b, f"{slow_b / 2**20:.0f} MiB -> {fast_b / 2**20:.0f} MiB")
+    line(
+        "class moments: extra memory",
+        slow_b / fast_b,
+        f"{slow_b / 2**20:.0f} MiB -> {fast_b / 2**20:.0f} MiB",
+    )
 
 
 def parts() -> None:
@@ -75,11 +103,17 @@ def parts() -> None:
     label[:, :20] = 255
 
     def masks() -> Tensor:
-        return torch.stack([torch.stack([((label == t) & (prediction == p)).sum() for p in range(C)]) for t in range(C)])
+        return torch.stack(
+            [torch.stack([((label == t) & (prediction == p)).sum() for p in range(C)]) for t in range(C)]
+        )
 
     assert torch.equal(masks(), confusion_matrix(prediction, label, C))
-    r, slow, fast = ratio(masks, lambda: confusion_matrix(prediction, label, C), pairs=3)
-    line("confusion matrix, one bincount against C x C masks: time", r, f"{1e3 * slow:.0f} ms -> {1e3 * fast:.1f} ms")
+    r, spread, slow, fast = ratio(masks, lambda: confusion_matrix(prediction, label, C), pairs=3)
+    line(
+        "confusion matrix, one bincount against C x C masks: time",
+        r,
+        f"{span(spread)}, {1e3 * slow:.0f} ms -> {1e3 * fast:.1f} ms",
+    )
 
     net = build()
     teacher, plain = EMA(net, 0.99), EMA(net, 0.99)
@@ -89,12 +123,16 @@ def parts() -> None:
         for own, other in zip(plain.module.parameters(), net.parameters(), strict=True):
             own.mul_(0.99).add_(other, alpha=0.01)
 
-    r, slow, fast = ratio(loop, lambda: teacher.update(net, 1000), pairs=15)
-    line("EMA, foreach against a loop over parameters: time", r, f"{1e3 * slow:.2f} ms -> {1e3 * fast:.2f} ms")
+    r, spread, slow, fast = ratio(loop, lambda: teacher.update(net, 1000), pairs=15)
+    line(
+        "EMA, foreach against a loop over parameters: time",
+        r,
+        f"{span(spread)}, {1e3 * slow:.2f} ms -> {1e3 * fast:.2f} ms",
+    )
 
 
 def steps() -> None:
-    """Every method's step beside supervised's and beside the passes through its networks alone, measured on the same tensors.
+    """Every method's step beside supervised's and beside as many passes through its first network alone.
 
     A ResNet-18 with the decoder of the paper's networks: beside smaller networks a step is mostly the overhead of torch's calls.
     """

@@ -29,8 +29,7 @@ def passes(method: str, options: str, pspnet: bool) -> float:
     """Of a step, per image of the labeled batch, counted on a small network."""
     encoder = "mobilenet_v2" if pspnet else "tu-test_resnet"
     step = Step(RunConfig(method=method, options=json.loads(options), encoder=encoder, channels=16, crop=(128, 128), batch=4, device="cpu"))
-    step.passes()
-    gradient, plain = step.encoded
+    gradient, plain = step.passes()
     first = step.method.stages[0] if step.method.stages else 0  # the labeled images alone
     return first * 3 + (1 - first) * (3 * gradient + plain)
 

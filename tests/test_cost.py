@@ -1,61 +1,97 @@
-"""Costs count what a method's definition needs: passes known from the equations, bytes known from shapes, time that follows both."""
+"""Costs count what a method's definition needs; a step asks the host nothing."""
+
+import traceback
 
 import pytest
 import torch
 from tiny import config
-from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mkd_core.methods import METHODS
-from mkd_core.suite.cost import Step, costs, peak_bytes, replay
+from mkd_core.suite.cost import Step, costs, peak_bytes, ratio
 
-# Batches through an encoder with gradient (students on labeled and unlabeled images) and without (teachers, targets), from the equations.
-PASSES = {
-    "supervised": (1, 0), "mean_teacher": (2, 1), "cutmix_seg": (2, 1), "cps": (4, 0), "mkd": (4, 2),
-    "st_plus_plus": (2, 0), "cct": (2, 0), "pseudoseg": (2, 1), "simple_baseline": (2, 0),
-    "advsemseg": (2, 0), "gct": (4, 0), "pc2seg": (2, 1), "u2pl": (2, 3),  # U2PL's teacher looks at plain images, and at what the student sees
-    "fixmatch": (3, 0), "unimatch": (4, 0), "speed": (4, 1), "vat": (3, 1), "ps_mt": (2, 2),
-}  # fmt: skip
+# What needs a value of a tensor on the host: a GPU would wait for it in every step.
+SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2"}
+
+
+class Syncs(TorchDispatchMode):
+    """Collects calls that synchronise with the host, with the lines that made them."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            isinstance(t, torch.Tensor) and t.dtype == torch.bool for t in tree_leaves(args[1])
+        )
+        if name in SYNCS or by_mask:
+            lines = [f for f in traceback.extract_stack() if "mkd_core" in f.filename]
+            if not lines or not lines[-1].filename.endswith("augment.py"):  # boxes are drawn on the host
+                self.found.append(f"{name}: {lines[-1].filename}:{lines[-1].lineno}" if lines else name)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_makes_the_passes_that_the_equation_needs(method):
+def test_a_step_makes_the_passes_that_the_class_states(method):
+    assert Step(config(method)).passes() == METHODS[method].passes
+
+
+@pytest.mark.parametrize(
+    ("keys", "passes"),
+    [
+        ({"method": "cps", "options": {"boxes": 3}}, (4, 2)),
+        ({"method": "mkd_ablation", "options": {"on_labeled": True}}, (4, 4)),
+    ],
+)
+def test_options_change_the_passes(keys, passes):
+    assert Step(config(**keys)).passes() == passes
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_never_waits_for_the_host(method):
     step = Step(config(method))
-    step.passes()
-    assert step.encoded == PASSES[method]
+    step()  # what is made once
+    with Syncs() as syncs:
+        step()
+    assert not syncs.found
 
 
-def test_options_change_the_passes():
-    def encoded(**keys):
-        step = Step(config(**keys))
-        step.passes()
-        return step.encoded
-
-    assert encoded(method="cps", options={"boxes": 3}) == (4, 2)
-    assert encoded(method="mkd", options={"alpha": 0.0}) == (4, 0)
-    assert encoded(method="mkd", options={"on_labeled": True}) == (4, 4)
-
-
-def test_a_replay_is_the_same_passes(monkeypatch):
-    """Every convolution that saw gradient in the step sees as many forwards in the replay, and none is seen that was not there."""
-    step = Step(config("mkd"))
-    calls = step.passes()
-    counts = {}
-    for name, module in step.method.named_modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(lambda *_, name=name: counts.__setitem__(name, counts.get(name, 0) + 1))
-    step()
-    first = dict(counts)
-    counts.clear()
-    replay(calls)
-    assert counts == first and len(counts) > 20
+def test_what_waits_for_the_host_is_seen():
+    x = torch.arange(3.0)
+    for wait in (
+        lambda: x.sum().item(),
+        lambda: x[x > 1],
+        lambda: x.nonzero(),
+        lambda: bool(x.any()),
+        lambda: x.unique(),
+    ):
+        with Syncs() as syncs:
+            wait()
+        assert syncs.found
 
 
 def test_bytes_are_those_of_the_tensors():
     assert peak_bytes(lambda: torch.ones(1000) + torch.ones(1000)) == 3 * 4000
     assert peak_bytes(lambda: [torch.ones(1000) for _ in range(2)]) == 2 * 4000
+    assert peak_bytes(lambda: [torch.ones(1000).sum() for _ in range(9)]) < 2 * 4000
+
+
+def test_ratios_are_those_of_the_work():
+    one = torch.randn(400, 400)
+    value, (least, most), slow, fast = ratio(
+        lambda: [one @ one for _ in range(8)], lambda: one @ one, pairs=3
+    )
+    assert 3 < value < 20 and least <= value <= most and slow > fast
 
 
 def test_the_table_stands_beside_its_first_row():
     frame = costs({"SupOnly": config("supervised"), "CPS": config("cps")}, pairs=1)
-    assert list(frame.index) == ["SupOnly", "CPS"] and (frame > 0)[["x time", "x memory", "x passes", "ms"]].all().all()
-    assert frame.loc["SupOnly", "x memory"] == pytest.approx(1, rel=0.02) and frame.loc["CPS", "x memory"] > 2
+    assert list(frame.index) == ["SupOnly", "CPS"]
+    assert (frame > 0)[["x time", "x memory", "x passes", "ms"]].all().all()
+    assert frame.loc["SupOnly", "x time"] == 1 and frame.loc["SupOnly", "x memory"] == pytest.approx(
+        1, rel=0.02
+    )
+    assert frame.loc["CPS", "x memory"] > 1.5 and list(frame.loc["CPS", ["gradient", "plain"]]) == [4, 0]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import config
 
-from mkd_core import runner
+from mkd_core import runner, trained
 from mkd_core.config import read_config
 from mkd_core.data.base import read_label
 from mkd_core.explorer import Explorer, explore

@@ -1,70 +1,119 @@
-"""A trained network as a file that runs without this suite: a torch.export program, and a JSON that says how to feed it."""
+"""A trained network as a file that runs without this suite, and a JSON: how to feed it, and its model card."""
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import Dim
 
 from ..augment import MEAN, STD, normalise
 from ..data.base import local
 from ..models import file_sha256
-from ..records import write_atomically
-from .predict import Predictor, refuse_existing
+from ..records import load, write_atomically
+from ..trained import OpenRun
+from .predict import open_predictor, refuse_existing
 
 MULTIPLE = 32  # of free image sides: the stride of the deepest encoders
+Program = tuple[bytes, Callable[[Tensor], Tensor]]  # the content of a file, and what it does when read back
 
 
 @torch.no_grad()
 def export(
-    run: str | Path, out: str | Path = "", *, predictor: str = "", step: int | str | None = None, overwrite: bool = False
-) -> list[Path]:
-    """Write <predictor>.pt2 and <predictor>.json to `out` or, without it, to the run folder; returns both. run .. step: see Predictor.
+    run: str | Path, out: str | Path = "", *, predictor: str = "", step: int | str | None = None,
+    onnx: bool = False, licence: str = "", overwrite: bool = False,
+) -> list[Path]:  # fmt: skip
+    """Write <predictor>.pt2 (torch.export) or .onnx, and <predictor>.json, to `out`; return both.
 
-    The program maps (B, 3, H, W) float32, preprocessed as the JSON says, to logits (B, C, H, W). B is free; H and W are free multiples of
-    MULTIPLE where torch.export can trace and write that, else the run's crop: the JSON says which. It is read back first and must give the
-    labels of its network on random images.
+    The program maps (B, 3, H, W) float32, preprocessed as the JSON says, to logits (B, C, H, W). B is
+    free; H and W are free multiples of MULTIPLE where the network can be traced so, else the run's crop:
+    the JSON says which. It is read back first, the .onnx by onnxruntime, and must give the logits of its
+    network on random images of several sizes. ValueError where it does not, or cannot be written.
 
-    ValueError where it does not, where it cannot be traced at all, where files would be overwritten, and as Predictor.
+    out      default: the run folder; run, predictor and step as in `predict`
+    licence  of the data, for the model card
     """
-    model = Predictor(run, predictor, step, device="cpu")
-    if len(model.nets) > 1:
+    opened, model, name = open_predictor(run, predictor, step, "", "cpu")
+    if name == "mean":
         raise ValueError("'mean' is several networks, a program holds one: name it")
-    folder = local(out) if str(out) else model.folder
-    program, about = (folder / f"{model.name.replace(' ', '_')}{suffix}" for suffix in (".pt2", ".json"))
+    folder = local(out) if str(out) else opened.folder
+    suffixes = (".onnx" if onnx else ".pt2", ".json")
+    program, about = (folder / f"{name.replace(' ', '_')}{suffix}" for suffix in suffixes)
     refuse_existing([program, about], overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
-    content, sizes = _program(model.nets[0], model.config.crop)
-    loaded = torch.export.load(io.BytesIO(content)).module()
-    for count, size in enumerate(sizes, 1):
-        x = normalise(torch.rand(count, 3, *size))
-        if not torch.equal(loaded(x).argmax(1), model.nets[0](x).argmax(1)):
-            raise ValueError(f"the exported program gives other labels than its network on images of {size}: nothing was written")
+    content, sizes = _program(_onnx if onnx else _pt2, model.nets[name].eval(), opened.config.crop)
     height, width = [f"any multiple of {MULTIPLE}"] * 2 if len(set(sizes)) > 1 else sizes[0]
-    facts = {
-        "run": model.config.id, "predictor": model.name, "checkpoint_sha256": file_sha256(model.folder / model.checkpoint),
-        "input": "(batch, 3, height, width) float32", "colour": "RGB", "scale": "(value / 255 - mean) / std", "mean": MEAN, "std": STD,
-        "height": height, "width": width, "padding": "zeros after scaling, at the bottom and right; crop the logits",
-        "output": "logits (batch, classes, height, width) float32", "classes": model.classes, "palette": model.palette.tolist(),
-        "protocol": model.config.protocol, "window": model.config.crop, "torch": torch.__version__,
+    facts = _card(opened, name) | {
+        "licence_of_data": licence or "not stated",
+        "checkpoint_sha256": file_sha256(opened.folder / opened.checkpoint),
+        "input": "(batch, 3, height, width) float32", "colour": "RGB", "scale": "(value / 255 - mean) / std",
+        "mean": MEAN, "std": STD, "height": height, "width": width,
+        "padding": "zeros after scaling, at the bottom and right; crop the logits",
+        "output": "logits (batch, classes, height, width) float32", "palette": opened.palette.tolist(),
+        "protocol": opened.config.protocol, "window": opened.config.crop, "torch": torch.__version__,
     }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(program, content)
     write_atomically(about, json.dumps(facts, indent=1) + "\n")
     return [program, about]
 
 
-def _program(net: nn.Module, crop: tuple[int, int]) -> tuple[bytes, list[tuple[int, int]]]:
-    """The content of a .pt2 file and image sizes to check it on: different ones where height and width are free."""
-    any_size = {0: Dim("batch"), 2: MULTIPLE * Dim("rows"), 3: MULTIPLE * Dim("columns")}
-    for shapes, sizes in ((any_size, [(96, 128), (32, 32), (64, 160)]), ({0: Dim("batch")}, [crop, crop])):
+def _program(
+    write: Callable[..., Program], net: nn.Module, crop: tuple[int, int]
+) -> tuple[bytes, list[tuple[int, int]]]:
+    """The content of a program and the image sizes it was checked on: different ones where they are free."""
+    free = {0: Dim("batch"), 2: MULTIPLE * Dim("rows"), 3: MULTIPLE * Dim("columns")}
+    for shapes, sizes in ((free, [(96, 128), (32, 32), (64, 160)]), ({0: Dim("batch")}, [crop, crop])):
         try:
-            buffer = io.BytesIO()
-            torch.export.save(torch.export.export(net, (torch.rand(2, 3, *sizes[0]),), dynamic_shapes=(shapes,), strict=False), buffer)
-            return buffer.getvalue(), sizes
-        except Exception as error:  # of many types. timm's "same" padding, for one, can be traced for any size but not written
+            content, read = write(net, torch.rand(2, 3, *sizes[0]), shapes)
+            for count, size in enumerate(sizes, 1):
+                x = normalise(torch.rand(count, 3, *size))
+                exact = net(x)
+                if not (read(x) - exact).abs().max() <= 1e-3 * exact.abs().max():
+                    raise ValueError(f"it gives other logits than its network on images of {size}")
+            return content, sizes
+        except ImportError as error:
+            raise ValueError(f"{error}; pip install onnx onnxscript onnxruntime") from error
+        except Exception as error:  # of many types: PSPNet's pooling, for one, is of a fixed size in ONNX
             failure = error
-    raise ValueError(f"torch.export cannot write this network: {str(failure)[:300]}") from failure
+    raise ValueError(f"this network cannot be exported: {str(failure)[:300]}") from failure
+
+
+def _pt2(net: nn.Module, x: Tensor, shapes: dict[int, Any]) -> Program:
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(net, (x,), dynamic_shapes=(shapes,), strict=False), buffer)
+    return buffer.getvalue(), torch.export.load(io.BytesIO(buffer.getvalue())).module()
+
+
+def _onnx(net: nn.Module, x: Tensor, shapes: dict[int, Any]) -> Program:
+    import onnxruntime
+
+    program = torch.onnx.export(
+        net, (x,), dynamo=True, dynamic_shapes=(shapes,), input_names=["image"], output_names=["logits"], verbose=False
+    )  # fmt: skip
+    content = program.model_proto.SerializeToString()  # type: ignore[union-attr]
+    session = onnxruntime.InferenceSession(content)
+    return content, lambda x: torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
+
+
+def _card(opened: OpenRun, name: str) -> dict[str, Any]:
+    """What a network is and how good, in percent, where the run's record is about these weights."""
+    config, record = opened.config, load(opened.folder)
+    card: dict[str, Any] = {
+        "run": config.id,
+        "method": config.method,
+        "predictor": name,
+        "data": config.dataset,
+    }
+    card["intended_use"] = (
+        "names the class of each pixel of images like those it was trained on; not judged on others"
+    )
+    if record and opened.checkpoint == "checkpoint.pt":
+        card |= {"split": record.split, "evaluated": record.evaluated, "miou": record.predictors[name]}
+        if name == next(iter(record.predictors)):
+            card["iou"] = dict(zip(record.classes, record.iou, strict=True))
+    return card | {"classes": opened.classes}
