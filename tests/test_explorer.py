@@ -133,11 +133,11 @@ def test_predictions_are_those_of_the_evaluation(runs, method):
     id, found = study.sets["unlabeled"][3], study.checkpoints(0)
     assert [(name, step) for name, (step, _) in found.items()] == [("step 2", 2), ("step 4", 4), ("last", 0)]
     for name, step in (("last", None), ("step 2", 2)):
-        trained = trained.open_run(runs[method], step).predictor()
+        predictor = trained.open_run(runs[method], step).predictor()
         shown = study.predict(0, found[name], id)
-        assert list(shown) == trained.names
+        assert list(shown) == predictor.names
         for network, prediction in shown.items():
-            label, confidence = trained.label(study.data.image(id), network)
+            label, confidence = predictor.label(study.data.image(id), network)
             assert np.array_equal(prediction.label, label.numpy())
             assert np.array_equal(prediction.confidence, confidence.numpy())
 
