@@ -1,4 +1,4 @@
-"""Confusion matrix, IoU, and how good pseudo-labels are. Counts stay on the device until they are read once at the end."""
+"""Confusion matrix, IoU, and how good pseudo-labels are. Counts stay on the device until the end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Ten
 
 
 def iou(confusion: Tensor) -> Tensor:
-    """(C, C) counts -> (C,) float64 intersection over union in percent; NaN for a class that neither occurs nor is predicted."""
+    """Intersection over union in percent: (C, C) counts -> (C,) float64; NaN for a class nowhere seen."""
     confusion = confusion.double()
     hit = confusion.diagonal()
     return 100 * hit / (confusion.sum(0) + confusion.sum(1) - hit)
@@ -37,7 +37,7 @@ def miou(confusion: Tensor) -> float:
 
 
 class PseudoLabelQuality:
-    """Share of pixels whose confidence reaches `threshold`, and how many of those labels are right, against withheld labels."""
+    """Measure how many pixels reach the confidence `threshold`, and how many of those labels are right."""
 
     def __init__(self, num_classes: int, threshold: float, device: torch.device | str = "cpu"):
         self.threshold = threshold
@@ -54,7 +54,7 @@ class PseudoLabelQuality:
         )
 
     def summary(self) -> dict[str, Any]:
-        """kept and accuracy in percent, accuracy_all at threshold 0; per predicted class `kept_per_class`, `accuracy_per_class`."""
+        """Return kept and accuracy in percent, accuracy_all at threshold 0, and both per predicted class."""
         everything, kept = self.all.double(), self.kept.double()
 
         def share(part: Tensor, whole: Tensor) -> list[float | None]:

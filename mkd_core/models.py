@@ -1,4 +1,4 @@
-"""SegNet: a segmentation_models_pytorch encoder-decoder opened into features -> 1x1 classifier, and how weights get in."""
+"""SegNet: an encoder-decoder of smp opened into features -> 1x1 classifier, and how weights get in."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class SegNet(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int, *, arch: str = "deeplabv3plus", encoder: str = "resnet50", encoder_depth: int = 5,
-        channels: int = 256, dropout: float = 0.0, norm: str = "batch", bn_momentum: float = 0.1,
+        self, num_classes: int, *, arch: str = "deeplabv3plus", encoder: str = "resnet50",
+        encoder_depth: int = 5, channels: int = 256, dropout: float = 0.0, norm: str = "batch", bn_momentum: float = 0.1,
     ):  # fmt: skip
         super().__init__()
         if arch == "deeplabv3plus":
             net = smp.DeepLabV3Plus(
-                encoder, encoder_depth, encoder_weights=None, encoder_output_stride=16, decoder_atrous_rates=(6, 12, 18),
-                decoder_channels=channels, decoder_aspp_dropout=dropout, classes=num_classes,
+                encoder, encoder_depth, encoder_weights=None, encoder_output_stride=16, classes=num_classes,
+                decoder_atrous_rates=(6, 12, 18), decoder_channels=channels, decoder_aspp_dropout=dropout,
             )  # fmt: skip
             self.stride = 16
         elif arch == "pspnet":
@@ -90,7 +90,7 @@ def resize(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
 
 
 def nearest(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Resize labels, masks (B, H, W) and maps (B, C, H, W) of any dtype: row i comes from row floor(i H / h)."""
+    """Resize labels (B, H, W) or maps (B, C, H, W) of any dtype: row i comes from row floor(i H / h)."""
     if maps.shape[-2:] == tuple(size):
         return maps
     rows, columns = (
@@ -127,7 +127,7 @@ def _replace_batchnorm(module: nn.Module, groups: int = 8) -> None:
 
 
 def load_encoder(net: SegNet, weights: str) -> None:
-    """Load the encoder from a local .pth or .safetensors file: torchvision's, timm's, or one with its own keys.
+    """Load the encoder from a .pth or .safetensors file: torchvision's, timm's, or with its own keys.
 
     Nothing is unpickled. ValueError where the file is missing or does not fit.
     """
@@ -147,7 +147,8 @@ def load_encoder(net: SegNet, weights: str) -> None:
             state = _from_timm(list(net.encoder.state_dict()), state)
         net.encoder.load_state_dict(state)
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{weights} does not fit the encoder: {' '.join(str(error).split())[:600]}") from error
+        why = " ".join(str(error).split())[:600]
+        raise ValueError(f"{weights} does not fit the encoder: {why}") from error
     if bad := [name for name, tensor in net.encoder.state_dict().items() if not tensor.isfinite().all()]:
         raise ValueError(f"{weights} holds values that are not finite, first in {bad[0]}")
 
@@ -182,7 +183,6 @@ def weights_file(path: str | Path) -> Path:
     """The path, if there is such a file."""
     if not (found := local(path)).is_file():
         state = "is no file" if found.exists() else "does not exist"
-        raise ValueError(
-            f"weights file {path} {state}; give a local .pth or .safetensors file of the encoder, or '' for random weights"
-        )
+        how = "give a local .pth or .safetensors file of the encoder, or '' for random weights"
+        raise ValueError(f"weights file {path} {state}; {how}")
     return found

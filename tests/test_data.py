@@ -795,7 +795,7 @@ def test_lists_of_any_encoding(own, encoding):
         ("c.png;c_.png", "not by ';'"),
         (
             "my photo.png",
-            "its first word has no ending: where a name holds spaces, part it from the mask's by a tab",
+            "part names that hold spaces by a tab; the first word has no ending",
         ),
     ],
 )

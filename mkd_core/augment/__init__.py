@@ -10,6 +10,6 @@ from .colour import STRONG, chain, distort, one_of
 from .weak import FILL, MEAN, STD, geometry, normalise
 
 __all__ = [
-    "FILL", "MEAN", "STD", "STRONG", "beta_box", "chain", "distort", "geometry", "half_box", "mix", "normalise",
-    "one_of", "partner", "ratio_box", "square", "xor_boxes",
+    "FILL", "MEAN", "STD", "STRONG", "beta_box", "chain", "distort", "geometry", "half_box", "mix",
+    "normalise", "one_of", "partner", "ratio_box", "square", "xor_boxes",
 ]  # fmt: skip

@@ -57,7 +57,7 @@ def ratio_box(
     probability: float = 0.5,
     area: tuple[float, float] = (0.02, 0.4),
 ) -> Tensor:
-    """CutMix mask (batch, H, W) bool of FixMatch and UniMatch ("BOX-UM"), ST++'s CutOut too: False inside one box.
+    """CutMix mask (batch, H, W) bool of FixMatch, UniMatch ("BOX-UM") and ST++: False inside one box.
 
     With `probability` (else all True) a sample draws an area fraction ~ U(area), height / width
     ~ U(0.3, 1 / 0.3) and a place inside. Released: ratio and place are drawn again until the box lies

@@ -1,5 +1,6 @@
-"""The strong view: colour operations (B, 3, H, W) float in [0, 1] -> the same, and the mixtures of the papers.
+"""The strong view: colour operations and the mixtures of the papers.
 
+Each takes (B, 3, H, W) float in [0, 1] and returns the same.
 `draw` draws the parameters of an operation, one per sample.
 """
 

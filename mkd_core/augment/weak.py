@@ -29,7 +29,8 @@ def geometry(
     image (3, H, W) uint8, label (H, W) uint8 or None
         -> image (3, h, w) uint8, label (h, w) uint8, valid (h, w) bool with (h, w) = crop
     scale   range of the factor r, uniform
-    base    0: the image is scaled by r; else its long side becomes r * base (released MKD: 512, r in [0.5, 2])
+    base    0: the image is scaled by r; else its long side becomes r * base (released MKD: 512,
+            r in [0.5, 2])
     Padding is FILL in the image, IGNORE in the label (all IGNORE without a label), False in valid.
     The crop is taken first and only it is resampled.
     """
@@ -50,7 +51,7 @@ def geometry(
         window = TF.resize_image(
             window, [tall, wide], interpolation=TF.InterpolationMode.BILINEAR, antialias=True
         )
-        # "Exact" samples at pixel centres as the image does; plain nearest would shift labels by up to half a pixel.
+        # "Exact" samples at pixel centres, as the image does; plain nearest shifts labels by half a pixel.
         target = TF.resize_image(
             target[None], [tall, wide], interpolation=TF.InterpolationMode.NEAREST_EXACT
         )[0]

@@ -132,9 +132,8 @@ def find_root(
 ) -> Path:
     """Find the first of root / below that holds one of `folders` (or just exists), else DataError."""
     if not str(root):
-        raise DataError(
-            f"data set {name!r} needs root, the folder that holds {' or '.join(folders) or 'the files'}. {where}"
-        )
+        what = " or ".join(folders) or "the files"
+        raise DataError(f"data set {name!r} needs root, the folder that holds {what}. {where}")
     path = local(root)
     for candidate in below:
         if any((path / candidate / folder).is_dir() for folder in folders or ("",)):
@@ -144,7 +143,7 @@ def find_root(
 
 
 def read_text(path: Path) -> str:
-    """Read a text file in UTF-8 or UTF-16, with or without byte order mark; DataError where it cannot be read."""
+    """Read a text file in UTF-8 or UTF-16, with or without byte order mark, else DataError."""
     try:
         content = path.read_bytes()
         return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
@@ -172,7 +171,7 @@ def _open(path: Path, kind: str) -> Iterator[Image.Image]:
 
 
 def orientation(path: Path) -> int:
-    """Return the EXIF orientation of a picture: 1 is upright, or says nothing; 2 to 8 are turned or mirrored."""
+    """Return the EXIF orientation of a picture: 1 is upright, 2 to 8 are turned or mirrored."""
     with _open(path, "picture") as picture:
         if (
             picture.format == "PNG" and "exif" not in picture.info
@@ -189,15 +188,16 @@ def read_image(path: Path) -> Tensor:
     with _open(path, "picture") as picture:
         if picture.mode.startswith(("I", "F")):
             raise DataError(
-                f"{path}: {picture.mode} pictures (16 or 32 bits a channel) are not supported; convert to 8 bits"
+                f"{path}: {picture.mode} pictures (16 or 32 bits a channel) do not work; convert to 8 bits"
             )
         ImageOps.exif_transpose(picture, in_place=True)
         return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
 def read_label(path: Path, classes: int | None = None) -> Tensor:
-    """Read the class indices of a mask as (H, W) uint8, judged from the file itself; a palette is never applied.
+    """Read the class indices of a mask as (H, W) uint8; a palette is never applied.
 
+    What the file means is judged from the file itself: its format, bits and pages.
     Grey of 1, 2 or 4 bits holds indices too: PIL stretches them to 0..255, which is undone.
     With `classes`, DataError for a value that is neither in 0..classes-1 nor IGNORE.
     """
@@ -207,13 +207,11 @@ def read_label(path: Path, classes: int | None = None) -> Tensor:
             "jpeg",
             "webp",
         ):
-            raise DataError(
-                f"{path}: a mask must be a lossless PNG, TIFF or BMP; this {picture.format} may change classes"
-            )
+            what = f"this {picture.format} may change classes"
+            raise DataError(f"{path}: a mask must be a lossless PNG, TIFF or BMP; {what}")
         if picture.mode not in ("L", "P", "1"):
-            raise DataError(
-                f"{path}: a mask must be a grey or palette PNG of class indices, this one has mode {picture.mode}"
-            )
+            what = f"this one has mode {picture.mode}"
+            raise DataError(f"{path}: a mask must be a grey or palette PNG of class indices, {what}")
         stored = picture.tile[0][3] if picture.tile else ""  # type: ignore[attr-defined]
         stored = stored if isinstance(stored, str) else stored[0]
         label = np.array(picture, dtype=np.uint8) // np.uint8({"L;2": 85, "L;4": 17}.get(stored, 1))

@@ -206,7 +206,7 @@ def _check_contents(
     odd = {id for of in colours.values() for ids in sorted(of.values(), key=len)[:-1] for id in ids}
     if odd:
         report.warnings.append(
-            f"{some(sorted(odd), 'masks')} whose palettes have other colours for the same class than the rest: "
+            f"{some(sorted(odd), 'masks')} whose palettes have other colours for the same class: "
             "did a program re-order them? A palette is never applied, indices are classes"
         )
 
@@ -222,7 +222,8 @@ def _check_classes(report: Report, dataset: SegDataset, counts: dict[str, np.nda
                 else ""
             )
             report.problems.append(
-                f"the {part} masks hold {len(found)} of {len(dataset.classes)} classes, at least 2 are needed.{hint}"
+                f"the {part} masks hold {len(found)} of {len(dataset.classes)} classes, "
+                f"at least 2 are needed.{hint}"
             )
     unseen = [dataset.classes[k] for k in held["val"] if k not in held["labeled"]]
     if unseen:
@@ -233,5 +234,6 @@ def _check_classes(report: Report, dataset: SegDataset, counts: dict[str, np.nda
         name for k, name in enumerate(dataset.classes) if k not in held["val"] and k not in held["labeled"]
     ]:
         report.warnings.append(
-            f"{some(nowhere, 'classes')} in no mask: do the labels start from 1, or does the class list hold a line that is no class?"
+            f"{some(nowhere, 'classes')} in no mask: do the labels start from 1, "
+            "or does the class list hold a line that is no class?"
         )

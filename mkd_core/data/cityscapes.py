@@ -37,10 +37,11 @@ TRAIN_ID[[id for id, _, _ in LABELS]] = torch.arange(len(LABELS), dtype=torch.ui
 
 
 class Cityscapes(FileDataset):
-    """2,975 training and 500 validation images of 2048 x 1024 pixels, 19 classes; the images on disk are the lists.
+    """2,975 training and 500 validation images of 2048 x 1024 pixels, 19 classes.
 
-    Masks are gtFine's labelTrainIds where the official script has made them, else labelIds mapped to
-    the 19 classes. Names of other data sets in this layout may be any, but each only once.
+    The images on disk are the lists. Masks are gtFine's labelTrainIds where the official script has
+    made them, else labelIds mapped to the 19 classes. Other data sets in
+    this layout may name their images as they like, each name once.
     """
 
     name = "cityscapes"
@@ -49,8 +50,9 @@ class Cityscapes(FileDataset):
     pattern = r"[^\s/]+?(?=_leftImg8bit\b|_gtFine|\.png|\s|$)"
     where = (
         "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip, after registration: "
-        "https://www.cityscapes-dataset.com/downloads/; expected are leftImg8bit/{train,val}/<city>/<id>_leftImg8bit.png "
-        "and gtFine/{train,val}/<city>/<id>_gtFine_labelIds.png."
+        "https://www.cityscapes-dataset.com/downloads/; expected are "
+        "leftImg8bit/{train,val}/<city>/<id>_leftImg8bit.png and "
+        "gtFine/{train,val}/<city>/<id>_gtFine_labelIds.png."
     )
 
     def __init__(self, root: str):
@@ -66,7 +68,7 @@ class Cityscapes(FileDataset):
             id, place = path.name.removesuffix("_leftImg8bit.png"), Path(part, path.parent.name)
             if self._place.setdefault(id, place) != place:
                 raise DataError(
-                    f"{self.root / 'leftImg8bit'}: two images are called {id}, in {self._place[id]} and in {place}"
+                    f"{self.root}: two images are called {id}, in {self._place[id]} and in {place}"
                 )
             ids.append(id)
         return tuple(sorted(ids))

@@ -31,8 +31,9 @@ CLASSES = (
 
 
 class COCO(FileDataset):
-    """118,287 training and 5,000 validation images, background and 80 things; the images on disk are the lists.
+    """118,287 training and 5,000 validation images, background and 80 things.
 
+    The images on disk are the lists.
     masks: folder under root with <id>.png of both parts (255 = crowd), as `render_masks` writes them.
     """
 
@@ -41,9 +42,9 @@ class COCO(FileDataset):
     palette = colormap(81)
     pattern = r"\d{12}"
     where = (
-        "Images: http://images.cocodataset.org/zips/train2017.zip and val2017.zip (expected in train2017, val2017); masks: "
-        "http://images.cocodataset.org/annotations/annotations_trainval2017.zip, then mkd_core.data.coco.render_masks on "
-        "both json files."
+        "Images: http://images.cocodataset.org/zips/train2017.zip, val2017.zip (in train2017, val2017); masks: "
+        "http://images.cocodataset.org/annotations/annotations_trainval2017.zip, then "
+        "mkd_core.data.coco.render_masks on both json files."
     )
 
     def __init__(self, root: str, masks: str = "masks"):
@@ -63,7 +64,7 @@ class COCO(FileDataset):
 
 
 def render_masks(annotations: Path, out: Path, progress: Callable[[int, int], None] | None = None) -> int:
-    """Write out/<id>.png (grey, 0..80, 255) for each image of an instances_*.json; return how many were written.
+    """Write out/<id>.png (grey, 0..80, 255) for each image of an instances_*.json; return their number.
 
     Rule (our choice, none is standard): objects are painted in decreasing order of area, so that
     small ones stay on top; crowds, and the boxes of objects without outline, become 255, the rest 0.
@@ -74,17 +75,15 @@ def render_masks(annotations: Path, out: Path, progress: Callable[[int, int], No
 
     def get(kind: str, each: dict[str, Any], *keys: str) -> list[Any]:
         if absent := [key for key in keys if key not in each]:
-            raise DataError(
-                f"{annotations}: {kind} {each.get('id', '')} has no {absent[0]!r}; an instances_*.json is needed"
-            )
+            what = f"{kind} {each.get('id', '')} has no {absent[0]!r}"
+            raise DataError(f"{annotations}: {what}; an instances_*.json is needed")
         return [each[key] for key in keys]
 
     categories, images, annotated = get("the file", content, "categories", "images", "annotations")
     names = dict(get("category", each, "id", "name") for each in categories)
     if own := [name for name in names.values() if name not in CLASSES[1:]]:
-        raise DataError(
-            f"{annotations}: {some(own, 'categories')} not of COCO's 80; own classes belong in data set 'folder'"
-        )
+        what = some(own, "categories")
+        raise DataError(f"{annotations}: {what} not of COCO's 80; own classes belong in data set 'folder'")
     objects = defaultdict(list)
     for each in annotated:
         image, category, _ = get("annotation", each, "image_id", "category_id", "segmentation")

@@ -34,7 +34,10 @@ class Folder(FileDataset):
     """
 
     name = "folder"
-    where = "train.txt and val.txt (options train, val) under root hold one 'image mask' pair per line, or an image alone."
+    where = (
+        "train.txt and val.txt (options train, val) under root hold one 'image mask' pair per line, "
+        "or an image alone."
+    )
 
     def __init__(
         self,
@@ -64,7 +67,7 @@ class Folder(FileDataset):
         return self._file(self._written.get(id, id)), self._file(mask) if mask else None
 
     def _file(self, name: str) -> Path:
-        """The file of a name, in whichever Unicode form (composed or, from a Mac, decomposed) the disk has it."""
+        """Find a name's file in whichever Unicode form the disk has it: a Mac writes decomposed ones."""
         forms = (
             [name]
             if name.isascii()
@@ -96,9 +99,8 @@ class Folder(FileDataset):
         if absolute := [field for field in fields if field.startswith("/")]:
             raise DataError(f"{place}: {absolute[0]} is absolute; names are relative to {self.root}")
         if len(fields) > 2:
-            raise DataError(
-                f"{place}: expected 'image mask' or 'image', got {line!r}; part names that hold spaces by a tab"
-            )
+            hint = "part names that hold spaces by a tab"
+            raise DataError(f"{place}: expected 'image mask' or 'image', got {line!r}; {hint}")
         image, mask = fields[0], fields[1] if len(fields) == 2 else None
         if not self._file(image).is_file() and (hint := _hint(line, image, mask)):
             raise DataError(f"{place}: {line!r} {hint}")
@@ -119,7 +121,7 @@ def _hint(line: str, image: str, mask: str | None) -> str:
         return f"is no file: names are parted by a space or a tab, not by {found[0]!r}"
     if not Path(image).suffix:
         if mask and "\t" not in line:
-            return "is no file, and its first word has no ending: where a name holds spaces, part it from the mask's by a tab"
+            return "is no file: part names that hold spaces by a tab; the first word has no ending"
         return "is no file: a name is written with its folder and ending, images/name.jpg for example"
     return ""
 
@@ -129,9 +131,8 @@ def _class_names(root: Path, classes: Sequence[str] | int | None) -> tuple[str, 
     if classes is None:
         file = root / "classes.txt"
         if not file.is_file():
-            raise DataError(
-                f"which classes do the masks hold? Give classes=[names], classes=<number>, or one name per line in {file}"
-            )
+            ways = "Give classes=[names], classes=<number>, or one name per line in"
+            raise DataError(f"which classes do the masks hold? {ways} {file}")
         lines = [line.strip() for line in read_text(file).splitlines()]
         classes = [line for line in lines if line and not line.startswith("#")]
         source = str(file)
@@ -142,9 +143,8 @@ def _class_names(root: Path, classes: Sequence[str] | int | None) -> tuple[str, 
         names = names[1:]
     for number, name in enumerate(names):
         if name == "__ignore__" or NO_NAME.search(name) or (number == 0 and HEADER.fullmatch(name)):
-            raise DataError(
-                f"{source}: {name!r} is no class name; give the names alone, one per class, the first for value 0"
-            )
+            how = "give the names alone, one per class, the first for value 0"
+            raise DataError(f"{source}: {name!r} is no class name; {how}")
     if isinstance(classes, str) or not 1 < len(names) <= IGNORE or len(set(names)) < len(names):
         raise DataError(f"classes must be 2 to {IGNORE} different names, or their number; got {classes!r}")
     return names

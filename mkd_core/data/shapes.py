@@ -35,8 +35,9 @@ class Shapes(SegDataset):
 
     def __init__(self, root: str = "", *, train_size: int = 512, val_size: int = 256, size: int = 48):
         if size % 16 or min(train_size, val_size, size) < 1:
+            got = f"{train_size=}, {val_size=}, {size=}"
             raise ValueError(
-                f"shapes needs sizes of at least 1 and a side that is a multiple of 16; got {train_size=}, {val_size=}, {size=}"
+                f"shapes needs sizes of at least 1 and a side that is a multiple of 16; got {got}"
             )
         self.size = size
         self.train = tuple(f"train/{i:04d}" for i in range(train_size))
@@ -112,7 +113,7 @@ def _object(x: np.ndarray, y: np.ndarray, rng: np.random.Generator, size: int) -
 
 
 def _texture(kind: int, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Paint a class's pattern between two random colours, random in period, turn and phase: (side, side, 3) in [0, 1]."""
+    """Paint a class's pattern of random period, turn and phase in two colours: (side, side, 3) in [0, 1]."""
     period, turn = rng.uniform(5, 7), rng.uniform(0, 2 * np.pi)
     u = 2 * np.pi * (x * np.cos(turn) + y * np.sin(turn)) / period + rng.uniform(0, 2 * np.pi)
     v = 2 * np.pi * (y * np.cos(turn) - x * np.sin(turn)) / period + rng.uniform(0, 2 * np.pi)

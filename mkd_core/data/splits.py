@@ -37,7 +37,7 @@ class Split:
 
 
 def set_hash(ids: Iterable[str]) -> str:
-    """Hash the sorted unique ids, one per line, each ended by a line feed: sha256, whatever a file's order and syntax."""
+    """Hash the sorted unique ids, one per line, each ended by a line feed: sha256."""
     return hashlib.sha256("".join(f"{id}\n" for id in sorted(set(ids))).encode()).hexdigest()
 
 
@@ -45,8 +45,8 @@ def load_split(dataset: SegDataset, name: str, seed: int = 0) -> Split:
     """The split `name` of a data set; unlabeled = the training images that are not labeled, computed.
 
     "cps/1_16"     a published list (splits.yaml), verified against its hash
-    "random/1_16"  ceil(N / 16) images drawn from `seed`; "random/32": 32 images; "random/32@3": seed 3. See `draw`
-    "full"         every image that has a label; unlabeled = all training images, as wherever nothing else remains
+    "random/1_16"  ceil(N / 16) images drawn from `seed`, see `draw`; "random/32": 32; "random/32@3": seed 3
+    "full"         every image that has a label; unlabeled = all training images
     "splits/mine"  a folder under the data set's root with labeled.txt and, optionally, unlabeled.txt
 
     ValueError for a name that does not exist, DataError for a list that cannot be read. Whether its
@@ -121,7 +121,7 @@ def published_count(key: str) -> int:
 
 
 def as_published(key: str, ids: Sequence[str]) -> bool | None:
-    """Whether `ids` are the published set "voc/train", "voc/val", ...; None where there is none of that name."""
+    """Compare `ids` with the published set "voc/train", "voc/val", ...; None where there is none."""
     if key not in _lists()["sets"]:
         return None
     count, _, sha256 = _lists()["sets"][key]
@@ -152,8 +152,9 @@ def _published_split(dataset: SegDataset, name: str) -> Split:
     if not as_published(f"{dataset.name}/train", dataset.train):
         missing = some(sorted(set(labeled) - set(dataset.train)), "labeled images")
         raise DataError(
-            f"split {name} is drawn from the {_lists()['sets'][f'{dataset.name}/train'][0]} training images of {dataset.name!r}; "
-            f"{dataset.root} has {len(dataset.train)}, without {missing}. {dataset.where} For a part of the data use 'random/1_16'."
+            f"split {name} is drawn from the {published_count(f'{dataset.name}/train')} training images of "
+            f"{dataset.name!r}; {dataset.root} has {len(dataset.train)}, without {missing}. {dataset.where} "
+            "For a part of the data use 'random/1_16'."
         )
     return _split(name, labeled, _rest(dataset, labeled))
 
@@ -169,7 +170,7 @@ def _from_folder(dataset: SegDataset, name: str, folder: Path) -> Split:
 
 
 def _rest(dataset: SegDataset, labeled: Sequence[str]) -> Iterable[str]:
-    """The training images that are not labeled; where all are, all of them, as in the paper's Table 1, "Full"."""
+    """The training images that are not labeled; where all are, all of them (Table 1, "Full")."""
     return set(dataset.train) - set(labeled) or dataset.train
 
 
@@ -179,7 +180,7 @@ def _split(name: str, labeled: Iterable[str], unlabeled: Iterable[str]) -> Split
 
 
 def _may_be_labeled(dataset: SegDataset, id: str) -> bool:
-    """Whether a mask is meant to exist: one that is then missing is a fault to report, not an unlabeled image."""
+    """Whether a mask is meant to exist: one that is then missing is a fault, not an unlabeled image."""
     return dataset.files(id)[1] is not None or dataset.has_label(id)
 
 
@@ -197,7 +198,7 @@ def _verified(file: str, pattern: str, count: int, sha256: str) -> tuple[str, ..
 
 
 def _fetch(file: str) -> str:
-    """The text of "<source>/<path>": from the mirror that MKD_SPLITS names, else downloaded once into the user's cache."""
+    """Get the text of "<source>/<path>" from the mirror MKD_SPLITS, else download it once into the cache."""
     source, _, path = file.partition("/")
     address = _lists()["sources"][source]
     try:

@@ -1,4 +1,4 @@
-"""Endless training streams: sample k depends on (seed, stream, k) alone, so any step can be resumed or replayed."""
+"""Endless training streams: sample k depends on (seed, stream, k) alone, so any step can be replayed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Stream:
     """
 
     def __init__(
-        self, dataset: SegDataset, ids: Sequence[str], *, name: str, seed: int, labeled: bool, crop: tuple[int, int],
-        scale: tuple[float, float], base: int, block: int = 1,
+        self, dataset: SegDataset, ids: Sequence[str], *, name: str, seed: int, labeled: bool,
+        crop: tuple[int, int], scale: tuple[float, float], base: int, block: int = 1,
     ):  # fmt: skip
         self.dataset, self.ids, self.labeled = dataset, list(ids), labeled
         self.key = (seed, int.from_bytes(name.encode(), "big"))
@@ -38,7 +38,7 @@ class Stream:
         return self.ids[_order(self.key, turn, len(self.ids))[i]]
 
     def __getitem__(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return image (3, h, w) uint8, label (h, w) uint8, valid (h, w) bool; an unlabeled stream reads no label."""
+        """Return image (3, h, w) uint8, label (h, w) uint8, valid (h, w) bool."""
         id = self.id(k)
         label = self.dataset.label(id) if self.labeled else None
         rng = np.random.default_rng([*self.key, k, 1])

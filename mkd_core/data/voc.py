@@ -21,7 +21,8 @@ class VOC(FileDataset):
     root               VOC2012, or the folder above it or above VOCdevkit
     prefer_aug_masks   read SegmentationClassAug wherever it has the mask, as MKD, U2PL and CCT do
 
-    The lists in ImageSets/Segmentation are used where they exist (a part of the data may be listed there), else the published ones.
+    The lists in ImageSets/Segmentation are used where they exist (a part of the data may be listed
+    there), else the published ones.
     """
 
     name = "voc"
@@ -41,7 +42,7 @@ class VOC(FileDataset):
         self.prefer_aug_masks = prefer_aug_masks
         self.train = self._list(self.train_list, f"{self.name}/train")
         self.val = self._list("val", "voc/val")
-        # ids that VOC itself annotated: elsewhere a file in SegmentationClass is a copy of the augmented mask at best
+        # annotated by VOC itself; another file in SegmentationClass is at best a copy of the augmented mask
         self._original = frozenset(self._list("train", "voc/train") + self.val)
 
     def _list(self, file: str, key: str) -> tuple[str, ...]:
@@ -49,7 +50,7 @@ class VOC(FileDataset):
         return self.read_list(path) if path.is_file() else published(key, self.pattern)
 
     def files(self, id: str) -> tuple[Path, Path]:
-        """The mask of SegmentationClass where VOC annotated the image, else of SegmentationClassAug, or of the other."""
+        """Prefer SegmentationClass where VOC annotated the image, else SegmentationClassAug."""
         folders = ["SegmentationClass", "SegmentationClassAug"]
         if self.prefer_aug_masks or id not in self._original:
             folders.reverse()
@@ -60,11 +61,11 @@ class VOC(FileDataset):
 
 
 class VOCAug(VOC):
-    """VOC with the 10,582 training images of train_aug: masks of SBD in SegmentationClassAug, or all in SegmentationClass."""
+    """VOC with the 10,582 images of train_aug, masks of SBD in SegmentationClassAug or SegmentationClass."""
 
     name = "voc_aug"
     where = VOC.where + (
-        " SegmentationClassAug: the archive that the READMEs of CCT and AdvSemiSeg link, or SBD converted to PNG ("
+        " SegmentationClassAug: the archive that the READMEs of CCT and AdvSemiSeg link, or SBD as PNG ("
         "http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz)."
     )
     train_list = "train_aug"

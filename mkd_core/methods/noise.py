@@ -1,6 +1,7 @@
 """SimpleBaseline's strong view, `strong: three_of`: three of seventeen operators, seven of them its own.
 
-Each takes (B, 3, H, W) float in [0, 1] and returns the same; "per channel" draws for each channel of each image.
+Each takes (B, 3, H, W) float in [0, 1] and returns the same; "per channel" draws for each channel
+of each image.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def dropout(images: Tensor) -> Tensor:
 
 
 def coarse_dropout(images: Tensor) -> Tensor:
-    """Each of 4 x 4 rectangles of a channel is black with probability 0.2 (released: 2 to 5 rectangles a side)."""
+    """Each of 4 x 4 rectangles of a channel is black with probability 0.2 (released: 2 to 5 a side)."""
     kept = (torch.rand(len(images), 3, 4, 4, device=images.device) >= 0.2).to(images.dtype)
     return images * torch.nn.functional.interpolate(kept, images.shape[-2:])
 
@@ -52,15 +53,16 @@ def salt_and_pepper(images: Tensor) -> Tensor:
 
 
 def three_of(images: Tensor) -> Tensor:
-    """SimpleBaseline: three of its 17 operators per image, in the order of the list, at the released magnitude (20 of 40).
+    """Three of 17 operators per image, in the order of the list, at the released magnitude (20 of 40).
 
-    At that magnitude gamma (1.01) and the hue shift (0) change nothing visible and both kinds of brightness are one. They keep their
-    places in the draw, as does JPEG compression (quality 85 to 95), which has no device version here.
+    At that magnitude gamma (1.01) and the hue shift (0) change nothing visible and both kinds of
+    brightness are one. They keep their places in the draw, as does JPEG compression (quality 85 to
+    95), which has no device version here.
     """
     same, brighter = (lambda x: x), (lambda x: (x + 16 / 255).clamp(0, 1))
     operations = (
-        same, lambda x: (0.5 + 1.27 * (x - 0.5)).clamp(0, 1), brighter, brighter, equalize, same, lambda x: x.flip(1),
-        partial(blur, low=1.76, high=1.76), gaussian_noise, poisson_noise, channel_shuffle, dropout, coarse_dropout, multiply,
-        salt_and_pepper, solarize, same,
+        same, lambda x: (0.5 + 1.27 * (x - 0.5)).clamp(0, 1), brighter, brighter, equalize, same,
+        lambda x: x.flip(1), partial(blur, low=1.76, high=1.76), gaussian_noise, poisson_noise, channel_shuffle,
+        dropout, coarse_dropout, multiply, salt_and_pepper, solarize, same,
     )  # fmt: skip
     return apply_chosen(operations, torch.rand(len(images), len(operations)).argsort(1)[:, :3], images)
