@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, cre
 
 
 def choose(kind: str, name: str, allowed: Iterable[str]) -> str:
-    """Return `name` if it is allowed, else raise "there is no <kind> <name>; did you mean ...? There are: ..."."""
+    """Return `name` if it is allowed, else raise: there is no KIND NAME; did you mean ...? There are: ..."""
     allowed = list(allowed)
     if name in allowed:
         return name
@@ -57,7 +57,7 @@ def complete_options(
 
 @cache
 def _model(owner: str, make: Callable[..., Any], skip: str) -> type[Checked]:
-    """The options of a constructor as a pydantic model, made once: a table asks for it hundreds of times."""
+    """Make the options of a constructor a pydantic model, once: a table asks hundreds of times."""
     hints = get_type_hints(make.__init__, include_extras=True)  # type: ignore[misc]
     parameters = inspect.signature(make).parameters.values()
     fields: dict[str, Any] = {

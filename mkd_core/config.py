@@ -1,4 +1,4 @@
-"""RunConfig: one run; Grid: one table. Both are checked before anything starts; equal runs have equal ids."""
+"""RunConfig: one run; Grid: one table. Both are checked before anything starts. Equal runs have equal ids."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from .models import ARCHITECTURES, file_sha256
 from .parameters import read_parameters
 from .records import ROOT
 
-# Not in the id: where things lie, on what they run (other hardware changes bits, and training amplifies them),
-# how often the run is logged and saved. Weights enter by their hash.
+# Not in the id: where things lie, on what they run (other hardware changes bits, and training
+# amplifies them), how often the run is logged and saved. Weights enter by their hash.
 PLACES = {"root", "weights"}
 NOT_IDENTITY = PLACES | {"device", "threads", "workers", "checkpoint_every", "keep_every", "log_every"}
 PARAMETERS = ROOT / "parameters"
@@ -51,9 +51,9 @@ Zoom = Annotated[float, Field(ge=0.05, le=20)]
 
 
 class RunConfig(Checked):
-    """Everything that decides a run. What is unknown or out of range is an error that lists what is allowed.
+    """Everything that decides a run. Errors list what is allowed, for unknown names and values out of range.
 
-    `options` are keyword arguments of the method's constructor, `dataset_options` those of the data set's.
+    `options` are keyword arguments of the method's constructor, `dataset_options` of the data set's.
     Defaults are filled in, so that the record of a run states every hyper-parameter.
     """
 
@@ -129,7 +129,7 @@ class RunConfig(Checked):
         return self
 
     def absolute(self) -> RunConfig:
-        """Return this run with absolute places of data and weights: its folder is of use from anywhere."""
+        """Return this run with absolute places of data and weights, which hold from anywhere."""
         given = {key: local(place).absolute() for key in PLACES if (place := getattr(self, key))}
         return self.model_copy(update={key: str(place) for key, place in given.items()})
 
@@ -141,7 +141,7 @@ class RunConfig(Checked):
 
     @property
     def id(self) -> str:
-        """Readable prefix and a hash of all that can change the result: shapes-random_32-mkd-s0-1f2e3d4c."""
+        """Prefix to read and hash of all that can change the result: shapes-random_32-mkd-s0-1f2e3d4c."""
         identity = self.model_dump(mode="json", exclude=NOT_IDENTITY)
         identity["weights"] = file_sha256(self.weights) if self.weights else ""
         if self.dataset == "folder":  # its lists tell one folder from another, wherever it lies
@@ -155,10 +155,10 @@ class RunConfig(Checked):
 
 
 class Grid(Checked):
-    """The runs of a table: every row in every column with every seed. No columns: one without a name.
+    """The runs of a table: every row in every column with every seed; no columns: one without a name.
 
-    A row's keys win over a column's, and these over the common ones. "{seed}" in a split's name is filled in.
-    A row with `recipe: NAME` starts from that one of `recipes`. `base` names files below: `with_bases`.
+    A row's keys win over a column's, and these over `common`. "{seed}" in a split's name is filled in.
+    A row with `recipe: NAME` starts from that one of `recipes`. `base`: the files below, see `with_bases`.
     All configurations are checked when the grid is made.
     """
 
@@ -228,11 +228,11 @@ def read_config(folder: str | Path) -> RunConfig:
 def with_bases(
     values: Mapping[str, Any], folder: Path = PARAMETERS, above: tuple[Path, ...] = ()
 ) -> dict[str, Any]:
-    """Lay parameters over the files that their key `base` names: a path, or a list in which later ones win.
+    """Lay parameters over the files that `base` names: a path, or a list in which later ones win.
 
-    A path is relative to `folder`, where the parameters lie, to parameters/, or to the working directory.
-    Below a table, a single run's file NAME.yaml gives its values to `common`, and its method to the recipe NAME.
-    A number as `base` is no file: it is that key of a single run.
+    A path is relative to `folder`, where the parameters lie, to parameters/, or to where one works.
+    Below a table, a single run's file NAME.yaml gives its values to `common`, and what belongs to
+    its method to the recipe NAME. A number as `base` is no file: it is that key of a single run.
     """
     names, result = values.get("base", ""), dict[str, Any]()
     if isinstance(names, int):
@@ -257,7 +257,7 @@ def with_bases(
 
 
 def lay_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge two mappings and the mappings in them; `above` wins, None instead of a mapping takes it away."""
+    """Merge two mappings and those in them; `above` wins, None instead of a mapping takes it away."""
     result = dict(below)
     for key, value in above.items():
         if isinstance(result.get(key), dict) and value is None:
@@ -270,10 +270,10 @@ def lay_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
 
 
 def drop_foreign_options(values: Mapping[str, Any], typed: Collection[str]) -> dict[str, Any]:
-    """Drop the options that a file holds for another method, or data set, than the one that was typed.
+    """Drop the options that a file holds for another method, or data set, than the one typed.
 
-    values: a run's parameters; typed: those that the user gave beside the file, "method" or "options.alpha".
-    If the typed method lacks one of the options, they are another's and all go, unless the user typed some.
+    values: a run's parameters; typed: names of those given beside the file, as in "options.alpha".
+    If the typed method lacks one of the options, they are another's: all go, unless some were typed.
     """
     result, tops = dict(values), {name.split(".")[0] for name in typed}
     for key, known, options in (("method", METHODS, "options"), ("dataset", DATASETS, "dataset_options")):

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from mkd_core.parameters import read_parameters
 from PIL import Image
 from test_notebooks import NOTEBOOKS
 from test_notebooks import parameters as cell_of
@@ -25,7 +24,8 @@ from test_notebooks import parameters as cell_of
 from mkd_core import METHODS, Grid, RunConfig, load_split, open_dataset, records, run, runner
 from mkd_core.config import NOT_IDENTITY, with_bases
 from mkd_core.data import DATASETS
-from mkd_core.data.splits import published_splits
+from mkd_core.data.splits import parse_ids, published_splits
+from mkd_core.parameters import read_parameters
 from mkd_core.suite import batch
 from mkd_core.suite.cli import main
 
@@ -150,7 +150,7 @@ def test_the_splits_of_the_full_protocol_are_the_published_lists(dataset, tmp_pa
     else:  # their lists are the images on disk: an object that has the published names instead
         city, pattern = mirror / "cps/DATA/city/config_new/train.txt", DATASETS[dataset].pattern
         lists = [city] if dataset == "cityscapes" else (mirror / "unimatch/coco").rglob("labeled.txt")
-        train = sorted({name for path in lists for name in re.findall(pattern, path.read_text())})
+        train = sorted({i for path in lists for i in parse_ids(path.read_text(), pattern, path.name)})
         train += [f"9{i:011d}" for i in range(118_287 - len(train))] if dataset == "coco" else []
         data = SimpleNamespace(name=dataset, root=tmp_path, pattern=pattern, train=tuple(train), val=())
         data.files = lambda id: (0, 0)
