@@ -1,16 +1,19 @@
 """Pictures: exact colours, an honest choice of columns, the axes and labels that a reader needs, reproducible files."""
 
 from itertools import pairwise
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.text import Text
+from matplotlib.collections import LineCollection
 from tiny import record
 
+from mkd_core import records
 from mkd_core.augment import normalise
-from mkd_core.suite import figures
+from mkd_core.methods import METHODS
+from mkd_core.suite import figures, report
 
 PALETTE = np.array([[0, 0, 0], [255, 0, 0], [0, 0, 255]], np.uint8)
 CLASSES = ("none", "red", "blue")
@@ -19,7 +22,10 @@ CLASSES = ("none", "red", "blue")
 def trained(values, accuracy=80.0, **keys):
     quality = {"kept": 10.0, "accuracy": accuracy, "accuracy_all": 50.0}
     labels = {"student 1": {}, "teacher 1": quality}
-    found = [{"step": 10 * i, "miou": {"student 1": value}, "pseudo_labels": labels} for i, value in enumerate(values, 1)]
+    found = [
+        {"step": 10 * i, "miou": {"student 1": value}, "pseudo_labels": labels}
+        for i, value in enumerate(values, 1)
+    ]
     return record(evaluations=found, **keys)
 
 
@@ -39,7 +45,14 @@ def test_colours_are_the_palette_and_ignored_pixels_are_grey():
 
 def test_overlay_blends_classes_and_leaves_ignored_pixels():
     image = np.full((1, 2, 3), 0.5)
-    np.testing.assert_allclose(figures.overlay(image, np.array([[1, 255]]), PALETTE, alpha=0.4), [[[0.7, 0.3, 0.3], [0.5, 0.5, 0.5]]])
+    expected = [[[0.7, 0.3, 0.3], [0.5, 0.5, 0.5]]]
+    np.testing.assert_allclose(figures.overlay(image, np.array([[1, 255]]), PALETTE, alpha=0.4), expected)
+    for classes, tinted in (
+        (("background", "red", "blue"), False),
+        (CLASSES, True),
+    ):  # the data set says what is one
+        shown = figures.overlay(image, np.array([[0, 1]]), PALETTE, classes, alpha=0.4)
+        assert (shown[0, 0] != image[0, 0]).any() == tinted and (shown[0, 1] != image[0, 1]).any()
 
 
 def test_columns_are_gains_losses_and_a_seeded_draw():
@@ -59,28 +72,63 @@ def test_columns_are_gains_losses_and_a_seeded_draw():
 def test_figure2_has_the_papers_rows_and_states_its_rule(columns):
     truth = [np.random.default_rng(i).integers(0, 3, (6, 6)) for i in range(5)]
     images = [torch.zeros(3, 6, 6, dtype=torch.uint8)] * 5
-    figure = figures.figure2(images, truth, {"co-training": truth, "MKD": truth[::-1]}, PALETTE, CLASSES, columns=columns)
+    figure = figures.figure2(
+        images, truth, {"co-training": truth, "MKD": truth[::-1]}, PALETTE, CLASSES, columns=columns
+    )
     shown = min(columns, 5)
     assert [ax.get_ylabel() for ax in figure.axes[::shown]] == ["input", "ground truth", "co-training", "MKD"]
-    assert "largest gains of MKD over co-training" in figure.texts[-1].get_text() and "at random (seed 0)" in figure.texts[-1].get_text()
+    caption = figure.legends[0].get_title().get_text()
+    assert "largest gains of MKD over co-training" in caption and "at random (seed 0)" in caption
     assert [t.get_text() for t in figure.legends[0].texts] == list(CLASSES)
 
 
+def runs(*pairs, **keys):
+    """Records of (seed, mIoU)."""
+    return [record(seed=seed, miou=float(miou), **keys) for seed, miou in pairs]
+
+
+def of(method, split="random/6", **config):
+    return record().config | {"method": method, "split": split} | config
+
+
+def legend(figure):
+    return [t.get_text() for t in figure.legends[0].texts]
+
+
 def test_curves_show_every_method_with_its_band():
-    figure = figures.curves({"CPS": [trained([40, 50])], "MKD": [trained([40, 60]), trained([50, 70])]})
-    assert [ax.get_ylabel() for ax in figure.axes] == ["mIoU (%)", "pixels kept (%)", "accuracy of kept pixels (%)"]
-    np.testing.assert_allclose(figure.axes[0].lines[1].get_ydata(), [45, 65])
-    band = figure.axes[0].collections[1].get_paths()[0].vertices[:, 1]
-    assert (band.min(), band.max()) == (40, 70)
-    assert "MKD (2 seeds)" in [t.get_text() for t in figure.legends[0].texts]
+    figure = report.curves(
+        {"CPS": [trained([40, 50])], "MKD": [trained([40, 60]), trained([50, 70], seed=1)]}
+    )
+    assert [ax.get_title() for ax in figure.axes] == [
+        "mIoU (%)",
+        "pixels kept (%)",
+        "accuracy of kept pixels (%)",
+    ]
+    drawn = [c for c in figure.axes[0].collections if isinstance(c, LineCollection)]
+    assert sorted(tuple(line[:, 1]) for c in drawn for line in c.get_segments()) == [(40, 50), (45, 65)]
+    bands = [path.vertices[:, 1] for band in figure.axes[0].collections for path in band.get_paths()]
+    assert any((band.min(), band.max()) == (40, 70) for band in bands)
+    assert legend(figure) == ["CPS", "MKD (2 seeds)"]
 
 
-def test_curves_survive_what_was_not_measured():
-    assert len(figures.curves({"MKD": [record(evaluations=[{"step": 1, "miou": {"student 1": 3.0}}])]}).axes) == 1
-    nothing_kept = figures.curves({"MKD": [trained([40, 50], accuracy=None)]})
-    assert np.isnan(nothing_kept.axes[2].lines[0].get_ydata()).all()
-    some = figures.curves({"MKD": [trained([40, 50]), record()]})  # one of a version that kept no evaluations
-    assert "MKD (1 of 2 seeds)" in [t.get_text() for t in some.legends[0].texts]
+def test_all_labels_are_the_upper_line():
+    best = runs((0, 70), (1, 74), config=of("supervised", "full"))
+    for figure in (
+        report.curves({"MKD": [trained([40, 50], config=of("mkd"))], "all labels": best}),
+        report.label_counts({"MKD": {"8": runs((0, 40), config=of("mkd"))}, "all labels": {"8": best}}),
+    ):
+        assert legend(figure) == ["MKD"] and "all labels" in [t.get_text() for t in figure.axes[0].texts]
+        assert any(set(line.get_ydata()) == {72} for line in figure.axes[0].lines)
+
+
+def test_curves_draw_what_was_measured():
+    assert (
+        len(report.curves({"MKD": [record(evaluations=[{"step": 1, "miou": {"student 1": 3.0}}])]}).axes) == 1
+    )
+    assert (
+        len(report.curves({"MKD": [trained([40, 50], accuracy=None)]}).axes) == 2
+    )  # nothing kept: no accuracy
+    assert legend(report.curves({"MKD": [trained([40, 50]), record(seed=1)], "CPS": [record()]})) == ["MKD"]
 
 
 def test_a_table_has_the_pictures_that_its_records_allow():
@@ -90,78 +138,83 @@ def test_a_table_has_the_pictures_that_its_records_allow():
 
     counts = [[3, 1], [0, 4]]
     cells = {
-        "MKD": {"92": [at(92, confusion=counts), at(92, confusion=[[4, 0], [0, 4]])], "183": [at(183)], "183 ‡": [at(183)], "none": []},
+        "MKD": {
+            "92": [at(92, confusion=counts), at(92, seed=1, confusion=[[4, 0], [0, 4]])],
+            "183": [at(183)],
+            "183 ‡": [at(183)],
+            "none": [],
+        },
         "SupOnly": {"92": [at(92)]},
     }
-    pictures = figures.of_table(cells, "92", against="SupOnly")
+    pictures = report.of_table(cells, "92", against="SupOnly")
     assert [*pictures] == ["classes", "confusion", "labels"]
     assert "minus SupOnly" in pictures["classes"].axes[0].get_xlabel()
-    assert "12" in [t.get_text() for t in pictures["confusion"].axes[0].texts]  # of both runs: 1 of 8 pixels of x
-    assert [t.get_text() for t in pictures["labels"].axes[0].get_xticklabels()] == ["92", "183"]
-    assert [*figures.of_table(cells | {"MKD": cells["MKD"] | {"92": [trained([40, 50])]}}, "92")] == ["curves", "classes"]
+    assert "12" in [
+        t.get_text() for t in pictures["confusion"].axes[0].texts
+    ]  # of both runs: 1 of 8 pixels of x
+    assert [*pictures["labels"].axes[0].get_xticks()] == [92, 183]
+    assert [*report.of_table(cells | {"MKD": cells["MKD"] | {"92": [trained([40, 50])]}}, "92")] == [
+        "curves",
+        "classes",
+    ]
     # Other families of lists and other encoders are not joined to a line; a column without runs has no picture.
-    assert [*figures.of_table(cells, "183 ‡")] == ["classes"]
-    assert [*figures.of_table({"MKD": {"92": [at(92)], "183": [at(183, "resnet101")]}}, "92")] == ["classes"]
-    assert figures.of_table(cells, "none") == {}
+    assert [*report.of_table(cells, "183 ‡")] == ["classes"]
+    assert [*report.of_table({"MKD": {"92": [at(92)], "183": [at(183, "resnet101")]}}, "92")] == ["classes"]
+    assert report.of_table(cells, "none") == {}
 
 
-METHODS = ["SupOnly", "MT", "CutMix-Seg", "CPS", "CPS with CutMix", "MKD", "MKD (released)", "CCT", "GCT", "VAT", "AdvSemSeg", "PseudoSeg", "PC2Seg",
-           "ST++", "PS-MT", "U2PL", "SimpleBaseline", "FixMatch", "UniMatch"]  # fmt: skip
-
-
-def test_a_method_looks_the_same_in_every_figure_and_like_no_other():
-    every = figures.looks([*METHODS, "mine", "+ mutual MT"])
-    assert len({tuple(look.values()) for look in every.values()}) == 21
-    for some in (["MKD", "SupOnly"], ["mine", "UniMatch", "CPS"]):
-        found = figures.looks(some)
-        assert [*found] == some and all(found[name] == every[name] for name in some if name in METHODS)
-    assert len({look["color"] for look in figures.looks(METHODS[:7]).values()}) == 7
-    both = figures.looks(["CPS", "co-training"])  # two names of one method
-    assert both["CPS"] != both["co-training"]
-
-
-def runs(*pairs, **keys):
-    """Records of (seed, mIoU)."""
-    return [record(seed=seed, miou=float(miou), **keys) for seed, miou in pairs]
-
-
-def labels_of(figure):
-    """Extents of the names at the right, in pixels, top first."""
-    FigureCanvasAgg(figure).draw()
-    boxes = [Text.get_window_extent(text) for text in figure.axes[0].texts]  # without the leader
-    return sorted(boxes, key=lambda box: -box.y0)
+def test_a_row_has_its_methods_colour_and_no_two_rows_share_one(monkeypatch):
+    for name, colour in {"mkd": "#0072b2", "cps": "#d55e00", "supervised": "#8a8a8a"}.items():
+        monkeypatch.setattr(METHODS[name], "colour", colour, raising=False)
+    rows = {
+        "CPS": "cps",
+        "CPS with CutMix": "cps",
+        "MKD": "mkd",
+        "MKD (released)": "mkd",
+        "SupOnly": "supervised",
+    }
+    cells = {row: [record(config=of(method))] for row, method in rows.items()}
+    _, colours = report.look(cells | {"all labels": [record(config=of("supervised", "full"))]})
+    own = {"CPS": "#d55e00", "MKD": "#0072b2", "SupOnly": "#8a8a8a", "all labels": figures.INK}
+    assert own.items() <= colours.items() and len({*map(str, colours.values())}) == 6
+    assert report.look(dict(reversed(cells.items())))[1]["SupOnly"] == "#8a8a8a"
+    many = report.look({f"row {k}": [record(config=of("mkd"))] for k in range(30)})[1]
+    assert len({*map(str, many.values())}) == 30
 
 
 def test_label_counts_joins_means_over_columns():
     cells = {
-        "MKD": {f"1/{n}": runs((0, 40 + n), (1, 44 + n), split={"labeled": n, "sha256": "a"}) for n in (8, 16)},
+        "MKD": {
+            f"1/{n}": runs((0, 40 + n), (1, 44 + n), split={"labeled": n, "sha256": "a"}) for n in (8, 16)
+        },
         "not run": {"1/8": []},
     }
-    ax = figures.label_counts(cells).axes[0]
-    dots, means = ax.lines
-    assert [*means.get_xdata()] == [8, 16] and [*means.get_ydata()] == [50, 58]
-    assert sorted(dots.get_ydata()) == [48, 52, 56, 60] and ax.get_xscale() == "log"
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["8", "16"] and [t.get_text() for t in ax.texts] == ["MKD"]
+    figure = report.label_counts(cells)
+    ax = figure.axes[0]
+    (drawn,) = [line.get_xydata() for line in ax.lines if len(line.get_xydata()) == 2]
+    np.testing.assert_allclose(drawn, [[8, 50], [16, 58]])
+    assert [*ax.get_xticks()] == [8, 16] and ax.get_xscale() == "log" and legend(figure) == ["MKD"]
 
 
-def test_cost_stands_at_the_time_given_and_names_do_not_overlap():
-    rows = {name: runs((0, 50 + k % 3), (1, 51)) for k, name in enumerate(METHODS)}
-    figure = figures.cost(rows, {name: 1.5 * k for k, name in enumerate(METHODS, 1)})
-    means = figure.axes[0].lines[1::2]
-    assert [line.get_xdata()[0] for line in means] == pytest.approx([1.5 * k for k in range(1, 20)])
-    assert [line.get_ydata()[0] for line in means[:3]] == [50.5, 51, 51.5]
-    boxes = labels_of(figure)
-    assert len(boxes) == 19 and all(upper.y0 >= lower.y1 for upper, lower in pairwise(boxes))
+def test_cost_stands_at_the_time_given():
+    rows = {name: runs((0, 50 + k), (1, 51 + k)) for k, name in enumerate(("SupOnly", "MKD $a$"))}
+    figure = report.cost(rows, {"SupOnly": 1, "MKD $a$": 5.5})
+    places = {tuple(xy) for dots in figure.axes[0].collections for xy in dots.get_offsets().round(2).tolist()}
+    assert {(1, 50), (1, 51), (1, 50.5), (5.5, 51), (5.5, 52), (5.5, 51.5)} == places
+    assert legend(figure) == ["SupOnly", r"MKD \$a\$"]
 
 
 def test_terms_of_methods_side_by_side():
-    histories = {"a": [{"step": 1, "loss": 3.0, "term/sup": 2.0, "term/x": 0.0}, {"step": 2, "loss": 2.0, "term/sup": 1.0, "term/x": 1.0}],
-                 "b": [{"step": 1, "loss": 1.0, "term/sup": 1.0}]}  # fmt: skip
+    histories = {
+        "a": [
+            {"step": 1, "loss": 3.0, "term/sup": 2.0, "term/x": 0.0},
+            {"step": 2, "loss": 2.0, "term/sup": 1.0, "term/x": 1.0},
+        ],
+        "b": [{"step": 1, "loss": 1.0, "term/sup": 1.0}],
+    }
     first, second = figures.terms_of(histories, across=2).axes
-    assert [(line.get_label(), [*line.get_xdata()], [*line.get_ydata()]) for line in first.lines] == [
-        ("sup", [1, 2], [2, 1]),
-        ("x", [2], [1]),
-    ]
+    drawn = [(line.get_label(), [*line.get_xdata()], [*line.get_ydata()]) for line in first.lines]
+    assert drawn == [("sup", [1, 2], [2, 1]), ("x", [2], [1])]
     assert (first.get_title(), second.get_title(), first.get_yscale()) == ("a", "b", "log")
 
 
@@ -173,26 +226,45 @@ def test_gains_of_a_class_are_paired_by_seed():
         "SupOnly": [*runs((0, 1), **iou(10, 50)), *runs((1, 1), **iou(30, None))],
         "MKD": [*runs((1, 1), **iou(35, 60)), *runs((0, 1), **iou(20, 40))],
     }
-    ax = figures.class_iou(rows, over="SupOnly").axes[0]
-    assert [*ax.lines[0].get_xdata()] == [7.5, -10]  # (20 - 10 + 35 - 30) / 2; the second class exists for seed 0 alone
-    assert ax.get_xlabel() == "IoU minus SupOnly's (points)" and len(ax.lines) == 2  # MKD and the zero
-    assert [*figures.class_iou(rows).axes[0].lines[0].get_xdata()] == [20, 50]
+
+    def dots(figure):
+        return [round(x, 6) for drawn in figure.axes[0].collections for x, _ in drawn.get_offsets().tolist()]
+
+    figure = report.class_iou(rows, over="SupOnly")
+    assert {7.5, -10} <= {*dots(figure)}  # (20 - 10 + 35 - 30) / 2; the second class exists for seed 0 alone
+    assert figure.axes[0].get_xlabel() == "IoU minus SupOnly's (points)" and legend(figure) == ["MKD"]
+    assert {20, 50, 27.5} <= {*dots(report.class_iou(rows))}
     more = {f"other {k}": rows["MKD"] for k in range(8)} | {"not run": []}
-    many = figures.class_iou(rows | more, over="SupOnly").axes[0]  # so many can be told apart as a table alone
-    assert [t.get_text() for t in many.texts[:2]] == ["7.5", "-10.0"] and many.get_yticklabels()[0].get_text() == "MKD"
+    many = report.class_iou(rows | more, over="SupOnly").axes[0]  # so many can be told apart as a table alone
+    assert [t.get_text() for t in many.texts[:2]] == ["7.5", "-10.0"] and many.get_yticklabels()[
+        0
+    ].get_text() == "MKD"
 
 
-def test_dollars_in_names_are_dollars():
+def test_names_of_data_are_escaped_and_own_labels_are_mathematics():
     rows = {
         r"MKD $\nope$": runs((0, 40), (1, 44), iou=[1.0, 2.0], classes=["a_$b^$", "y"]),
-        "b": runs((0, 3), iou=[1.0, 2.0], classes=["x", "y"]),
+        "b": runs((0, 3), iou=[1.0, 2.0], classes=["a_$b^$", "y"]),
     }
     names = []
-    for figure in (figures.seeds(rows), figures.class_iou(rows), figures.confusion([[1, 2], [3, 4]], ["a_$b^$", "y"])):
+    for figure in (
+        report.seeds(rows),
+        report.class_iou(rows),
+        figures.confusion([[1, 2], [3, 4]], ["a_$b^$", "y"]),
+    ):
         FigureCanvasAgg(figure).draw()
         names += [t.get_text() for t in figure.axes[0].get_yticklabels()]
-    FigureCanvasAgg(figures.lines({r"a $\nope$": ([1, 2], [3, 4])}, "x", "y")).draw()
     assert r"MKD \$\nope\$" in names and names.count(r"a_\$b^\$") == 2
+    own = figures.lines({r"$\gamma$ = 0.9": ([1, 2], [3, 4])}, "step $t$", "$m$")
+    assert legend(own) == [r"$\gamma$ = 0.9"]  # rendered as a Greek letter: narrower than its words
+    plain = figures.lines({r"\$\gamma\$ = 0.9": ([1, 2], [3, 4])}, "step", "m")
+    widths = []
+    for figure in (own, plain):
+        FigureCanvasAgg(figure).draw()
+        widths.append(figure.legends[0].texts[0].get_window_extent().width)
+    assert widths[0] < 0.8 * widths[1]
+    sheet = figures.sheet({"mask $m$": [np.zeros((4, 4), bool)]})
+    assert sheet.axes[0].get_ylabel() == "mask $m$"
 
 
 def test_a_confusion_of_many_classes_stays_small():
@@ -203,16 +275,22 @@ def test_a_confusion_of_many_classes_stays_small():
     assert all(upper.y0 >= lower.y1 - 1 for upper, lower in pairwise(boxes))
 
 
-def test_every_seed_is_shown_and_joined_to_itself():
-    ax = figures.seeds({"SupOnly": runs((0, 40), (1, 44)), "MKD": runs((1, 50), (0, 48)), "not run": []}).axes[0]
-    joined, dots = ax.lines[:2], ax.lines[2:]
-    assert [[*line.get_xdata()[:2]] for line in joined] == [[40, 48], [44, 50]]
-    assert [*dots[0].get_xdata()] == [40, 44] and [*dots[1].get_xdata()] == [42, 42]
-    assert [t.get_text() for t in ax.texts] == ["42.0", "49.0"] and [t.get_text() for t in ax.get_yticklabels()] == [
-        "SupOnly",
-        "MKD",
-        "not run",
-    ]
+def test_every_seed_is_shown_and_no_line_joins_methods():
+    figure = report.seeds({"SupOnly": runs((0, 40), (1, 44)), "MKD": runs((1, 50), (0, 48)), "not run": []})
+    ax = figure.axes[0]
+    places = [tuple(xy) for dots in ax.collections for xy in dots.get_offsets().tolist()]
+    assert {(40, 0), (44, 0), (48, 1), (50, 1)} <= {*places}
+    assert not [line for line in ax.lines if len({*line.get_ydata()}) > 2]
+    assert [t.get_text() for t in ax.texts] == ["42.0", "49.0"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["SupOnly", "MKD"]
+
+
+def test_a_report_leaves_records_text_and_pictures(tmp_path, capsys):
+    cells = {"MKD": {"92": [trained([40, 50])]}, "SupOnly": {"92": runs((0, 30))}}
+    report.report(cells, out=str(tmp_path / "made"), against="SupOnly")
+    names = {"records.jsonl", "table.md", "table.html", "table.tex", "curves.png", "classes.png"}
+    assert {path.name for path in (tmp_path / "made").iterdir()} == names
+    assert records.read_cells(tmp_path / "made/records.jsonl") == cells
 
 
 def test_long_row_names_and_legends_keep_clear_of_each_other():
@@ -220,13 +298,19 @@ def test_long_row_names_and_legends_keep_clear_of_each_other():
     palette, classes = np.zeros((11, 3), np.uint8), [f"class {k}" for k in range(11)]
     maps = {"CPS with CutMix": truth, "MKD (released)": truth}
     for columns in (3, 8):
-        figure = figures.figure2([torch.zeros(3, 9, 12, dtype=torch.uint8)] * 8, truth, maps, palette, classes, columns=columns)
+        figure = figures.figure2(
+            [torch.zeros(3, 9, 12, dtype=torch.uint8)] * 8, truth, maps, palette, classes, columns=columns
+        )
         FigureCanvasAgg(figure).draw()
         names = [ax.yaxis.label.get_window_extent() for ax in figure.axes[::columns]]
-        assert all(upper.y0 > lower.y1 for upper, lower in pairwise(names)) and min(box.x0 for box in names) > 0
-        legend, caption = figure.legends[0].get_window_extent(), figure.texts[-1].get_window_extent()
-        pictures = min(ax.get_window_extent().y0 for ax in figure.axes)
-        assert pictures > legend.y1 > legend.y0 > caption.y1 > caption.y0 > 0
+        assert (
+            all(upper.y0 > lower.y1 for upper, lower in pairwise(names)) and min(box.x0 for box in names) > 0
+        )
+        legend, pictures = (
+            figure.legends[0].get_window_extent(),
+            min(ax.get_window_extent().y0 for ax in figure.axes),
+        )
+        assert pictures > legend.y1 > legend.y0 >= 0
 
 
 def test_tables_are_annotated():
@@ -238,12 +322,26 @@ def test_tables_are_annotated():
 
 
 def test_figure1_names_every_loss_and_network():
-    found = " ".join(t.get_text() for t in figures.figure1().axes[0].texts)
-    for part in ("teacher 1", "teacher 2", "student 1", "student 2", r"\ell_{st}^{\theta_1}", r"\ell_{ss}^{\theta_2}", r"\ell_s", "EMA"):
-        assert part in found
+    root = ElementTree.parse(records.ROOT / "figures/figure1.svg").getroot()
+    found = ["".join(text.itertext()) for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    names = {
+        "teacher 1",
+        "teacher 2",
+        "student 1",
+        "student 2",
+        "ℓs",
+        "EMA, Eq. (1)",
+        "= Ls",
+        "+ α Lst",
+        "+ β Lss",
+    }
+    assert names | {f"ℓθ{k}{kind}" for k in "12" for kind in ("st", "ss")} <= {*found}
 
 
 def test_files_are_whole_and_reproducible(tmp_path):
-    first, second = (figures.save(figures.terms([{"step": 1, "loss": 2.0, "term/sup": 2.0}]), tmp_path / n) for n in ("a.png", "new/b.png"))
+    first, second = (
+        figures.save(figures.terms([{"step": 1, "loss": 2.0, "term/sup": 2.0}]), tmp_path / n)
+        for n in ("a.png", "new/b.png")
+    )
     assert first.read_bytes() == second.read_bytes() and first.read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.rglob("*.tmp")] == []

@@ -210,7 +210,7 @@ def lines(series: Mapping[str, tuple[ArrayLike, ArrayLike]], xlabel: str, ylabel
     """Draw one named line for each (x, y)."""
     table = pd.concat([pd.DataFrame({"name": name, "x": x, "y": y}) for name, (x, y) in series.items()])
     plot = so.Plot(table, "x", "y", color="name", linestyle="name").add(so.Line())
-    return draw(plot.scale(color=list(CYCLE)), 4.6, 2.7, x=xlabel, y=ylabel)
+    return draw(plot.scale(color=list(CYCLE[: len(series)])), 4.6, 2.7, x=xlabel, y=ylabel)
 
 
 @styled

@@ -44,7 +44,7 @@ def report(
     return made
 
 
-def _look(cells: Runs) -> tuple[pd.DataFrame, dict[str, Any]]:
+def look(cells: Runs) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Lay out records with names that can be drawn, and give each row its colour.
 
     The first row of a method has the method's colour, others have what is free; SupOnly on all labels is black.
@@ -84,7 +84,7 @@ def curves(cells: Runs) -> Picture:
     The first panel shows the reported predictor; the others the labeler (`records.evaluations`), where withheld labels
     exist: share of pixels with confidence >= T, and accuracy of those. Runs without evaluations are left out.
     """
-    runs, colours = _look(cells)
+    runs, colours = look(cells)
     found = records.evaluations(runs[~runs.all_labels])
     counts = found.groupby("row", observed=True).seed.nunique()
     named = {row: row + f" ({n} seeds)" * (n > 1) for row, n in counts.items()}
@@ -106,7 +106,7 @@ def curves(cells: Runs) -> Picture:
 @styled
 def seeds(cells: Runs) -> Picture:
     """Draw every run's mIoU for each row; a bar is the mean."""
-    runs, colours = _look(cells)
+    runs, colours = look(cells)
     plot = so.Plot(runs, "miou", "row", color="row").add(so.Dot(), legend=False).scale(color=colours)
     plot = plot.add(so.Dash(color=INK, width=0.5), so.Agg(), orient="y", legend=False)
     means = runs.groupby("row", observed=True).miou.mean()
@@ -121,7 +121,7 @@ def seeds(cells: Runs) -> Picture:
 @styled
 def label_counts(cells: Runs) -> Picture:
     """Draw mIoU against the number of labeled images, over all columns: mean of each row, bars from min to max."""
-    runs, colours = _look(cells)
+    runs, colours = look(cells)
     plot = so.Plot(runs[~runs.all_labels], "labeled", "miou", color="row", linestyle="row", marker="row")
     plot = plot.add(so.Line(), so.Agg()).add(so.Range(), so.Est(errorbar=OVER_SEEDS), legend=False)
     counts = sorted(runs[~runs.all_labels].labeled.unique())
@@ -135,7 +135,7 @@ def label_counts(cells: Runs) -> Picture:
 def cost(cells: Runs, times: Mapping[str, float]) -> Picture:
     """Draw mIoU against the time of a step (1: SupOnly, see `suite.cost`): small dots are runs, large ones means."""
     times = {plain(row): time for row, time in times.items()}
-    runs, colours = _look(cells)
+    runs, colours = look(cells)
     runs = runs.assign(time=runs.row.astype(str).map(times))
     best = runs.groupby("row", observed=True).miou.mean().sort_values(ascending=False).index
     runs["row"] = runs.row.cat.reorder_categories(best)
@@ -151,7 +151,7 @@ def class_iou(cells: Runs, over: str = "") -> Picture:
     Dots are means over runs, whiskers min .. max; above eight rows a table of means. A class that neither occurs nor is
     predicted in a run is left out of it.
     """
-    runs, colours = _look(cells)
+    runs, colours = look(cells)
     classes, over = runs.classes.iloc[0], plain(over)
     long = runs.explode(["classes", "iou"]).astype({"iou": float})
     if over:
