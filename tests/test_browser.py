@@ -167,7 +167,7 @@ class Server:
             given = {"env": environment(place) | variables, "cwd": place, "stdout": log, "stderr": log}
             self.process = subprocess.Popen([sys.executable, "-m", *words], **given)
         self.url = f"http://127.0.0.1:{self.port}"
-        for _ in range(600):
+        for _ in range(int(200 * SLACK)):
             try:
                 urllib.request.urlopen(f"{self.url}/{ready}", timeout=5)
                 return
@@ -176,7 +176,7 @@ class Server:
                     return
                 assert self.process.poll() is None, self.log.read_text()
                 time.sleep(0.1)
-        raise AssertionError(f"{words} is not up after a minute")
+        raise AssertionError(f"{words} is not up")
 
     def stop(self):
         """Its exit status; every process that it started is gone."""
