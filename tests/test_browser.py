@@ -77,9 +77,9 @@ def make_data(root):
 def make_run(runs, root, method, seed, **options):
     """A run of two checkpoints of random networks: logits of mean 0 and deviation 2 in every class."""
     config = RunConfig(
-        dataset="folder", root=str(root), split="mine", dataset_options={"val": "", "palette": PALETTE.tolist()},
-        method=method, options=options, encoder="tu-test_resnet", channels=16, crop=(64, 64), steps=20, batch=2,
-        seed=seed, device="cpu",
+        dataset="folder", root=str(root), split="mine", method=method, options=options, seed=seed,
+        dataset_options={"val": "", "palette": PALETTE.tolist()}, encoder="tu-test_resnet", channels=16,
+        crop=(64, 64), steps=20, batch=2, device="cpu",
     )  # fmt: skip
     folder = runs / method
     folder.mkdir(parents=True)
@@ -167,7 +167,7 @@ class Server:
             given = {"env": environment(place) | variables, "cwd": place, "stdout": log, "stderr": log}
             self.process = subprocess.Popen([sys.executable, "-m", *words], **given)
         self.url = f"http://127.0.0.1:{self.port}"
-        for _ in range(600):
+        for _ in range(int(200 * SLACK)):
             try:
                 urllib.request.urlopen(f"{self.url}/{ready}", timeout=5)
                 return
@@ -176,7 +176,7 @@ class Server:
                     return
                 assert self.process.poll() is None, self.log.read_text()
                 time.sleep(0.1)
-        raise AssertionError(f"{words} is not up after a minute")
+        raise AssertionError(f"{words} is not up")
 
     def stop(self):
         """Its exit status; every process that it started is gone."""
@@ -528,8 +528,8 @@ def test_new_pixels_come_fast(seen):
 def voila(place, runs, *words):
     """The notebook as `make viewer` serves it."""
     return Server(place, [
-        "voila", str(NOTEBOOKS / "50_explorer.ipynb"), "--no-browser", "--Voila.ip=127.0.0.1", "--port={port}",
-        f"--Voila.token={TOKEN}", *words,
+        "voila", str(NOTEBOOKS / "50_explorer.ipynb"), "--no-browser", "--Voila.ip=127.0.0.1",
+        "--port={port}", f"--Voila.token={TOKEN}", *words,
     ], "", MKD_RUNS=str(runs))  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What the explorer shows: numbers and maps against slow references, views, runs that are broken or growing."""
+"""What the explorer shows: numbers and maps against slow references, views, broken and growing runs."""
 
 import io
 import json

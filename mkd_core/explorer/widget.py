@@ -126,9 +126,8 @@ class Explorer(widgets.VBox):
         self.index = control(widgets.IntSlider, "image", max=len(self.order) - 1)
         self.sort = choose("order", SORTS)
         self.present = choose("with", [("any class", -1), *zip(study.classes, itertools.count())])
-        T = study.configs[0].options.get("threshold", QUALITY_THRESHOLD)
-        if study.open(*self.panes[0].choice[:2]).method.critic:  # its threshold is none of confidence
-            T = QUALITY_THRESHOLD
+        critic = study.open(*self.panes[0].choice[:2]).method.critic  # its threshold is none of confidence
+        T = QUALITY_THRESHOLD if critic else study.configs[0].options.get("threshold", QUALITY_THRESHOLD)
         unit = {"max": 1, "step": 0.01}
         self.threshold = control(widgets.FloatSlider, "T", value=T, **unit)
         self.opacity = control(widgets.FloatSlider, "opacity", value=0.55, **unit)
@@ -186,7 +185,7 @@ class Explorer(widgets.VBox):
             canvas.image_a, canvas.image_b = panes.image_bytes(a.image), panes.image_bytes(b.image)
             canvas.mask_a, canvas.mask_b = panes.mask_png(a), panes.mask_png(b)
             canvas.state = {
-                "panes": [says | {"title": pane.title} for (says, _), pane in zip(said, self.panes, strict=True)],
+                "panes": [says | {"title": p.title} for (says, _), p in zip(said, self.panes, strict=True)],
                 "legend": panes.legend(study, [table for _, table in said]), "id": self.id, "note": note,
             }  # fmt: skip
             self._point()
