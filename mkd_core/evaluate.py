@@ -145,7 +145,8 @@ class Predictor:
         with self._at_work():
             x = self._input(image[None])
             if protocol == "sliding":
-                parts: Iterable[Sequence[Tensor]] = zip(*(bands(net, x, self.window) for net in nets), strict=True)
+                each = [bands(net, x, self.window) for net in nets]
+                parts: Iterable[Sequence[Tensor]] = zip(*each, strict=True)
             else:
                 parts = [[PROTOCOLS[protocol](net, x, self.window) for net in nets]]
             found = [torch.stack([*part]).mean(0).max(1) for part in parts]
@@ -179,7 +180,8 @@ def as_tensor(image: Tensor | np.ndarray | Image.Image) -> Tensor:
     if not isinstance(image, Tensor):
         image = torch.tensor(image).movedim(-1, 0)
     if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
-        raise ValueError(f"an image is uint8 RGB, a tensor (3, H, W) or an array (H, W, 3); got {image.dtype}, {tuple(image.shape)}")
+        found = f"{image.dtype}, {tuple(image.shape)}"
+        raise ValueError(f"an image is uint8 RGB, a tensor (3, H, W) or an array (H, W, 3); got {found}")
     return image
 
 
