@@ -6,6 +6,7 @@ PyYAML reads YAML 1.1, in which 1_16 is 116, 2024-01-05 is a date, on and no are
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -57,11 +58,14 @@ def parse_yaml(source: str | bytes, place: str, text: Collection[str] = ()) -> A
     try:
         loader = CoreLoader(source)
         loader.text = text
-        return loader.get_single_data()
+        value = loader.get_single_data()
     except yaml.YAMLError as error:
         raise ValueError(f"{place} is not YAML: {error}") from error
-    except RecursionError:
+    try:
+        json.dumps(value, default=str)
+    except ValueError:
         raise ValueError(f"{place}: a value stands inside itself (an anchor and its alias)") from None
+    return value
 
 
 def read_parameters(file: Path, text: Collection[str] = ()) -> dict[str, Any]:
