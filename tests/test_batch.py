@@ -1,5 +1,6 @@
 """`mkd batch` and run_table: plans and refusals; whatever is killed, the same command ends with an uninterrupted run's records."""
 
+import itertools
 import multiprocessing
 import os
 import resource
@@ -18,7 +19,7 @@ import yaml
 from filelock import FileLock
 from tiny import config
 
-from mkd_core import records, runner
+from mkd_core import progress, records, runner
 from mkd_core.config import Grid, RunConfig
 from mkd_core.runner import Busy
 from mkd_core.suite import batch
@@ -553,3 +554,18 @@ def test_without_a_gpu_the_files_slots_are_on_the_cpu(monkeypatch):
     assert batch.pick_slots("", 2) == ["cpu", "cpu"] and batch.pick_slots("cpu", 2) == [
         "cpu"
     ] == batch.pick_slots("")
+
+
+def test_progress_is_a_line_now_and_then_and_ever_more_rarely(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    say, quiet = progress.Progress("run"), progress.Progress("run", quiet=True)
+    for clock[0] in range(24 * 3600):
+        say(f"second {clock[0]}")
+        quiet("nothing", now=True)
+    say("done", now=True)
+    lines = capsys.readouterr().out.splitlines()
+    seconds = [int(line.split()[-1]) for line in lines[:-1]]
+    gaps = [b - a for a, b in itertools.pairwise(seconds)]
+    assert lines[0] == "run: second 0" and lines[-1] == "run: done" and len(lines) < 400
+    assert gaps == sorted(gaps) and gaps[0] == 10 and gaps[-1] == 300

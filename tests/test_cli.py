@@ -272,3 +272,14 @@ def test_help_does_not_wait_for_torch():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     assert "batch" in text and text.splitlines()[-1] == "[]"
+
+
+def test_a_base_lies_beside_the_file_or_in_parameters(tmp_path):
+    (tmp_path / "below.yaml").write_text("common: {steps: 7, split: 1_16}\n")
+    (tmp_path / "table.yaml").write_text("base: below.yaml\nrows: {A: {method: cps}}\nseeds: [3]\n")
+    ready = notebooks.read_all(notebooks.PLAIN, tmp_path / "table.yaml", ["common.batch=5"])
+    (config,) = ready.grid.runs["A"]
+    assert (config.steps, config.batch, config.split, config.seed) == (7, 5, "1_16", 3)
+    assert ready.parameters["base"] == [str(tmp_path / "below.yaml")] and ready.parameters["common"] == {
+        "batch": 5
+    }

@@ -16,7 +16,7 @@ Words = argparse.Namespace
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Wrong input is one message on stderr and status 2; a notebook or run that fails is status 1."""
+    """Run a command. Wrong input is one message and status 2; a notebook or run that fails, status 1."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing half-written or running is left behind
     parser = _parser()
     # argparse closes a list of positionals at the first option; here key=value, and images, may stand anywhere.
@@ -37,9 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "mkd", description="Mutual Knowledge Distillation. Start with: make demo"
-    )
+    parser = argparse.ArgumentParser("mkd", description="Mutual Knowledge Distillation; first: make demo")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(handle: Callable[[Words], int], example: str) -> Any:
@@ -158,14 +156,13 @@ def _execute(words: Words, notebook: Path, parameters: dict[str, Any], results: 
 def _batch(words: Words) -> int:
     """Execute every run of a table, then the table's notebook.
 
-    What has a record under runs/ is not run again, and what was killed goes on: after any mishap give the same command
-    again. Status 1 where a run failed.
+    What has a record under runs/ is not run again, and what was killed goes on: after any mishap,
+    give the same command again. Status 1 where a run failed.
     """
     from ..parameters import read_parameters
     from ..records import ROOT
-    from . import batch
+    from . import batch, tables
     from .notebook import PLAIN, read_all, read_cell
-    from .tables import published, refuse_unlike_configs
 
     if [words.engine == "dask", words.engine == "slurm"] != [bool(words.address), bool(words.resources)]:
         raise ValueError("--address belongs to --engine dask, --resources to --engine slurm")
@@ -176,10 +173,8 @@ def _batch(words: Words) -> int:
     ready = read_all(read_cell(table) if table.is_file() else PLAIN, words.file, [*words.pairs, *seeds])
     grid, parameters = ready.grid, ready.parameters
     assert grid is not None
-    quoted = published(parameters["published"]) if parameters.get("published") else None
-    for title in grid.columns:  # what the table would refuse when all has run
-        rows = {row: [c.model_dump(mode="json") for c in of[title]] for row, of in grid.cells.items()}
-        refuse_unlike_configs(title, rows, quoted)
+    shown = {key: parameters[key] for key in ("shown", "against") if key in parameters}
+    tables.check(grid, parameters.get("published", ""), **shown)
     every = batch.expand(grid)
     runs = batch.select(every, words.only)
     slots = batch.pick_slots(words.slots, parameters.get("slots", 1)) if words.engine == "local" else []
@@ -194,21 +189,18 @@ def _batch(words: Words) -> int:
             failed = batch.run_batch(missing, pool, len(slots), words.retries)
     for run, error in failed.items():
         print(f"\nmkd batch: {run} failed; its folder is {run.folder}\n{error}", file=sys.stderr)
-    print(
-        f"{len(runs) - len(failed)} of {len(runs)} runs are done" + f", {len(failed)} failed" * bool(failed)
-    )
+    lost = f", {len(failed)} failed" if failed else ""
+    print(f"{len(runs) - len(failed)} of {len(runs)} runs are done{lost}")
     if failed or not table.is_file() or not all(run.record for run in every):
         return bool(failed)
     return _execute(words, table, parameters, ready.results)
 
 
-# Data and trained runs.
-
-
 def _check(words: Words) -> int:
     """Look for faults in a data set and a split before training.
 
-    Counts, hashes, class shares, and every missing, damaged or mismatched file. Status 1 where there is a problem.
+    Counts, hashes, class shares, and every missing, damaged or mismatched file. Status 1 where
+    there is a problem.
     """
     from ..data import check, load_split, open_dataset
     from ..parameters import parse_values
@@ -228,7 +220,8 @@ def _check(words: Words) -> int:
 def _predict(words: Words) -> int:
     """Predict images by a trained run.
 
-    Writes OUT/masks, OUT/overlays and OUT/confidence as PNG, under the images' paths below the folder that holds them all.
+    Writes OUT/masks, OUT/overlays and OUT/confidence as PNG, under the images' paths below the
+    folder that holds them all.
     """
     from .predict import predict
 
@@ -240,8 +233,9 @@ def _predict(words: Words) -> int:
 def _pseudo_label(words: Words) -> int:
     """Label images by a trained run, as a data set for training.
 
-    Writes OUT/masks (PNG, 255 where the confidence is below the threshold), OUT/classes.txt and OUT/train.txt for the data
-    set `folder`; a val.txt with images to evaluate is yours to add. Prints what was kept and how much of it is right.
+    Writes OUT/masks (PNG, 255 where the confidence is below the threshold), OUT/classes.txt and
+    OUT/train.txt for the data set `folder`; a val.txt with images to evaluate is yours to add.
+    Prints what was kept and how much of it is right.
     """
     from .predict import pseudo_label
 
@@ -261,7 +255,8 @@ def _options(words: Words) -> dict[str, Any]:
 def _export(words: Words) -> int:
     """Write a trained network as a torch.export file.
 
-    Writes <predictor>.pt2, checked to give the same labels, and <predictor>.json: preprocessing, classes and colours.
+    Writes <predictor>.pt2, checked to give the same labels, and <predictor>.json: preprocessing,
+    classes and colours.
     """
     from .export import export
 

@@ -123,7 +123,7 @@ class Ready(NamedTuple):
 
 
 def read_all(known: Mapping[str, Parameter], file: Path | None, pairs: Sequence[str]) -> Ready:
-    """Read parameters from a file and key=value words; ValueError for all that is wrong with them, before a kernel starts.
+    """Read parameters from a file and key=value words; ValueError for all that is wrong with them.
 
     Options of a data set may stand alone, as in `mkd check`.
     """
@@ -132,6 +132,11 @@ def read_all(known: Mapping[str, Parameter], file: Path | None, pairs: Sequence[
     texts |= {name for name, field in RunConfig.model_fields.items() if isinstance(field.default, str)}
     values = read_parameters(file, texts) if file else {}
     whole = with_bases(values, file.parent) if file else values
+    if file and "rows" in known and (names := values.get("base")):  # beside the file, where no notebook looks
+        places = {
+            name: file.parent.absolute() / name for name in ([names] if isinstance(names, str) else names)
+        }
+        values["base"] = [str(path) if path.is_file() else name for name, path in places.items()]
     typed = parse_values(pairs, texts)
     merged = merge(whole if single else values, typed, whole)
     if single:
