@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import multiprocessing.connection
-import os
 import resource
 import shutil
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
@@ -32,7 +27,7 @@ from .data.splits import Split, load_split, set_hash
 from .evaluate import Predictor, evaluate, pick_device
 from .methods import Method
 from .metrics import iou, miou
-from .models import file_sha256, weights_file
+from .models import file_sha256
 from .progress import Progress
 from .records import Record
 from .train import build_method, loaders, make_optimizers, stage_marks, streams, train, write_labels
@@ -90,56 +85,6 @@ def prepare(
     method = build_method(config, len(dataset.classes))
     _check_data(config, dataset, split, method.min_batch, deep, progress)
     return dataset, split, method
-
-
-def faults(configs: Sequence[RunConfig]) -> dict[str, list[int]]:
-    """What is wrong with weights, data, splits and methods of runs that have not begun: each fault once, with the positions of its runs.
-
-    As `prepare` of each, but equal networks are built once and equal data looked through once: a table's columns share the former, its rows
-    the latter. Where weights or data are missing, the method is built all the same, from random weights and for two classes.
-    """
-    networks = {
-        "method",
-        "options",
-        "arch",
-        "encoder",
-        "encoder_depth",
-        "weights",
-        "channels",
-        "dropout",
-        "norm",
-        "bn_momentum",
-        "crop",
-        "batch",
-        "steps",
-    }
-    data = {"dataset", "root", "dataset_options", "split", "seed"}
-    found: dict[str, list[int]] = {}
-    looked: dict[tuple[Any, ...], tuple[Any, str]] = {}
-
-    def once(i: int, look: Callable[[], Any], *key: Any) -> Any:
-        """What `look` returns, or None with its fault noted for run i; not called again for the same key."""
-        if key not in looked:
-            try:
-                looked[key] = look(), ""
-            except ValueError as error:
-                looked[key] = None, str(error)
-        value, fault = looked[key]
-        if fault and i not in (places := found.setdefault(fault, [])):
-            places.append(i)
-        return value
-
-    for i, config in enumerate(configs):
-        if config.weights and not once(i, partial(weights_file, config.weights), config.weights):
-            config = config.model_copy(update={"weights": ""})
-        images, nets = config.model_dump_json(include=data), config.model_dump_json(include=networks)
-        opened = once(i, partial(_open, config), images)
-        classes = len(opened[0].classes) if opened else 2
-        min_batch = once(i, lambda c=config, n=classes: build_method(c, n).min_batch, config.dataset, nets)  # type: ignore[misc]
-        if opened and min_batch:
-            alone = config.method == "supervised"
-            once(i, partial(_check_data, config, opened[0], opened[1], min_batch), images, alone, min_batch > 1 and config.batch)
-    return found
 
 
 def _open(config: RunConfig) -> tuple[SegDataset, Split]:
@@ -368,62 +313,3 @@ class _Run:
             evaluated={"images": len(self.dataset.val), "set": config.dataset_options.get("val", "val")},
             versions=records.environment(), commit=records.commit(),
         )  # fmt: skip
-
-
-# Several runs at once.
-
-
-def run_all(configs: Sequence[RunConfig], slots: int = 1, runs: Path | None = None) -> list[Record]:
-    """run() for each configuration, `slots` at a time, each in a fresh process; what has a record is not run. The longest should come first.
-
-    The first error stops the runs that have not begun and is raised.
-    """
-    if slots < 1:
-        raise ValueError(f"slots must be at least 1; got {slots}")
-    place = runs or records.RUNS
-    missing = [config for config in configs if not records.load(place / config.id)]
-    if bad := faults(missing):  # what is wrong with the last is found before the first has trained
-        raise ValueError("\n".join(bad))
-    if slots == 1 or len(missing) < 2:
-        return [run(config, runs) for config in configs]
-    show, started = Progress(f"{len(missing)} runs"), time.monotonic()
-    with ProcessPoolExecutor(
-        slots,
-        multiprocessing.get_context("spawn"),
-        max_tasks_per_child=1,
-        initializer=_worker,
-        initargs=(slots,),
-    ) as pool:
-        futures = [pool.submit(run, config, runs, True) for config in missing]
-        while not all(f.done() for f in futures):
-            if error := next(
-                (e for f in futures if f.done() and not f.cancelled() and (e := f.exception())), None
-            ):
-                show(f"a run failed, those that run now are finished first: {error}", now=True)
-                pool.shutdown(cancel_futures=True)
-                raise error
-            active = [config for config, f in zip(missing, futures, strict=True) if f.running()][:slots]
-            lines = [f"{c.method} seed {c.seed} {_share(place / c.id, c)}" for c in active]
-            done = sum(f.done() for f in futures)
-            show(f"{done} done; {'; '.join(lines)}; {time.monotonic() - started:.0f} s")
-            time.sleep(0.5)
-        show(f"{len(missing)} done in {time.monotonic() - started:.0f} s", now=True)
-    return [run(config, runs) for config in configs]
-
-
-def _share(folder: Path, config: RunConfig) -> str:
-    rows = records.history(folder)
-    return f"{100 * rows[-1]['step'] / config.steps:.0f} %" if rows else "starts"
-
-
-def _worker(slots: int) -> None:
-    """A worker takes its share of the cores, and ends when its parent is killed; its run goes on from the checkpoint next time."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // slots))
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

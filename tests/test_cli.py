@@ -1,37 +1,99 @@
 """The mkd command: parameters, refusals before anything runs, notebooks that appear whole or not at all."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import nbformat
 import pytest
+import tiny
 
-from mkd_core.suite.cli import main, merge, parse_values, read_parameters
+from mkd_core import records
+from mkd_core.config import RunConfig
+from mkd_core.parameters import merge, parse_values, read_parameters
+from mkd_core.suite import notebook as notebooks
+from mkd_core.suite.cli import main
+
+ROOT = Path(__file__).parents[1]
+RUN = notebooks.read_cell(ROOT / "notebooks/10_run.ipynb")
+KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+
+
+def write(path, parameters, code):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cells = [
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(code),
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=KERNEL), path)
+    return path
 
 
 @pytest.fixture
 def notebook(tmp_path):
     """A notebook that divides 1 by its parameter and looks for a file of the user's folder."""
-    cells = [
-        nbformat.v4.new_code_cell("divisor: int = 2  # of one\nname: str = ''", metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell("print('result', 1 / divisor)\nfrom pathlib import Path\nprint('found', Path(name).exists())"),
-    ]
-    path = tmp_path / "notebooks/divide.ipynb"
-    path.parent.mkdir()
-    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
-    return path
+    code = (
+        "from pathlib import Path\nimport sys, mkd_core\n"
+        "print('result', 1 / divisor)\nprint('found', Path(name).exists(), repr(name))\nprint(sys.executable, mkd_core.__file__)"
+    )
+    return write(tmp_path / "notebooks/divide.ipynb", "divisor: int = 2  # of one\nname: str = ''", code)
 
 
-def test_values_are_yaml_and_scientific_notation_is_a_number():
-    assert parse_values(["lr=1e-3", "crop=[64, 32]", "options={boxes: 3}", "name=a=b"]) == {
-        "lr": 0.001,
-        "crop": [64, 32],
-        "options": {"boxes": 3},
-        "name": "a=b",
+def printed(path):
+    return "".join(o.text for c in nbformat.read(path, 4).cells for o in c.get("outputs", []))
+
+
+# Text stays text.
+
+
+@pytest.mark.parametrize(
+    "typed", ["1_16", "2024-01-05", "on", "1e3", "null", "007", "data #2", "a: b", "[x", "12:30", ""]
+)
+def test_a_parameter_declared_as_text_is_taken_as_typed(tmp_path, typed):
+    assert parse_values([f"split={typed}", f"common.split={typed}"], ["split"]) == {
+        "split": typed,
+        "common.split": typed,
     }
+    assert notebooks.read_all(RUN, None, [f"root={typed}"]).parameters["root"] == typed
+    for quoted in (f"'{typed}'", f'"{typed}"'):  # as YAML would have it
+        assert parse_values([f"split={quoted}"], ["split"]) == {"split": typed}
+    if "#" not in typed and ":" not in typed and "[" not in typed:
+        (tmp_path / "p.yaml").write_text(f"root: {typed}\ncommon: {{split: {typed}, steps: 3}}\n")
+        assert read_parameters(tmp_path / "p.yaml", ["root", "split"]) == {
+            "root": typed,
+            "common": {"split": typed, "steps": 3},
+        }
 
 
-def test_nothing_after_the_sign_is_the_empty_string():
-    """A shell takes the quotes of weights='' away."""
-    assert parse_values(["weights=", "val=''"]) == {"weights": "", "val": ""}
+def test_files_and_words_are_yaml_1_2(tmp_path):
+    (tmp_path / "p.yaml").write_text(
+        "1_16: 1_16\non: [no, yes, off, 2024-01-05, 12:30, 1e-3, -.5, 010, 0x10, 0o17, true, False, ~, .inf]\n1e3: 1\n"
+    )
+    values = [
+        "no",
+        "yes",
+        "off",
+        "2024-01-05",
+        "12:30",
+        0.001,
+        -0.5,
+        10,
+        16,
+        15,
+        True,
+        False,
+        None,
+        float("inf"),
+    ]
+    assert read_parameters(tmp_path / "p.yaml") == {"1_16": "1_16", "on": values, "1e3": 1}
+    words = ["lr=1e-3", "crop=[64, 32]", "options={boxes: 3}", "name=a=b", "root=data #2", "weights="]
+    assert parse_values(words) == {
+        "lr": 0.001, "crop": [64, 32], "options": {"boxes": 3}, "name": "a=b", "root": "data #2", "weights": "",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -55,6 +117,10 @@ def test_dotted_keys_reach_into_the_files_mappings_and_change_nothing_else():
     assert file["common"]["root"] == "a"
     with pytest.raises(ValueError, match="no mapping 'comon'"):
         merge(file, {"comon.root": "b"})
+    based = merge(
+        {"base": "x.yaml"}, {"common.root": "b"}, {"common": {"steps": 3}}
+    )  # a mapping of the file below it
+    assert based == {"base": "x.yaml", "common": {"root": "b"}}
 
 
 @pytest.mark.parametrize(
@@ -73,16 +139,55 @@ def test_a_merged_key_may_be_given_anew(tmp_path):
     assert read_parameters(tmp_path / "p.yaml") == {"c": {"d": {"x": 2, "y": 3}}, "e": {"x": 2, "y": 1}}
 
 
-def test_a_notebook_runs_where_the_user_is_and_options_may_stand_anywhere(notebook, tmp_path, monkeypatch, capsys):
+# What a single run gets.
+
+
+def test_what_check_takes_run_takes_and_options_of_another_method_or_data_set_are_dropped(tmp_path):
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    words = ["dataset=folder", f"root={tmp_path}", "val=test.txt", "method=supervised"]
+    ready = notebooks.read_all(RUN, ROOT / "parameters/recipes/released.yaml", words)
+    assert ready.parameters["dataset_options"] == {"val": "test.txt"} and ready.parameters["options"] == {}
+    with pytest.raises(ValueError, match="no option 'alpha'"):
+        notebooks.read_all(RUN, None, ["method=supervised", "options={alpha: 1}"])
+    for word in ("valid=1", "steps=many", "crop=[30,30]", "method=mdk", "out=5=6", "options.alpha=2"):
+        with pytest.raises(ValueError, match=r"did you mean|there is no|integer|multiple|mapping"):
+            assert notebooks.read_all(RUN, None, [word]).parameters != {"out": "5=6"}
+            raise ValueError("there is no fault in text")
+
+
+def test_the_configuration_of_a_run_executes_it_again(tmp_path):
+    config = tiny.config("mkd")
+    (tmp_path / "config.json").write_text(config.model_dump_json(indent=1))
+    ready = notebooks.read_all(RUN, tmp_path / "config.json", [])
+    assert ready.results == [records.RUNS / config.id]
+    assert RunConfig(**{k: v for k, v in ready.parameters.items() if k in RunConfig.model_fields}) == config
+
+
+# Notebooks.
+
+
+def test_the_kernel_is_this_interpreter_with_this_package_whatever_is_named_python3(
+    notebook, tmp_path, monkeypatch, capsys
+):
+    """A kernel python3 of another environment comes first on Jupyter's path, another mkd_core lies where the user is."""
+    other = tmp_path / "kernels/python3"
+    other.mkdir(parents=True)
+    (other / "kernel.json").write_text(
+        json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"})
+    )
+    (tmp_path / "mkd_core").mkdir()
+    (tmp_path / "mkd_core/__init__.py").write_text("raise SystemExit('another clone')")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     (tmp_path / "mine.txt").touch()
-    monkeypatch.chdir(tmp_path)
-    out = tmp_path / "out"
     (tmp_path / "p.yaml").write_text("divisor: 8\nname: nowhere.txt\n")
-    assert main(["run", str(notebook), "-f", "p.yaml", "name=mine.txt", "--out", str(out)]) == 0
-    text = "".join(o.text for c in nbformat.read(out / "divide.ipynb", 4).cells for o in c.get("outputs", []))
-    assert "result 0.125" in text and "found True" in text
-    assert str(out / "divide.ipynb") in capsys.readouterr().out
-    assert [path.name for path in out.iterdir()] == ["divide.ipynb"]
+    notebook = notebook.rename((tmp_path / "a/b").mkdir(parents=True) or tmp_path / "a/b" / notebook.name)
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", str(notebook), "-f", "p.yaml", "name=mine.txt", "--out", "out"]) == 0
+    text = printed(tmp_path / "out/divide.ipynb")
+    assert f"{sys.executable} {ROOT / 'mkd_core/__init__.py'}" in text
+    assert "result 0.125" in text and "found True 'mine.txt'" in text
+    assert "out/divide.ipynb" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["divide.ipynb"]
 
 
 def test_a_notebook_that_fails_is_kept_apart_and_named(notebook, tmp_path, capsys):
@@ -91,10 +196,28 @@ def test_a_notebook_that_fails_is_kept_apart_and_named(notebook, tmp_path, capsy
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["divide.failed.ipynb"]
 
 
+def test_an_interrupt_ends_with_one_line_and_no_kernel(tmp_path):
+    code = "import os, time\nprint('at work', os.getpid(), flush=True)\ntime.sleep(600)"
+    notebook = write(tmp_path / "notebooks/long.ipynb", "x: int = 1", code)
+    command = [sys.executable, "-m", "mkd_core.suite.cli", "run", str(notebook), "-o", str(tmp_path / "out")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
+        kernel = int(process.stdout.readline().split()[-1])
+        process.send_signal(signal.SIGINT)
+        said = "".join(process.communicate(timeout=120)).strip()
+    assert process.returncode == 130
+    assert said == "mkd run: interrupted; the same command goes on from the last checkpoint"
+    end = time.monotonic() + 30
+    while Path(f"/proc/{kernel}").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{kernel}").exists() and not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["divisr=2"], "did you mean 'divisor'"),
+        (["divisor=true"], "parameter divisor is a int; got True"),
         (["-f", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["-o", "notebooks"], "would be overwritten"),
     ],
@@ -105,15 +228,58 @@ def test_refused_before_anything_runs(notebook, tmp_path, monkeypatch, capsys, w
     assert said in capsys.readouterr().err
 
 
-def test_a_notebook_that_does_not_exist_lists_those_that_do(notebook, capsys):
+def test_a_notebook_that_does_not_exist_or_is_of_another_clone_is_refused(notebook, tmp_path, capsys):
     assert main(["run", str(notebook.with_name("divid.ipynb"))]) == 2
     assert "divide.ipynb" in capsys.readouterr().err
+    (tmp_path / "mkd_core").mkdir()
+    assert main(["run", str(notebook)]) == 2
+    assert "is of another copy of the project" in capsys.readouterr().err
 
 
-def test_check_reports_and_its_status_tells(tmp_path, capsys):
+# The other commands.
+
+
+def test_check_reports_and_its_status_tells(capsys):
     assert main(["check", "shapes", "train_size=16", "--split", "random/8"]) == 0
     assert "no problems found" in capsys.readouterr().out
     assert main(["check", "shape"]) == 2
     assert "did you mean 'shapes'" in capsys.readouterr().err
     assert main(["check", "shapes", "train_size=many"]) == 2
     assert "train_size" in capsys.readouterr().err
+
+
+def test_lists_of_parameters_methods_and_runs(tmp_path, monkeypatch, capsys):
+    assert main(["run", str(ROOT / "notebooks/10_run.ipynb"), "--list"]) == 0
+    text = capsys.readouterr().out
+    assert "workers = 0    loader processes" in text and "encoder_depth = 5    stages of" in text
+    assert main(["methods"]) == 0
+    assert "fixmatch" in capsys.readouterr().out
+    assert main(["methods", "fixmatch"]) == 0
+    assert "probability of a box" in capsys.readouterr().out
+    monkeypatch.setattr(records, "RUNS", tmp_path)
+    config = tiny.config()
+    (tmp_path / config.id).mkdir()
+    (tmp_path / config.id / "config.json").write_text(config.model_dump_json())
+    records.save(tiny.record(id=config.id), tmp_path / config.id)
+    assert main(["runs"]) == 0
+    assert f"{config.id}  supervised  shapes random/6  step 0  mIoU 50.0  0 MB" in capsys.readouterr().out
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from mkd_core.suite.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print([m for m in ('torch', 'pydantic', 'papermill', 'yaml', 'numpy') if m in sys.modules])"
+    text = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "batch" in text and text.splitlines()[-1] == "[]"
+
+
+def test_a_base_lies_beside_the_file_or_in_parameters(tmp_path):
+    (tmp_path / "below.yaml").write_text("common: {steps: 7, split: 1_16}\n")
+    (tmp_path / "table.yaml").write_text("base: below.yaml\nrows: {A: {method: cps}}\nseeds: [3]\n")
+    ready = notebooks.read_all(notebooks.PLAIN, tmp_path / "table.yaml", ["common.batch=5"])
+    (config,) = ready.grid.runs["A"]
+    assert (config.steps, config.batch, config.split, config.seed) == (7, 5, "1_16", 3)
+    assert ready.parameters["base"] == [str(tmp_path / "below.yaml")] and ready.parameters["common"] == {
+        "batch": 5
+    }

@@ -1,40 +1,46 @@
-"""A grid as papermill executions of 10_run.ipynb, one a run: on the slots of this machine, or on a Dask cluster (hosts, Slurm, Kubernetes).
+"""Every run of a table, each in a process of its own: on this machine, a Dask cluster, or Slurm.
 
-A run is done when its folder holds a record with its id. Nothing else is remembered: whatever was killed, the same command goes on.
+A run is done when its folder holds its record. Nothing else is remembered: whatever was killed,
+the same call goes on.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
-from zipfile import is_zipfile
+from typing import Any, TypeAlias
+from weakref import WeakSet
 
 import torch
 
 from .. import records
 from ..choices import choose
-from ..config import YOUNGER, Grid, RunConfig
+from ..config import Grid, RunConfig
 from ..evaluate import pick_device
-from ..runner import Busy, faults, is_busy
+from ..models import weights_file
+from ..parameters import parse_values
+from ..progress import Progress
+from ..runner import Busy, _check_data, _open, is_busy, run
+from ..train import build_method
 
-NOTEBOOK = records.ROOT / "notebooks/10_run.ipynb"
-PAUSE = 3.0  # seconds before a run that failed, or that another process is at, is looked at again
-ALIKE = ("dataset", "method", "arch", "encoder", "crop", "batch", "precision")  # runs with these in common take about equally long a step
-PROCESSES: set[subprocess.Popen[str]] = set()  # executions under way in this process
+PAUSE = 3.0  # seconds before a run that failed, or that another process holds, is tried again
+DATA = {"dataset", "root", "dataset_options", "split", "seed"}
+SAME_STEP_TIME = ("dataset", "method", "options", "arch", "encoder", "crop", "batch", "precision")
+PROCESSES: WeakSet[subprocess.Popen[str]] = WeakSet()  # runs under way
+Table: TypeAlias = dict[str, dict[str, list[records.Record]]]  # row -> column -> a record a seed
+SLOT = threading.local()  # has the device of a slot's thread
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,184 +52,165 @@ class Run:
     config: RunConfig
 
     @cached_property
-    def folder(self) -> Path:
-        return records.RUNS / self.config.id
-
-    def __str__(self) -> str:
-        return ", ".join(part for part in (self.row, self.column, f"seed {self.config.seed}") if part)
-
-    @cached_property
-    def named(self) -> bool:
-        """Whether it has a folder: without the files that the id takes in it has not begun."""
-        return self.config.named
+    def folder(self) -> Path | None:
+        """runs/<id>; None where a file that the id takes in is missing."""
+        return records.RUNS / self.config.id if self.config.named else None
 
     @property
-    def done(self) -> bool:
-        record = records.load(self.folder) if self.named else None
-        return record is not None and record.id == self.folder.name
+    def record(self) -> records.Record | None:
+        return records.load(self.folder) if self.folder else None
 
     @property
     def step(self) -> int:
         """The last step in its history, 0 where it has none."""
-        rows = records.history(self.folder) if self.named else []
+        rows = records.history(self.folder) if self.folder else []
         return rows[-1]["step"] if rows else 0
 
-    def value(self, key: str) -> str:
-        return str({"row": self.row, "column": self.column, **self.config.model_dump(mode="json")}[key])
+    def value(self, key: str) -> Any:
+        return {"row": self.row, "column": self.column, **self.config.model_dump(mode="json")}[key]
+
+    def __str__(self) -> str:
+        return ", ".join(part for part in (self.row, self.column, f"seed {self.config.seed}") if part)
+
+
+def run_table(grid: Grid, slots: int = 1, train: bool = True) -> Table:
+    """Run what has no record and return row -> column -> records, one a seed.
+
+    slots: runs at a time, each in a process of its own; 1: in this process.
+    train: False runs nothing and returns the records that there are.
+    """
+    runs = expand(grid)
+    missing = [one for one in runs if train and not one.record]
+    check(missing)
+    if slots == 1 or len(missing) < 2:
+        for one in missing:
+            run(one.config)
+    else:
+        with executor("local", (pick_slots("") * slots)[:slots]) as pool:
+            failed = run_batch(missing, pool, slots)
+        if failed:
+            raise RuntimeError("\n".join(f"{one} failed: {error}" for one, error in failed.items()))
+    cells: Table = {row: {column: [] for column in of} for row, of in grid.cells.items()}
+    for one in runs:
+        cells[one.row][one.column] += filter(None, [one.record])
+    return cells
 
 
 def expand(grid: Grid) -> list[Run]:
-    """Every run of the grid, in the order of its rows, columns and seeds."""
-    return [Run(row, column, config) for row, columns in grid.cells.items() for column, configs in columns.items() for config in configs]
+    """List the runs of a grid, in the order of its rows, columns and seeds."""
+    return [Run(row, c, config) for row, of in grid.cells.items() for c in of for config in of[c]]
 
 
-def select(runs: Sequence[Run], only: Mapping[str, Sequence[Any]]) -> list[Run]:
-    """The runs that have, for every key (row, column, or a key of RunConfig), one of its values. ValueError where no run has a value."""
-    for key, values in only.items():
+def select(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:
+    """Choose runs by key=value words: row, column, or a key of RunConfig; of one key, any value."""
+    wanted: dict[str, set[str]] = {}
+    for word in only:
+        key, _, text = word.partition("=")
         choose("key for --only", key, ["row", "column", *RunConfig.model_fields])
-        wanted = {choose(f"run in this file with {key}", str(v), dict.fromkeys(run.value(key) for run in runs)) for v in values}
-        runs = [run for run in runs if run.value(key) in wanted]
-    return list(runs)
+        there = dict.fromkeys(str(one.value(key)) for one in runs)
+        text = text if text in there else str(parse_values([word])[key])  # lr=1e-3 is 0.001
+        wanted.setdefault(key, set()).add(choose(f"run in this file with {key}", text, there))
+    return [one for one in runs if all(str(one.value(key)) in values for key, values in wanted.items())]
 
 
-def parse_slots(text: str, cpus: int = 1) -> list[str]:
-    """ "0,1,cpu" -> ["cuda:0", "cuda:1", "cpu"], one run at a time each; "": every GPU that torch sees, else `cpus` slots on the CPU."""
-    words = [word.strip() for word in text.split(",")] if text else [str(i) for i in range(torch.cuda.device_count())] or ["cpu"] * cpus
-    for word in words:
-        if not (word.isdigit() or word == "cpu"):
-            raise ValueError(f"slots are numbers of GPUs, or cpu, with commas between: 0,1,2,3 or cpu,cpu; got {text!r}")
-    return [str(pick_device(word if word == "cpu" else f"cuda:{word}")) for word in words]
+def pick_slots(words: str, slots: int = 1) -> list[str]:
+    """Return the devices of "0,1,cpu": ["cuda:0", "cuda:1", "cpu"]; "": every GPU, else `slots` CPUs."""
+    gpus = [str(i) for i in range(torch.cuda.device_count())]
+    names = [word.strip() for word in words.split(",")] if words else gpus or ["cpu"] * slots
+    if odd := [name for name in names if not name.isdigit() and name != "cpu"]:
+        raise ValueError(f"slots are numbers of GPUs, or cpu: 0,1,2,3 or cpu,cpu; got {odd[0]!r}")
+    return [str(pick_device(name if name == "cpu" else f"cuda:{name}")) for name in names]
 
 
 def check(runs: Sequence[Run]) -> None:
-    """ValueError with every fault of weights, data, splits and methods, and where runs cannot be kept, before any has begun."""
-    place = records.nearest(records.RUNS)
-    if runs and not (place.is_dir() and os.access(place, os.W_OK)):
-        raise ValueError(f"{place} is no folder that can be written: runs are kept in {records.RUNS}, or in what MKD_RUNS names")
-    for run in (run for run in runs if run.named):
-        if os.path.lexists(run.folder) and not run.folder.is_dir():
-            raise ValueError(f"{run}: {run.folder} would be its folder, and is none")
-        checkpoint = run.folder / "checkpoint.pt"
-        for path in (run.folder / "config.json", run.folder / "lock", checkpoint):
-            if path.exists() and not path.is_file():
-                raise ValueError(f"{run}: {path} would be a file, and is none")
-        if checkpoint.exists() and not is_zipfile(checkpoint):  # torch's format; whether all is in it is seen by the run alone
-            raise ValueError(f"{run}: {checkpoint} is damaged; delete it and the run starts anew")
-        if (record := records.load(run.folder)) and record.id != run.folder.name:
-            raise ValueError(f"{run}: {run.folder / 'record.json'} is the record of another run ({record.id}); delete it")
-    if found := faults([run.config for run in runs]):
-        named = ((runs[of[0]], f" and {len(of) - 1} more" * (len(of) > 1), fault) for fault, of in found.items())
-        raise ValueError("\n".join(f"{first}{others}: {fault}" for first, others, fault in named))
+    """Look at all that runs need before any begins; ValueError with every fault, each once.
+
+    Equal data are looked through once, and equal networks built once; where weights or data are
+    missing, from random weights and for two classes.
+    """
+    if runs and not ((place := records.nearest(records.RUNS)).is_dir() and os.access(place, os.W_OK)):
+        raise ValueError(f"{place} is no folder that can be written: runs are kept in {records.RUNS}")
+    found: dict[str, list[Run]] = {}
+    seen: dict[Any, tuple[Any, str]] = {}
+
+    def once(one: Run, key: Any, look: Callable[..., Any], *args: Any) -> Any:
+        if key not in seen:
+            try:
+                seen[key] = look(*args), ""
+            except ValueError as error:
+                seen[key] = None, str(error)
+        value, fault = seen[key]
+        if fault and one not in (of := found.setdefault(fault, [])):
+            of.append(one)
+        return value
+
+    for one in runs:
+        config = one.config
+        if config.weights and not once(one, config.weights, weights_file, config.weights):
+            config = config.model_copy(update={"weights": ""})
+        data, network = config.model_dump_json(include=DATA), config.model_dump_json(exclude=DATA)
+        opened = once(one, data, _open, config)
+        classes = len(opened[0].classes) if opened else 2
+        method = once(one, (network, classes), lambda *args: build_method(*args).min_batch, config, classes)
+        if opened and method:
+            once(one, (data, method > 1 and config.batch), _check_data, config, *opened, method)
+    if found:
+        others = {fault: f" and {len(of) - 1} more" * (len(of) > 1) for fault, of in found.items()}
+        raise ValueError("\n".join(f"{of[0]}{others[fault]}: {fault}" for fault, of in found.items()))
 
 
-def plan(runs: Sequence[Run], slots: int) -> str:
-    """What exists, what runs now, what will run, and the hours that it will take; slots 0: not known."""
-    known = _readable_records()
-    lines, counts, total = [], Counter[str](), 0.0
-    for run in runs:
-        state = "done" if run.done else "running" if run.named and is_busy(run.folder) else "to run"
+def plan(runs: Sequence[Run], slots: int = 1) -> str:
+    """Say which runs are done, running and to run, and the hours that the records let expect."""
+    known, lines, counts, total = list[records.Record](), list[str](), Counter[str](), 0.0
+    for folder in records.RUNS.glob("*/"):
+        with suppress(ValueError, OSError):  # damaged records of other work stop no batch
+            known += filter(None, [records.load(folder)])
+    for one in runs:
+        state = "done" if one.record else "running" if one.folder and is_busy(one.folder) else "to run"
         counts[state] += 1
-        text = ""
+        where = one.folder.name if one.folder else "(no id: its weights or lists are missing)"
+        lines.append(f"{state:8} {one!s:40} {where}")
         if state != "done":
-            alike = [r for r in known if all(str(r.config.get(k)) == run.value(k) for k in ALIKE)]
-            young = YOUNGER.get(run.config.method, {})
-            # CPS with CutMix makes more passes than without.
-            alike = [r for r in alike if young | r.config.get("options", {}) == run.config.options] or alike
-            rate = statistics.median(r.seconds / r.config["steps"] for r in alike) if alike else float("nan")
-            step = run.step
-            hours = rate * (run.config.steps - step) / 3600
-            text = (f"from step {step:,}, " if step else "") + (f"{hours:.2f} h" if alike else "unknown time")
+            alike = [r for r in known if all(r.config.get(key) == one.value(key) for key in SAME_STEP_TIME)]
+            rates = [r.seconds / r.config["steps"] for r in alike] or [float("nan")]
+            hours = statistics.median(rates) * (one.config.steps - one.step) / 3600
             total += hours
-        lines.append(
-            f"{state:8} {run!s:40} {run.folder.name if run.named else '(no id: its weights or lists are missing)'}  {text}".rstrip()
-        )
+            begun = f"from step {one.step:,}, " if one.step else ""
+            lines[-1] += f"  {begun}" + (f"{hours:.2f} h" if alike else "unknown time")
     summary = f"{counts['done']} done, {counts['running']} running now, {counts['to run']} to run"
-    if counts["done"] < len(runs):
-        spread = f", {total / slots:.1f} h on {slots} slots" if slots > 1 else ""
-        summary += "; expected hours unknown: no record of a run like some of these" if total != total else f"; about {total:.1f} h{spread}"
+    if total != total:
+        summary += "; expected hours unknown: no record of a run like some of these"
+    elif counts["done"] < len(runs):
+        summary += f"; about {total:.1f} h" + f", {total / slots:.1f} h on {slots} slots" * (slots > 1)
     return "\n".join([*lines, summary])
 
 
-def _readable_records() -> list[records.Record]:
-    """For the expected time alone: a record of other work that is damaged, or of another version, stops no batch."""
-    found = []
-    for folder in records.RUNS.glob("*/"):
-        with suppress(ValueError, OSError, TypeError, KeyError):
-            record = records.load(folder)
-            if (
-                record
-                and record.config.get("steps", 0) > 0
-                and math.isfinite(record.seconds)
-                and isinstance(record.config["options"], dict)
-            ):
-                found.append(record)
-    return found
-
-
-# One run, on whichever machine.
-
-
-def execute(config: dict[str, Any], notebook: str, folder: str, where: str, threads: int = 0) -> tuple[str, str]:
-    """Execute the notebook with a run's configuration into its folder, in a process that ends with this one (and its kernel with it).
-
-    where: the working directory, which relative paths mean. threads: of torch, 0: its own choice.
-    Returns ("done", ""), ("busy", "") where another process is at the run, or ("failed", the last lines of the error).
-    """
-    if is_busy(Path(folder)):
-        return "busy", ""
-    environment = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ | {"MKD_RUNS": str(Path(folder).parent)}
-    values = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in config.items()]
-    process = subprocess.Popen(
-        ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "mkd_core.suite.cli", "run", notebook, "-o", folder, *values],
-        cwd=where, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,  # Ctrl-C is for the batch, which then ends this one
-    )  # fmt: skip
-    PROCESSES.add(process)
-    try:
-        errors = process.communicate()[1]
-    finally:
-        PROCESSES.discard(process)
-    if process.returncode == 0:
-        return "done", ""
-    if process.returncode < 0:
-        errors += f"\nThe process was ended by signal {-process.returncode}."
-        Path(folder, f".{Path(notebook).stem}.{process.pid}.tmp.ipynb").unlink(missing_ok=True)
-    if f"{Busy.__name__}: " in errors:  # it came first while this kernel started
-        return "busy", ""
-    return "failed", "\n".join(errors.strip().split("\n")[-5:])
-
-
-# All of them.
-
-
 @contextmanager
-def executor(engine: str, slots: int = 1, address: str = "", resources: Mapping[str, Any] | None = None) -> Iterator[Executor]:
-    """Where runs are executed: "local" (threads of this process), "dask" (a scheduler's address), "slurm" (resources: SLURMCluster's keywords,
-    and `jobs`, how many at most). Workers of a cluster share the runs folder and the project at the same paths.
+def executor(
+    engine: str, slots: Sequence[str] = (), address: str = "", resources: Mapping[str, Any] | None = None
+) -> Iterator[Executor]:
+    """Open where runs are executed: "local", a thread for each slot's device; "dask"; or "slurm".
+
+    address: of the Dask scheduler. resources: keywords of dask_jobqueue.SLURMCluster, and `jobs`,
+    how many at most. All workers see the project and runs/ at the same paths.
     """
     if engine == "local":
-        with ThreadPoolExecutor(slots) as pool:
+        take = iter(slots).__next__
+        with ThreadPoolExecutor(len(slots), initializer=lambda: vars(SLOT).update(device=take())) as pool:
             yield pool
         return
-    try:
-        from dask_jobqueue import SLURMCluster
-        from distributed import Client
-    except ImportError as error:
-        raise ValueError(f"--engine {engine} needs the extra `cluster` (distributed, dask-jobqueue): {error}") from error
+    from dask_jobqueue import SLURMCluster
+    from distributed import Client
+
     if engine == "dask":
         with Client(address) as client:
             yield client.get_executor(pure=False)
         return
-    keywords = dict(resources or {})
-    jobs = keywords.pop("jobs", None)
-    if not isinstance(jobs, int) or jobs < 1:
-        raise ValueError(f"the resources need `jobs`, how many run at most at a time; got {jobs!r}")
-    try:
-        cluster = SLURMCluster(**keywords)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"resources that dask_jobqueue.SLURMCluster does not take: {error}") from error
-    with cluster, Client(cluster) as client:
-        test = subprocess.run(["sbatch", "--test-only"], input=cluster.job_script(), capture_output=True, text=True)
+    keywords = {"jobs": 1, **(resources or {})}
+    jobs = keywords.pop("jobs")
+    with SLURMCluster(**keywords) as cluster, Client(cluster) as client:
+        script = cluster.job_script()
+        test = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True)
         if test.returncode:
             raise ValueError(f"Slurm refuses these resources: {test.stderr.strip()}")
         # A job for every run that waits; one that Slurm ended is replaced, one without work is given back.
@@ -231,87 +218,83 @@ def executor(engine: str, slots: int = 1, address: str = "", resources: Mapping[
         yield client.get_executor(pure=False)
 
 
-def run_batch(runs: Sequence[Run], pool: Executor, devices: Sequence[str], retries: int = 1) -> dict[Run, str]:
-    """Execute what has no record; returns the runs that failed with the last lines of their errors.
+def run_batch(runs: Sequence[Run], pool: Executor, slots: int = 0, retries: int = 1) -> dict[Run, str]:
+    """Execute runs that have no record; return those that failed with their errors.
 
-    devices: one run at a time on each; "" leaves the run's own, for a cluster that sees to that.
-    A run that failed is tried again, `retries` times, and goes on from its checkpoint; one that another process is at is waited for.
+    slots: of this machine, which share its cores; 0: a cluster, where each worker has its own.
+    A run that failed is tried again, `retries` times, from its checkpoint. One that another process
+    holds is waited for.
     """
-    waiting = [run for run in runs if not run.done]
-    free, tries, not_before = list(devices), Counter[Run](), dict.fromkeys(waiting, 0.0)
-    threads = max(1, (os.cpu_count() or 1) // len(devices)) if devices and devices[0] else 0
-    active: dict[Future[tuple[str, str]], tuple[Run, str]] = {}
-    failed: dict[Run, str] = {}
-    overview = Overview(runs, sys.stderr)
+    threads, say = max(1, (os.cpu_count() or 1) // slots) if slots else 0, Progress("batch")
+    tries, failed = Counter[Run](), dict[Run, str]()
+    seen: dict[Run, tuple[float, int]] = {}  # when a run was first seen at work, and at which step
+
+    def submit(one: Run) -> Future[None]:
+        return pool.submit(execute, one.config.model_dump(mode="json"), str(one.folder), os.getcwd(), threads)
+
+    futures = {submit(one): one for one in runs}
     try:
-        while waiting or active:
-            for run in [run for run in waiting if not_before[run] <= time.monotonic()][: len(free)]:
-                waiting.remove(run)
-                if run.done and not tries[run]:  # by another batch; after a failure here its notebook is still to be executed
-                    continue
-                device = free.pop(0)
-                config = run.config.model_dump(mode="json") | ({"device": device} if device else {})
-                future = pool.submit(execute, config, str(NOTEBOOK), str(run.folder), os.getcwd(), threads)
-                active[future] = run, device
-            if not active:
-                time.sleep(1)
-            for future in wait(active, timeout=1, return_when=FIRST_COMPLETED).done:
-                run, device = active.pop(future)
-                free.append(device)
-                try:
-                    state, error = future.result()
-                except Exception as lost:  # of the engine: a worker that died too often, a scheduler that is gone
-                    state, error = "failed", f"{type(lost).__name__}: {lost}"
-                if state == "failed":
-                    tries[run] += 1
-                    if tries[run] > retries:
-                        failed[run] = error
-                        continue
-                    overview.say(f"{run} failed and is tried again:\n{error}")
-                if state != "done":
-                    not_before[run] = time.monotonic() + PAUSE
-                    waiting.append(run)
-            overview.show(failed)
+        while futures:
+            for future in wait(futures, timeout=1, return_when=FIRST_COMPLETED).done:
+                one, error = futures.pop(future), future.exception()
+                busy = isinstance(error, Busy)
+                tries[one] += not busy
+                if error and (busy or tries[one] <= retries):
+                    futures[submit(one)] = one
+                elif error:
+                    failed[one] = str(error)
+                if not busy:
+                    say(f"{one} failed, try {tries[one]}: {error}" if error else f"{one} is done", now=True)
+            if say.due:
+                active = [one for one in futures.values() if one.folder and is_busy(one.folder)]
+                done = len(runs) - len(futures) - len(failed)
+                counts = f"{done} of {len(runs)} done, {len(active)} running, {len(failed)} failed"
+                say("; ".join([counts, *(_progress(one, seen) for one in active)]))
     finally:
-        while not all([future.cancel() or future.done() for future in active]):
-            while PROCESSES:
-                PROCESSES.pop().terminate()
+        while not all([future.cancel() or future.done() for future in futures]):
+            for process in [*PROCESSES]:
+                process.kill()
             time.sleep(0.1)
-    overview.show(failed, last=True)
     return failed
 
 
-class Overview:
-    """Done, running with progress and time left, failed: redrawn on a terminal; in a log a line a minute."""
+def _progress(one: Run, seen: dict[Run, tuple[float, int]]) -> str:
+    step, steps, now = one.step, one.config.steps, time.monotonic()
+    began, first = seen.setdefault(one, (now, step))
+    left = (steps - step) * (now - began) / (step - first) if step > first else 0
+    return f"{one}: {100 * step / steps:.0f} %" + f", {left / 60:.0f} min left" * (left > 0)
 
-    def __init__(self, runs: Sequence[Run], out: TextIO):
-        self.runs, self.out, self.live, self.lines, self.shown = runs, out, out.isatty(), 0, -60.0
-        self.done: set[Run] = set()
-        self.seen: dict[Run, tuple[float, int]] = {}  # when it was first seen, and at which step
 
-    def say(self, text: str) -> None:
-        print(text, file=self.out, flush=True)
-        self.lines = 0
+def execute(config: dict[str, Any], folder: str, where: str, threads: int = 0) -> None:
+    """Train a run in a process of its own, which ends with this one. Raises Busy, or RuntimeError.
 
-    def show(self, failed: Mapping[Run, str], last: bool = False) -> None:
-        """Print the state of the runs, unless that was done a moment ago; last: in any case."""
-        if not last and time.monotonic() - self.shown < (1 if self.live else 60):
-            return
-        self.shown = time.monotonic()
-        self.done |= {run for run in self.runs if run not in self.done and run.done}
-        running = [run for run in self.runs if run not in self.done and is_busy(run.folder)]
-        head = f"{len(self.done)} of {len(self.runs)} done, {len(running)} running, {len(failed)} failed"
-        lines = [*map(self._progress, running), *(f"{run}: failed" for run in failed)]
-        if self.live:
-            width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be redrawn
-            text = "".join(f"{line[:width]}\n" for line in [head, *(f"  {line}" for line in lines)])
-            print(f"\x1b[{self.lines}F\x1b[J" if self.lines else "", text, sep="", end="", file=self.out, flush=True)
-            self.lines = len(lines) + 1
-        else:
-            print("; ".join([head, *lines]), file=self.out, flush=True)
+    where: the working directory. threads: where OMP_NUM_THREADS is not set; 0: torch's choice.
+    No pool of multiprocessing: a killed worker breaks it, and Dask's workers must not have one.
+    """
+    if Path(folder, "record.json").exists():  # made by another batch
+        return
+    if config["device"] == "auto":
+        config = config | {"device": getattr(SLOT, "device", "auto")}
+    code = f"import sys; sys.path.insert(0, {str(records.ROOT)!r}); from mkd_core.suite import batch; batch.work()"
+    environment = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=where, env=environment, text=True, start_new_session=True,  # no Ctrl-C
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        PROCESSES.add(process)
+        assert process.stdin and process.stderr
+        with suppress(BrokenPipeError):
+            print(json.dumps([config, str(Path(folder).parent)]), file=process.stdin, flush=True)
+        errors = "\n".join(process.stderr.read().strip().splitlines()[-5:])
+    if status := process.returncode:
+        time.sleep(PAUSE)  # before it is tried again
+        if f"{Busy.__name__}: " in errors:
+            raise Busy(errors)
+        raise RuntimeError(f"ended by signal {-status}" if status < 0 else errors)
 
-    def _progress(self, run: Run) -> str:
-        step, steps, now = run.step, run.config.steps, time.monotonic()
-        begun, first = self.seen.setdefault(run, (now, step))
-        left = f", {(steps - step) * (now - begun) / (step - first) / 60:.0f} min left" if step > first else ""
-        return f"{run}: {100 * step / steps:.0f} %{left}"
+
+def work() -> None:
+    """Train the run whose configuration comes by stdin, which closes when the parent ends."""
+    config, runs = json.loads(sys.stdin.readline())
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+    run(RunConfig(**config), Path(runs), quiet=True)
