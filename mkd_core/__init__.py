@@ -16,13 +16,17 @@ _HOME = {
     "open_dataset": "data",
     "open_run": "trained",
     "run": "runner",
-    "run_all": "runner",
     "pseudo_label": "suite.predict",
-    "segment": "evaluate",
-    "published": "suite.tables",
+    "published": "suite.published",
+    "report": "suite.report",
+    "run_table": "suite.batch",
     "table": "suite.tables",
 }
 __all__ = list(_HOME)
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

@@ -26,5 +26,7 @@ def shared() -> Path:
 def mirror(shared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The published lists, read from the shared folder; whoever asks for a network fails."""
     monkeypatch.setenv("MKD_SPLITS", str(shared / "splits"))
-    monkeypatch.setattr("pooch.retrieve", lambda *args, **kwargs: pytest.fail(f"a test asked for the network: {args}"))
+    monkeypatch.setattr(
+        "pooch.retrieve", lambda *args, **kwargs: pytest.fail(f"a test asked for the network: {args}")
+    )
     return shared / "splits"

@@ -209,7 +209,9 @@ def test_blur_is_torchvision_s():
 
 def test_fixed_operations_are_torchvision_s():
     images = photos(3)
-    torch.testing.assert_close(operations.greyscale(images), TF.rgb_to_grayscale(images, 3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        operations.greyscale(images), TF.rgb_to_grayscale(images, 3), atol=1e-3, rtol=0
+    )
     torch.testing.assert_close(operations.solarize(images), TF.solarize(images, 0.5))
     assert torch.equal(
         operations.equalize(images), torch.stack([TF.equalize(i) for i in images])

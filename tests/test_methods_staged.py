@@ -281,7 +281,12 @@ def test_simple_baseline_goes_on_from_the_network_that_labeled():
 def test_operations_are_applied_in_their_order():
     operations = (lambda x: x + 1, lambda x: 3 * x, lambda x: x - 5, lambda x: x * 0)
     choice = torch.tensor([[0, 1], [1, 0], [2, 1], [3, 2]])
-    assert apply_chosen(operations, choice, torch.full((4, 3, 1, 1), 2.0))[:, 0, 0, 0].tolist() == [9, 9, 1, 0]
+    assert apply_chosen(operations, choice, torch.full((4, 3, 1, 1), 2.0))[:, 0, 0, 0].tolist() == [
+        9,
+        9,
+        1,
+        0,
+    ]
 
 
 def test_three_of_draws_three_different_operators_of_seventeen(monkeypatch):
@@ -301,7 +306,13 @@ def test_three_of_draws_three_different_operators_of_seventeen(monkeypatch):
     images = torch.rand(64, 3, 24, 24)
     kept = images.clone()
     out = noise.three_of(images)
-    assert out.shape == images.shape and out.min() >= 0 and out.max() <= 1 and out.isfinite().all() and torch.equal(images, kept)
+    assert (
+        out.shape == images.shape
+        and out.min() >= 0
+        and out.max() <= 1
+        and out.isfinite().all()
+        and torch.equal(images, kept)
+    )
     changed = (out != images).flatten(1).any(1)
     assert changed.float().mean() > 0.8
     for _ in range(3):

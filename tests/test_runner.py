@@ -444,7 +444,10 @@ def test_views_of_a_batch():
     assert released.label.dtype == torch.int64 and (released.label == 3).all()
     none = [t[:0] for t in tensors[2:]]
     alone = make_batch((*tensors[:2], *none), config(strong="chain"), 0, torch.device("cpu"))
-    assert torch.equal(alone.x, plain.x) and len(alone.weak) == len(alone.strong) == len(alone.valid) == len(alone.label) == 0
+    assert (
+        torch.equal(alone.x, plain.x)
+        and len(alone.weak) == len(alone.strong) == len(alone.valid) == len(alone.label) == 0
+    )
 
 
 @pytest.mark.parametrize("method", ["cps", "mkd", "cutmix_seg"])
@@ -698,12 +701,6 @@ def test_a_record_of_another_run_or_a_damaged_one_is_refused(tmp_path):
             run(c, tmp_path, quiet=True)
 
 
-def test_all_runs_are_looked_at_before_the_first_trains(tmp_path):
-    with pytest.raises(ValueError, match="no shapes split 'nope'"):
-        runner.run_all([config(steps=2), config(steps=2, split="nope")], 1, tmp_path)
-    assert not list(tmp_path.glob("*/history.jsonl"))
-
-
 def test_a_checkpoint_that_is_none_is_called_damaged(tmp_path):
     torch.save({"a": 1}, tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="damaged"):
@@ -802,22 +799,3 @@ def test_a_record_of_a_folder_of_the_same_name_and_lists_is_not_handed_out(tmp_p
 def test_networks_that_cannot_work_are_refused_before_training(keys, words):
     with pytest.raises(ValueError, match=words):
         runner.prepare(config(**keys))
-
-
-def test_the_faults_of_a_table_are_found_once_and_equal_networks_built_once(monkeypatch):
-    built: list[str] = []
-    monkeypatch.setattr(
-        runner, "build_method", lambda config, classes: built.append(config.method) or METHODS[config.method]
-    )
-    table = [
-        config(method, split=split, seed=seed)
-        for method in ("mkd", "cps")
-        for split in ("random/6", "random/30")
-        for seed in (0, 1)
-    ]
-    found = runner.faults([*table, config(weights="no.pth")])
-    assert sorted(built) == ["cps", "mkd", "supervised"]
-    assert list(found.values()) == [[2, 3, 6, 7], [8]]
-    draw, weights = found
-    assert "30 labeled images wanted" in draw and "weights file no.pth does not exist" in weights
-    assert not runner.faults(table[:2])
