@@ -57,8 +57,7 @@ def test_rows_alone_are_mean_and_sample_deviation():
 )  # fmt: skip
 def test_a_column_refuses_what_was_not_measured_alike(keys, words):
     for column in ("", "1/16"):
-        where = "column '1/16'" if column else "one table"
-        with pytest.raises(ValueError, match=f"{where}, .*{words}"):
+        with pytest.raises(ValueError, match=f"column '{column}', different .*{words}"):
             table({"a": {column: [record()]}, "b": {column: [record(**keys)]}})
     table({"a": {"1/16": [record()]}, "b": {"1/8": [record(**keys)]}})  # two columns may differ
     table({"a": [record()], "b": [record()]})
