@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import resource
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
@@ -20,17 +18,14 @@ from filelock import FileLock, Timeout
 
 from . import checkpoints, records
 from .config import RunConfig
-from .data import SegDataset, open_dataset
 from .data.base import DataError
-from .data.check import check
-from .data.splits import Split, load_split, set_hash
 from .evaluate import Predictor, evaluate, pick_device
-from .methods import Method
 from .metrics import iou, miou
 from .models import file_sha256
+from .prepare import data_identity, open_data, prepare, refuse_other_data
 from .progress import Progress
 from .records import Record
-from .train import build_method, loaders, make_optimizers, stage_marks, streams, train, write_labels
+from .train import loaders, make_optimizers, stage_marks, streams, train, write_labels
 
 QUALITY_THRESHOLD = 0.95  # MKD's T: pseudo-label quality is reported at it and at 0
 
@@ -54,7 +49,7 @@ def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Rec
                     if found.id != config.id:
                         raise ValueError(f"{folder}/record.json is of another run ({found.id}); delete it")
                     with suppress(DataError):  # data that are gone prove nothing
-                        _refuse_other_data(folder, found.split, data_identity(*_open(config)))
+                        refuse_other_data(folder, found.split, data_identity(*open_data(config)))
                     return found
                 return _Run(config, folder, quiet).finish()
             finally:
@@ -75,63 +70,6 @@ def is_busy(folder: Path) -> bool:
             return False
     except Timeout:
         return True
-
-
-def prepare(
-    config: RunConfig, deep: bool = False, progress: Callable[[int, int], None] | None = None
-) -> tuple[SegDataset, Split, Method]:
-    """Open data set and split and build the method of a run; DataError, ValueError for all that is wrong; deep: opens every file."""
-    dataset, split = _open(config)
-    method = build_method(config, len(dataset.classes))
-    _check_data(config, dataset, split, method.min_batch, deep, progress)
-    return dataset, split, method
-
-
-def _open(config: RunConfig) -> tuple[SegDataset, Split]:
-    dataset = open_dataset(config.dataset, config.root, **config.dataset_options)
-    return dataset, load_split(dataset, config.split, config.seed)
-
-
-def _check_data(
-    config: RunConfig, dataset: SegDataset, split: Split, min_batch: int, deep: bool = False, progress: Callable[[int, int], None] | None = None
-) -> None:  # fmt: skip
-    if not dataset.val:
-        raise DataError(f"data set {config.dataset!r} names no images to evaluate. {dataset.where}")
-    if min_batch > 1 and (found := len(split.unlabeled)) < config.batch:
-        raise DataError(
-            f"{config.method} pairs the images of a batch: split {config.split} has {found} unlabeled ones, batch is {config.batch}"
-        )
-    if not split.unlabeled and config.method != "supervised":
-        raise DataError(f"{config.method} needs unlabeled images: split {config.split} has none")
-    report = check(dataset, split, deep, progress)
-    report.raise_if_bad()
-    for warning in report.warnings if deep else ():
-        print(f"WARNING: {warning}", flush=True)
-
-
-def data_identity(dataset: SegDataset, split: Split) -> dict[str, Any]:
-    """What data a run trains and is evaluated on: kept from its start, compared when it goes on and when its record is asked for.
-
-    files: hex sha256 of the sizes in bytes of every image and mask of one's own folder: cheap, and other images under the same
-    names show; "" where a file is missing, and for the paper's data sets, whose names say what is in them.
-    """
-    digest, complete = hashlib.sha256(), dataset.name == "folder"
-    for id in (*split.labeled, *split.unlabeled, *dataset.val) if complete else ():
-        for file in filter(None, dataset.files(id)):
-            complete = complete and file.is_file()
-            digest.update(f"{file.stat().st_size if file.is_file() else ''}\n".encode())
-    return {
-        "name": split.name, "sha256": split.sha256, "sha256_unlabeled": split.sha256_unlabeled, "sha256_val": set_hash(dataset.val),
-        "labeled": len(split.labeled), "unlabeled": len(split.unlabeled), "files": digest.hexdigest() if complete else "",
-    }  # fmt: skip
-
-
-def _refuse_other_data(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    if changed := [key for key, value in then.items() if value and now.get(key) and now[key] != value]:
-        raise ValueError(
-            f"{folder} holds a run on other data than there is now (different: {', '.join(changed)}); delete it, or keep the new "
-            "runs apart (MKD_RUNS)"
-        )
 
 
 class _Run:
@@ -159,7 +97,7 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self.step, self.seconds, self.seconds_training = 0, 0.0, 0.0
         self._restore()
-        records.write_atomically(folder / "config.json", config.model_dump_json(indent=1) + "\n")
+        records.write_atomically(folder / "config.json", config.absolute().model_dump_json(indent=1) + "\n")
         start = Path(config.weights).name or "random weights"
         about = (
             f"{config.method} on {config.dataset}, {self.split}; {config.encoder} from {start}; {self.device}"
@@ -277,7 +215,7 @@ class _Run:
         path = self.folder / "checkpoint.pt"
         if path.exists():
             state = checkpoints.read(path, self.device)
-            _refuse_other_data(self.folder, json.loads(state["data"]), self.data)
+            refuse_other_data(self.folder, json.loads(state["data"]), self.data)
             try:
                 self.method.load_state_dict(state["method"])
                 for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):

@@ -28,6 +28,7 @@ from mkd_core.evaluate import PROTOCOLS, Predictor, evaluate
 from mkd_core.methods import METHODS
 from mkd_core.methods.mean_teacher import MeanTeacher
 from mkd_core.metrics import miou
+from mkd_core.prepare import prepare
 from mkd_core.runner import run
 from mkd_core.train import NonFiniteLoss, build_method, make_batch, make_optimizers, poly
 from mkd_core.trained import open_run
@@ -798,4 +799,4 @@ def test_a_record_of_a_folder_of_the_same_name_and_lists_is_not_handed_out(tmp_p
 )  # fmt: skip
 def test_networks_that_cannot_work_are_refused_before_training(keys, words):
     with pytest.raises(ValueError, match=words):
-        runner.prepare(config(**keys))
+        prepare(config(**keys))

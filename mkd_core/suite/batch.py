@@ -31,8 +31,9 @@ from ..config import Grid, RunConfig
 from ..evaluate import pick_device
 from ..models import weights_file
 from ..parameters import parse_values
+from ..prepare import check_data, open_data
 from ..progress import Progress
-from ..runner import Busy, _check_data, _open, is_busy, run
+from ..runner import Busy, is_busy, run
 from ..train import build_method
 
 PAUSE = 3.0  # seconds before a run that failed, or that another process holds, is tried again
@@ -149,11 +150,11 @@ def check(runs: Sequence[Run]) -> None:
         if config.weights and not once(one, config.weights, weights_file, config.weights):
             config = config.model_copy(update={"weights": ""})
         data, network = config.model_dump_json(include=DATA), config.model_dump_json(exclude=DATA)
-        opened = once(one, data, _open, config)
+        opened = once(one, data, open_data, config)
         classes = len(opened[0].classes) if opened else 2
         method = once(one, (network, classes), lambda *args: build_method(*args).min_batch, config, classes)
         if opened and method:
-            once(one, (data, method > 1 and config.batch), _check_data, config, *opened, method)
+            once(one, (data, method > 1 and config.batch), check_data, config, *opened, method)
     if found:
         others = {fault: f" and {len(of) - 1} more" * (len(of) > 1) for fault, of in found.items()}
         raise ValueError("\n".join(f"{of[0]}{others[fault]}: {fault}" for fault, of in found.items()))

@@ -1,0 +1,83 @@
+"""What must be right before a run begins: data, split and method; and which data it began with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .config import RunConfig
+from .data import SegDataset, open_dataset
+from .data.base import DataError
+from .data.check import check
+from .data.splits import Split, load_split, set_hash
+from .methods import Method
+from .train import build_method
+
+Report = Callable[[int, int], None]  # (files looked at, of so many)
+
+
+def prepare(
+    config: RunConfig, deep: bool = False, report: Report | None = None
+) -> tuple[SegDataset, Split, Method]:
+    """Open the data and build the method of a run. DataError, ValueError for all that is wrong; deep: opens every file."""
+    dataset, split = open_data(config)
+    method = build_method(config, len(dataset.classes))
+    check_data(config, dataset, split, method.min_batch, deep, report)
+    return dataset, split, method
+
+
+def open_data(config: RunConfig) -> tuple[SegDataset, Split]:
+    """Open the data set and load the split of a run."""
+    dataset = open_dataset(config.dataset, config.root, **config.dataset_options)
+    return dataset, load_split(dataset, config.split, config.seed)
+
+
+def check_data(
+    config: RunConfig, dataset: SegDataset, split: Split, min_batch: int, deep: bool = False, report: Report | None = None
+) -> None:  # fmt: skip
+    """Raise DataError for all that is wrong with the data of a run, and print what may be."""
+    if not dataset.val:
+        raise DataError(f"data set {config.dataset!r} names no images to evaluate. {dataset.where}")
+    found = len(split.unlabeled)
+    if min_batch > 1 and found < config.batch:
+        raise DataError(
+            f"{config.method} pairs the images of a batch: split {config.split} has {found} unlabeled ones, "
+            f"batch is {config.batch}"
+        )
+    if not found and config.method != "supervised":
+        raise DataError(f"{config.method} needs unlabeled images: split {config.split} has none")
+    result = check(dataset, split, deep, report)
+    result.raise_if_bad()
+    for warning in result.warnings if deep else ():
+        print(f"WARNING: {warning}", flush=True)
+
+
+def data_identity(dataset: SegDataset, split: Split) -> dict[str, Any]:
+    """Say what data a run has: kept from its start, compared when it goes on and when its record is asked for.
+
+    files: hex sha256 of the sizes in bytes of every image and mask of one's own folder: cheap, and other images
+    under the same names show. "" where a file is missing, and for data sets whose names say what they hold.
+    """
+    digest, complete = hashlib.sha256(), dataset.name == "folder"
+    for id in (*split.labeled, *split.unlabeled, *dataset.val) if complete else ():
+        for file in filter(None, dataset.files(id)):
+            complete = complete and file.is_file()
+            digest.update(f"{file.stat().st_size if file.is_file() else ''}\n".encode())
+    hashes = {
+        "sha256": split.sha256,
+        "sha256_unlabeled": split.sha256_unlabeled,
+        "sha256_val": set_hash(dataset.val),
+    }
+    counts = {"labeled": len(split.labeled), "unlabeled": len(split.unlabeled)}
+    return {"name": split.name} | hashes | counts | {"files": digest.hexdigest() if complete else ""}
+
+
+def refuse_other_data(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """ValueError where two identities differ in what both know."""
+    if changed := [key for key, value in then.items() if value and now.get(key) and now[key] != value]:
+        raise ValueError(
+            f"{folder} holds a run on other data than there is now (different: {', '.join(changed)}); "
+            "delete it, or keep the new runs apart (MKD_RUNS)"
+        )
