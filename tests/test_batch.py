@@ -108,7 +108,7 @@ def processes(place):
 
 def work(place):
     """Those of them that train a run."""
-    return [pid for pid in processes(place) if b"batch.work()" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [pid for pid in processes(place) if b"work()" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def until(condition, what, seconds=600):
@@ -150,7 +150,7 @@ def test_a_killed_run_is_tried_again_a_killed_batch_leaves_nothing_running_and_t
     process = Batch(place, "--only", "row=SupOnly", "--slots", "cpu,cpu")
     under_way(process, *runs)
     os.kill(work(place)[0], signal.SIGKILL)
-    until(lambda: "is tried again: ended by signal 9" in process.log.read_text(), "the kill is noticed")
+    until(lambda: "failed, try 1: ended by signal 9" in process.log.read_text(), "the kill is noticed")
     process.kill()
     until(lambda: not processes(place), "nothing is left running", 60)
     both = [Batch(place, "--only", "row=SupOnly", "--slots", "cpu") for _ in range(2)]
@@ -470,10 +470,7 @@ def test_each_slot_has_its_device_failures_are_tried_again_and_what_others_hold_
     assert [calls.count(str(run.folder)) for run in runs] == [2, 2, 3, 1]
     assert ["cuda:0", "cuda:1"] in most and max(map(len, most)) == 2 and ["cuda:0", "cuda:0"] not in most
     out = capsys.readouterr().out
-    assert (
-        "batch: MKD, seed 1 failed and is tried again: a first line" in out
-        and "batch: SupOnly, seed 0 is done" in out
-    )
+    assert "batch: MKD, seed 1 failed, try 1: a first line" in out and "batch: SupOnly, seed 0 is done" in out
 
 
 def test_a_process_of_its_own_trains_tells_its_error_and_whom_it_waits_for(place, monkeypatch):

@@ -276,17 +276,15 @@ def execute(config: dict[str, Any], folder: str, where: str, threads: int = 0) -
         return
     if config["device"] == "auto":
         config = config | {"device": getattr(SLOT, "device", "auto")}
-    code = f"import sys; sys.path.insert(0, {str(records.ROOT)!r}); from mkd_core.suite import batch; batch.work()"
+    code = f"import sys; sys.path.insert(0, {str(records.ROOT)!r}); from mkd_core.suite.batch import work; work()"
     environment = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ
     with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=where, env=environment, text=True, start_new_session=True,  # no Ctrl-C
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        ["setpriv", "--pdeathsig", "KILL", sys.executable, "-c", code], cwd=where, env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,  # no Ctrl-C
     ) as process:  # fmt: skip
         PROCESSES.add(process)
-        assert process.stdin and process.stderr
-        with suppress(BrokenPipeError):
-            print(json.dumps([config, str(Path(folder).parent)]), file=process.stdin, flush=True)
-        errors = "\n".join(process.stderr.read().strip().splitlines()[-5:])
+        text = process.communicate(json.dumps([config, str(Path(folder).parent)]))[1]
+    errors = "\n".join(text.strip().splitlines()[-5:])
     if status := process.returncode:
         time.sleep(PAUSE)  # before it is tried again
         if f"{Busy.__name__}: " in errors:
@@ -295,7 +293,6 @@ def execute(config: dict[str, Any], folder: str, where: str, threads: int = 0) -
 
 
 def work() -> None:
-    """Train the run whose configuration comes by stdin, which closes when the parent ends."""
-    config, runs = json.loads(sys.stdin.readline())
-    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+    """Train the run whose configuration, and folder of runs, come by stdin."""
+    config, runs = json.load(sys.stdin)
     run(RunConfig(**config), Path(runs), quiet=True)
