@@ -81,7 +81,7 @@ def test_a_dry_run_plans_the_full_protocol_without_its_files(stem, monkeypatch, 
 @pytest.mark.parametrize("path", FILES, ids=named)
 def test_a_file_leaves_nothing_to_the_defaults_of_its_notebook(path):
     """A notebook's own common, rows and columns are the smoke run: they would lie over the file's bases."""
-    stated, known = read_parameters(path).keys(), cell_of(NOTEBOOKS / f"{path.stem}.ipynb").keys()
+    stated, known = set(read_parameters(path)), set(cell_of(NOTEBOOKS / f"{path.stem}.ipynb"))
     assert {"out", "seeds", "common", "rows", "columns"} & known <= stated
     assert runs(path)
 
