@@ -21,8 +21,8 @@ bench: .venv/.ok  ## speed and memory of the parts, as ratios
 lab: .venv/.ok  ## JupyterLab on the notebooks
 	.venv/bin/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. notebooks/00_quickstart.ipynb
 
-viewer: .venv/.ok  ## the explorer alone on the newest runs: this machine only, with a token; Ctrl-C stops it
-	.venv/bin/voila notebooks/50_explorer.ipynb --Voila.ip=127.0.0.1 --Voila.auto_token=True
+viewer: .venv/.ok  ## the explorer alone on the newest runs, or RUN="id id": this machine only, with a token; Ctrl-C stops it
+	MKD_EXPLORE="$(RUN)" .venv/bin/voila notebooks/50_explorer.ipynb --Voila.ip=127.0.0.1 --Voila.auto_token=True
 
 lint: .venv/.ok  ## ruff, mypy, import order of the modules
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy mkd_core && .venv/bin/lint-imports

@@ -49,7 +49,12 @@ def read(path: Path, device: torch.device | str) -> dict[str, Any]:
             key: state[key]
             for key in ("step", "method", "optimizers", "history", "data", "seconds", "seconds_training")
         }
-    except (OSError, MemoryError, torch.OutOfMemoryError):  # not the file's fault: nothing to delete
+    except (
+        PermissionError,
+        IsADirectoryError,
+        MemoryError,
+        torch.OutOfMemoryError,
+    ):  # not the file's fault: nothing to delete
         raise
     except Exception as error:  # torch raises half a dozen unrelated classes here, with advice to unpickle
         raise ValueError(

@@ -246,8 +246,11 @@ def evaluate(
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn "auto" into the first GPU where there is one, else the CPU; ValueError for a GPU that is not there."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """Turn "auto" into the first GPU where there is one, else the CPU; ValueError for what is not there."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>; got {name!r}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name} asked for, but torch sees {torch.cuda.device_count()} GPUs")
     return device

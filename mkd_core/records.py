@@ -46,18 +46,14 @@ class Record(BaseModel):
     id: str
     config: dict[str, Any]
     miou: float  # of the first predictor, after the last step
-    miou_best: float  # over the evaluations made: optimistic, since it is chosen on the images that it is measured on
+    miou_best: float  # of the evaluations: optimistic, chosen on the images that it is measured on
     step_best: int
-    iou: list[
-        float | None
-    ]  # per class, first predictor, last step; None where a class neither occurs nor is predicted
+    iou: list[float | None]  # per class, first predictor, last step; None: neither there nor predicted
     classes: list[str]
     predictors: dict[str, float]  # mIoU of each, last step
     predictors_best: dict[str, float]
     pseudo_labels: dict[str, Any] | None  # quality against withheld labels, last step
-    evaluations: list[
-        dict[str, Any]
-    ]  # one an evaluation: step, mIoU and pseudo-label quality of each predictor
+    evaluations: list[dict[str, Any]]  # step, mIoU and pseudo-label quality of each predictor
     confusion: list[list[int]]  # pixels by (truth, prediction), first predictor, last step
     seconds: float  # training and evaluation, all parts of an interrupted run together
     images_per_second: float  # labeled and unlabeled, training alone

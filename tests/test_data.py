@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mkd_core.choices import check_options, choose
+from mkd_core.choices import choose
 from mkd_core.data import DATASETS, DataError, Split, check, load_split, open_dataset
 from mkd_core.data.base import IGNORE, colormap, read_image, read_label
 from mkd_core.data.cityscapes import TRAIN_ID
@@ -68,8 +68,6 @@ def test_unknown_names_are_guessed_and_listed():
         open_dataset("folder", ".", clases=3)
     with pytest.raises(ValueError, match=r"no colour 'qqq'. There are: red"):
         choose("colour", "qqq", ["red"])
-    with pytest.raises(ValueError, match="mkd needs the option 'beta'. It has: beta, alpha"):
-        check_options("mkd", lambda build, beta, alpha=1: None, {"alpha": 1}, skip=["build"])
     assert choose("colour", "red", {"red": 0}) == "red"
 
 

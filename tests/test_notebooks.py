@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tidy import NOTEBOOKS, canonical
 
-from mkd_core.suite.notebook import read_cell
+from mkd_core.suite.notebook import Parameter, read_cell
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 FILES = sorted(
@@ -24,11 +24,11 @@ def code(path: Path, tag: str = "") -> list[nbformat.NotebookNode]:
     return [c for c in cells if c.cell_type == "code" and (not tag or tag in c.metadata.get("tags", []))]
 
 
-def parameters(path: Path) -> set[str]:
-    """Names in the one parameters cell, which holds nothing but assignments of literals."""
+def parameters(path: Path) -> dict[str, Parameter]:
+    """What is in the one parameters cell, which holds nothing but assignments of literals."""
     (cell,) = code(path, "parameters")
     assert all(isinstance(line, ast.Assign | ast.AnnAssign) for line in ast.parse(cell.source).body)
-    return read_cell(path).keys()
+    return read_cell(path)
 
 
 @each

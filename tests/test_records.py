@@ -155,22 +155,6 @@ def test_history_leaves_out_the_line_that_is_being_written(tmp_path):
     assert history(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
-def test_a_record_of_an_old_version_takes_its_evaluations_from_the_history(tmp_path):
-    save(record(), tmp_path)
-    assert (load(tmp_path).evaluations, load(tmp_path).confusion) == ([], [])
-    rows = [
-        {"step": 1, "loss": 2.0},
-        {"step": 2, "loss": 1.0, "miou": {"net": 3.0}, "iou": {}, "confusion": [[1, 0], [0, 1]]},
-    ]
-    (tmp_path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert load(tmp_path).evaluations == [{"step": 2, "miou": {"net": 3.0}}] and load(tmp_path).confusion == [
-        [1, 0],
-        [0, 1],
-    ]
-    (tmp_path / "history.jsonl").write_text("{\n")
-    assert load(tmp_path) == record()  # a record needs nothing beside it
-
-
 @pytest.mark.parametrize("content", [b"{}\n", b"5\n", b"\xff\n", b"{\n"])
 def test_a_damaged_history_is_named(tmp_path, content):
     (tmp_path / "history.jsonl").write_bytes(content)

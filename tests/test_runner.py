@@ -317,7 +317,7 @@ def test_a_checkpoint_that_does_not_fit_keeps_the_old_one(tmp_path):
 @pytest.mark.parametrize(
     "keys, word",
     [({"split": "random/99"}, "99"), ({"split": "cps/1_61"}, "split"), ({"dataset": "voc", "root": "/nowhere", "dataset_options": {}}, "nowhere"),
-     ({"method": "mkd", "norm": "group", "batch": 1}, "batch"), ({"device": "cuda:77"}, "cuda:77"), ({"base": 1}, "at least 16"),
+     ({"method": "mkd", "norm": "group", "batch": 1}, "batch"), ({"device": "cuda:77"}, "cuda:77"), ({"base": 1}, "from 16 on"),
      ({"method": "st_plus_plus", "steps": 2}, "2 steps are too few"), ({"root": "~nosuchuser/x", "dataset": "voc", "dataset_options": {}}, "~nosuchuser"), ({"encoder": "resnet5"}, "resnet5")],
 )  # fmt: skip
 def test_bad_input_is_refused_before_training(tmp_path, keys, word):

@@ -99,7 +99,7 @@ def child(
 
     from PIL import Image
 
-    from mkd_core import records, runner
+    from mkd_core import prepare, records, runner
 
     def slow(method: Method, *args: Any) -> None:
         last = round(args[0][1] * keys["steps"]) == keys["steps"] - 1
@@ -108,14 +108,14 @@ def child(
     def kill() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    build_method = runner.build_method
+    build_method = prepare.build_method
 
     def slowed(*args: Any) -> Method:
         method = build_method(*args)
         method.register_forward_pre_hook(slow)
         return method
 
-    runner.build_method = slowed
+    prepare.build_method = slowed
     counts = {"save": 0, "label": 0}
     save, replace, draw = torch.save, os.replace, Image.Image.save
 

@@ -89,7 +89,9 @@ def beta_box(batch: int, size: Sequence[int], device: torch.device | str = "cpu"
     sample lies anywhere but in the first eighth; what reaches over the border is cut off (mean area 0.36).
     """
     sides = torch.tensor(size)
-    half = ((1 - torch.distributions.Beta(4.0, 4.0).sample()).sqrt() * sides).floor() // 2
+    half = (
+        (1 - torch.distributions.Beta(4.0, 4.0, validate_args=False).sample()).sqrt() * sides
+    ).floor() // 2
     first = sides // 8
     centre = (first + torch.rand(batch, 1, 2) * (sides - first)).floor()
     return ~_inside(centre - half, centre + half, size, device)[:, 0]

@@ -133,7 +133,7 @@ class Study:
     def _predict(self, run: int, checkpoint: Checkpoint, id: str) -> dict[str, Prediction]:
         """Return what each network of a run predicts, as the run is evaluated; "mean" where several."""
         probs = self.open(run, checkpoint).predictor()(self.data.image(id)[None])
-        best = {name: prob[0].topk(min(3, prob.shape[1]), 0) for name, prob in probs.items()}
+        best = {name: prob[0].sort(0, descending=True, stable=True) for name, prob in probs.items()}
         return {
             n: Prediction(b.indices.byte().cpu().numpy(), b.values.cpu().numpy()) for n, b in best.items()
         }
