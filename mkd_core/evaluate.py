@@ -117,10 +117,9 @@ class Predictor:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """images (B, 3, H, W) uint8 RGB of any size -> name -> class probabilities (B, C, H, W) float32, on the device."""
-        protocol = PROTOCOLS[self._protocol(images)]
         with self._at_work():
             x = self._input(images)
-            found = {name: protocol(net, x, self.window) for name, net in self.nets.items()}
+            found = {name: PROTOCOLS[self.protocol](net, x, self.window) for name, net in self.nets.items()}
         if "mean" in self.names:
             found["mean"] = torch.stack([*found.values()]).mean(0)
         return found
@@ -136,7 +135,9 @@ class Predictor:
         image; of images above LARGE pixels, "long512" sees a copy of LARGE pixels.
         """
         image, name = as_tensor(image), choose("predictor", name or self.names[0], self.names)
-        size, protocol = image.shape[1:], self._protocol(image)
+        size, protocol = image.shape[1:], self.protocol
+        if protocol == "whole" and math.prod(size) > LARGE:  # of pictures; scores are made as they are named
+            protocol = "sliding"
         if protocol == "long512" and (factor := (LARGE / math.prod(size)) ** 0.5) < 1:
             small = resize(image[None].float(), torch.Size(max(1, int(side * factor)) for side in size))
             label, confidence = self.label(small[0].round().byte(), name)
@@ -152,10 +153,6 @@ class Predictor:
             found = [torch.stack([*part]).mean(0).max(1) for part in parts]
         labels, confidences = [f.indices[0].byte().cpu() for f in found], [f.values[0].cpu() for f in found]
         return torch.cat(labels), torch.cat(confidences)
-
-    def _protocol(self, images: Tensor) -> str:
-        large = images.shape[-2] * images.shape[-1] > LARGE
-        return "sliding" if large and self.protocol == "whole" else self.protocol
 
     def _input(self, images: Tensor) -> Tensor:
         return normalise(images.to(self.device).float() / 255)

@@ -74,7 +74,7 @@ def test_parameter_files_fit_their_notebooks(file):
     path = NOTEBOOKS / f"{file.stem}.ipynb"
     if not path.exists():
         pytest.skip(f"{file.name} names no notebook")
-    assert yaml.safe_load(file.read_text()).keys() <= parameters(path)
+    assert yaml.safe_load(file.read_text()).keys() <= parameters(path).keys()
 
 
 def test_there_are_notebooks_and_files_for_them():

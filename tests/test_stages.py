@@ -131,7 +131,7 @@ def test_labels_that_are_gone_are_an_error(stop, checkpoint_every, gone, tmp_pat
     shutil.rmtree(folder / f"labels-{gone}")
     kept = (folder / "checkpoint.pt").read_bytes()
     with pytest.raises(
-        ValueError, match=f"labels-{gone}, pseudo-labels of the run, is gone; delete .* starts anew"
+        ValueError, match=f"labels-{gone}, pseudo-labels of the run, is gone; delete .* to start anew"
     ):
         run(c, tmp_path, quiet=True)
     assert (folder / "checkpoint.pt").read_bytes() == kept

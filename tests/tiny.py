@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,11 +97,10 @@ def child(
     import resource
     import signal
     import time
-    from pathlib import Path
 
     from PIL import Image
 
-    from mkd_core import prepare, records, runner
+    from mkd_core import checkpoints, prepare, records, runner
 
     def slow(method: Method, *args: Any) -> None:
         last = round(args[0][1] * keys["steps"]) == keys["steps"] - 1
@@ -117,10 +118,13 @@ def child(
 
     prepare.build_method = slowed
     counts = {"save": 0, "label": 0}
-    save, replace, draw = torch.save, os.replace, Image.Image.save
+    save, replace, draw, write = torch.save, os.replace, Image.Image.save, checkpoints.write
+
+    def counted_write(state: Any, folder: Path, names: Sequence[str]) -> None:
+        counts["save"] += "checkpoint.pt" in names
+        write(state, folder, names)
 
     def dying_save(state: Any, file: Any) -> None:
-        counts["save"] += "best" not in file.name
         save(state, file)
         if die == f"half checkpoint {counts['save']}":
             file.flush()
@@ -143,6 +147,7 @@ def child(
             kill()
 
     torch.save, os.replace, Image.Image.save = dying_save, dying_replace, dying_draw
+    checkpoints.write = counted_write
     if limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

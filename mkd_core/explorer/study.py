@@ -133,9 +133,11 @@ class Study:
     def _predict(self, run: int, checkpoint: Checkpoint, id: str) -> dict[str, Prediction]:
         """Return what each network of a run predicts, as the run is evaluated; "mean" where several."""
         probs = self.open(run, checkpoint).predictor()(self.data.image(id)[None])
-        best = {name: prob[0].sort(0, descending=True, stable=True) for name, prob in probs.items()}
+        # A stable sort decides ties as max does, by which pictures and scores are made.
+        best = {name: prob[0].sort(dim=0, descending=True, stable=True) for name, prob in probs.items()}
         return {
-            n: Prediction(b.indices.byte().cpu().numpy(), b.values.cpu().numpy()) for n, b in best.items()
+            n: Prediction(b.indices[:3].byte().cpu().numpy(), b.values[:3].cpu().numpy())
+            for n, b in best.items()
         }
 
     def views(self, run: int, id: str, draw: int) -> dict[str, Array]:
