@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -106,11 +107,6 @@ def processes(place):
     return found
 
 
-def work(place):
-    """Those of them that train a run."""
-    return [pid for pid in processes(place) if b"work()" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
 def until(condition, what, seconds=600):
     end = time.monotonic() + seconds
     while not condition():
@@ -118,11 +114,30 @@ def until(condition, what, seconds=600):
         time.sleep(0.02)
 
 
-def under_way(process, *runs):
-    """Wait until these runs have a checkpoint and much to do."""
-    for run in runs:
-        until(lambda run=run: run.step >= 4 or not process.is_alive(), f"{run} is under way")
-        assert not run.record, process.log.read_text()
+def hold(process, *runs):
+    """Stop the process of each run when it has a checkpoint and much to do; returns their pids."""
+    held = {}
+
+    def all_are():
+        for run in runs:
+            if run not in held and run.step >= 4:
+                pids = [p for p in processes(process.place) if opens(p, run.folder / "lock")]
+                held[run] = max(pids)  # a batch that looks at the lock for a moment is older
+                os.kill(held[run], signal.SIGSTOP)
+        return len(held) == len(runs) or not process.is_alive()
+
+    until(all_are, f"{runs} are under way")
+    assert len(held) == len(runs) and not any(run.record for run in runs), process.log.read_text()
+    return list(held.values())
+
+
+def opens(pid, path):
+    try:
+        return any(
+            os.path.samefile(file, path) for file in Path(f"/proc/{pid}/fd").iterdir() if file.exists()
+        )
+    except OSError:
+        return False
 
 
 def expect(place, *names):
@@ -148,8 +163,7 @@ def check_equal(place, runs):
 def test_a_killed_run_is_tried_again_a_killed_batch_leaves_nothing_running_and_two_at_once_finish_it(place):
     runs = expect(place, "SupOnly")
     process = Batch(place, "--only", "row=SupOnly", "--slots", "cpu,cpu")
-    under_way(process, *runs)
-    os.kill(work(place)[0], signal.SIGKILL)
+    os.kill(hold(process, *runs)[0], signal.SIGKILL)
     until(lambda: "failed, try 1: ended by signal 9" in process.log.read_text(), "the kill is noticed")
     process.kill()
     until(lambda: not processes(place), "nothing is left running", 60)
@@ -162,7 +176,7 @@ def test_a_killed_run_is_tried_again_a_killed_batch_leaves_nothing_running_and_t
 @pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_batch_ends_with_its_runs_and_one_line(place, how, status):
     process = Batch(place, "--only", "row=MKD", "--slots", "cpu,cpu")
-    under_way(process, expect(place, "MKD")[0])
+    hold(process, expect(place, "MKD")[0])
     os.kill(process.pid, how)
     text = process.finish(status)
     assert "Traceback" not in text and ("mkd batch: interrupted; the same command goes on" in text) == (
@@ -207,8 +221,15 @@ def test_a_dask_worker_is_lost_and_the_other_takes_its_run(place):
         process = Batch(
             place, "--only", "row=SupOnly", "--engine", "dask", "--address", address, "--retries", "0"
         )
-        under_way(process, *runs)
+        pids = hold(process, *runs)
         started[2].kill()
+        until(
+            lambda: len([p for p in pids if Path(f"/proc/{p}").exists()]) == 1,
+            "a run is lost with its worker",
+        )
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
         assert "2 of 2 runs are done" in process.finish()
     finally:
         for child in reversed(started):
@@ -297,7 +318,7 @@ def test_slurm_jobs_that_are_cancelled_are_replaced(slurm):
     process = Batch(
         place, "--only", "row=SupOnly", "--engine", "slurm", "--resources", str(place / "slurm.yaml")
     )
-    under_way(process, *runs)
+    hold(process, *runs)
     jobs = subprocess.run(["squeue", "-h", "-o", "%A"], capture_output=True, text=True).stdout.split()
     assert len(jobs) == 2
     subprocess.run(["scancel", *jobs], check=True)
