@@ -255,8 +255,8 @@ def test_names_of_data_are_escaped_and_own_labels_are_mathematics():
         FigureCanvasAgg(figure).draw()
         names += [t.get_text() for t in figure.axes[0].get_yticklabels()]
     assert r"MKD \$\nope\$" in names and names.count(r"a_\$b^\$") == 2
-    own = figures.lines({r"$\gamma$ = 0.9": ([1, 2], [3, 4])}, "step $t$", "$m$")
-    assert legend(own) == [r"$\gamma$ = 0.9"]  # rendered as a Greek letter: narrower than its words
+    own = figures.lines({r"$\gamma$ = 0.9": ([1, 2], [3, 4]), "b": ([1, 2, 3], [0, 1, 2])}, "step $t$", "$m$")
+    assert legend(own) == [r"$\gamma$ = 0.9", "b"]  # rendered as a Greek letter: narrower than its words
     plain = figures.lines({r"\$\gamma\$ = 0.9": ([1, 2], [3, 4])}, "step", "m")
     widths = []
     for figure in (own, plain):

@@ -208,7 +208,8 @@ def draw(plot: so.Plot, width: float, height: float, grid: Any = "y", **labels: 
 @styled
 def lines(series: Mapping[str, tuple[ArrayLike, ArrayLike]], xlabel: str, ylabel: str) -> Picture:
     """Draw one named line for each (x, y)."""
-    table = pd.concat([pd.DataFrame({"name": name, "x": x, "y": y}) for name, (x, y) in series.items()])
+    parts = [pd.DataFrame({"name": name, "x": x, "y": y}) for name, (x, y) in series.items()]
+    table = pd.concat(parts, ignore_index=True)
     plot = so.Plot(table, "x", "y", color="name", linestyle="name").add(so.Line())
     return draw(plot.scale(color=list(CYCLE[: len(series)])), 4.6, 2.7, x=xlabel, y=ylabel)
 
