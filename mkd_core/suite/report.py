@@ -153,7 +153,7 @@ def class_iou(cells: Runs, over: str = "") -> Picture:
     """
     runs, colours = look(cells)
     classes, over = runs.classes.iloc[0], plain(over)
-    long = runs.explode(["classes", "iou"]).astype({"iou": float})
+    long = runs.explode(["classes", "iou"], ignore_index=True).astype({"iou": float})
     if over:
         base = long[long.row == over].set_index(["seed", "classes"]).iou
         long = long[long.row != over].join(base, on=["seed", "classes"], rsuffix="_base")
