@@ -26,7 +26,7 @@ QUALITY_THRESHOLD = 0.95  # MKD's T: pseudo-label quality is reported at it and 
 def whole(net: nn.Module, images: Tensor, window: tuple[int, int]) -> Tensor:
     """The image at its own size, padded at the bottom and right where a side is no multiple of 16.
 
-    Our choice for VOC and COCO. A Predictor takes `sliding` for images above LARGE pixels.
+    Our choice for VOC and COCO. `Predictor.label` takes `sliding` for images above LARGE pixels.
     """
     return _padded(net, images).softmax(1)
 

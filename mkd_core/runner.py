@@ -1,4 +1,4 @@
-"""run(config) -> Record: check, train, evaluate, checkpoint, resume, and open what has been trained."""
+"""run(config) -> Record: check, train, evaluate, checkpoint, resume."""
 
 from __future__ import annotations
 
@@ -19,15 +19,13 @@ from filelock import FileLock, Timeout
 from . import checkpoints, records
 from .config import RunConfig
 from .data.base import DataError
-from .evaluate import Predictor, evaluate, pick_device
+from .evaluate import QUALITY_THRESHOLD, Predictor, evaluate, pick_device
 from .metrics import iou, miou
 from .models import file_sha256
 from .prepare import data_identity, open_data, prepare, refuse_other_data
 from .progress import Progress
 from .records import Record
 from .train import loaders, make_optimizers, stage_marks, streams, train, write_labels
-
-QUALITY_THRESHOLD = 0.95  # MKD's T: pseudo-label quality is reported at it and at 0
 
 
 class Busy(RuntimeError):
@@ -73,7 +71,7 @@ def is_busy(folder: Path) -> bool:
 
 
 class _Run:
-    """One run at work. What a checkpoint must hold is in `state`."""
+    """One run at work. What a checkpoint holds is in `_save`."""
 
     def __init__(self, config: RunConfig, folder: Path, quiet: bool):
         self.config, self.folder, self.progress = config, folder, Progress(config.id, quiet)

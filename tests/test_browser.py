@@ -39,7 +39,7 @@ from mkd_core.train import build_method
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ROOT, TOKEN, COUNT, T = NOTEBOOKS.parent, "mkd-test", 1_000, 0.6
 NAMES = [f"images/{k:04d}.jpg" for k in range(COUNT)]
-SLACK = float(os.environ.get("MKD_SLACK", 12))  # the limits are for an idle machine; tests run on busy ones
+SLACK = float(os.environ.get("MKD_SLACK", 3))  # the limits are for an idle machine; tests run on busy ones
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
 ]  # fmt: skip

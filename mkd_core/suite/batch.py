@@ -172,11 +172,12 @@ def plan(runs: Sequence[Run], slots: int = 1) -> str:
         where = one.folder.name if one.folder else "(no id: its weights or lists are missing)"
         lines.append(f"{state:8} {one!s:40} {where}")
         if state != "done":
+            step = one.step
             alike = [r for r in known if all(r.config.get(key) == one.value(key) for key in SAME_STEP_TIME)]
             rates = [r.seconds / r.config["steps"] for r in alike] or [float("nan")]
-            hours = statistics.median(rates) * (one.config.steps - one.step) / 3600
+            hours = statistics.median(rates) * (one.config.steps - step) / 3600
             total += hours
-            begun = f"from step {one.step:,}, " if one.step else ""
+            begun = f"from step {step:,}, " if step else ""
             lines[-1] += f"  {begun}" + (f"{hours:.2f} h" if alike else "unknown time")
     summary = f"{counts['done']} done, {counts['running']} running now, {counts['to run']} to run"
     if total != total:

@@ -98,11 +98,15 @@ def _add_others(command: Callable[..., Any]) -> None:
     _add_predictor(add)
     add("images", nargs="*", metavar="IMAGE", help="files or folders (default: the run's unlabeled images)")
     add("--threshold", type=float, default=0.95, help="least confidence that is kept (default: %(default)s)")
+    add("--with-labeled", action="store_true", help="the run's labeled images join, with their true masks")
+    add("--val", action="store_true", help="write a val.txt of the run's evaluated images")
     _add_output(add)
     add = command(_export, "runs/my_run --predictor 'student 1' --out exported")
     _add_predictor(add)
     add("-o", "--out", default="", metavar="DIR", help="folder of both files (default: that of the run)")
     add("--overwrite", action="store_true", help="replace files that exist")
+    add("--onnx", action="store_true", help="write an .onnx file instead (needs the extra onnx)")
+    add("--licence", default="", help="of the data, for the model card")
     command(_methods, "mkd")("name", nargs="?", help="of the method")
     command(_runs, "")
 
@@ -234,17 +238,13 @@ def _pseudo_label(words: Words) -> int:
     """Label images by a trained run, as a data set for training.
 
     Writes OUT/masks (PNG, 255 where the confidence is below the threshold), OUT/classes.txt and
-    OUT/train.txt for the data set `folder`; a val.txt with images to evaluate is yours to add.
-    Prints what was kept and how much of it is right.
+    OUT/train.txt for the data set `folder`. Prints what was kept, how much of it is right, and the
+    next command.
     """
     from .predict import pseudo_label
 
-    table = pseudo_label(words.run, words.out, words.images, threshold=words.threshold, **_options(words))
-    print(
-        f"In percent, at confidence {words.threshold} and above: share of the pixels, kept of these, accuracy of the kept ones"
-    )
-    print(table.to_string(float_format="{:.1f}".format, na_rep="-"))
-    print(f"Data set: {words.out} (folder; a val.txt with images to evaluate is yours to add)")
+    parts = {"with_labeled": words.with_labeled, "val": words.val}
+    pseudo_label(words.run, words.out, words.images, threshold=words.threshold, **parts, **_options(words))
     return 0
 
 
@@ -260,9 +260,8 @@ def _export(words: Words) -> int:
     """
     from .export import export
 
-    written = export(
-        words.run, words.out, predictor=words.predictor, step=words.step, overwrite=words.overwrite
-    )
+    options = {name: getattr(words, name) for name in ("predictor", "step", "overwrite", "onnx", "licence")}
+    written = export(words.run, words.out, **options)
     print("Written:", *written, sep="\n  ")
     return 0
 

@@ -15,7 +15,7 @@ from ..choices import choose
 from ..config import Grid, RunConfig, drop_foreign_options, with_bases
 from ..data import DATASETS
 from ..parameters import merge, parse_values, read_parameters
-from ..records import ROOT, RUNS, below_root
+from ..records import ROOT, RUNS, below_root, write_atomically
 
 
 class NotebookFailed(RuntimeError):
@@ -54,7 +54,7 @@ def execute(notebook: Path, parameters: dict[str, Any], folder: Path, html: bool
     if html:
         from nbconvert import HTMLExporter
 
-        out.with_suffix(".html").write_text(HTMLExporter().from_filename(str(out))[0])
+        write_atomically(out.with_suffix(".html"), HTMLExporter().from_filename(str(out))[0])
     return [out, *[out.with_suffix(".html")] * html]
 
 
