@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 from tidy import NOTEBOOKS
 
+from mkd_core import checkpoints
 from mkd_core.augment import normalise
 from mkd_core.config import RunConfig
 from mkd_core.data.base import read_image
@@ -94,7 +95,7 @@ def make_run(runs, root, method, seed, **options):
                 head.bias.sub_(mean).div_(spread / 2)
                 head.weight.div_(spread[:, None, None, None] / 2)
         state = {"step": step, "method": drawn.state_dict(), "optimizers": [], "history": "[]"}
-        torch.save(state, folder / name)
+        checkpoints.write(state | {"data": "{}", "seconds": 0.0, "seconds_training": 0.0}, folder, [name])
     return folder
 
 
@@ -277,7 +278,9 @@ def seen(browser, lab, place):
     page.get_by_text("| Idle").wait_for(timeout=20_000 * SLACK)  # anything earlier loses the run
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.locator('li[data-command="runmenu:run-all"]').click()
-    page.get_by_text("ALL RAN", exact=True).wait_for(state="attached", timeout=30_000 * SLACK)
+    done, failed = page.get_by_text("ALL RAN", exact=True), page.get_by_text("Traceback (most recent call last)")
+    done.or_(failed).first.wait_for(state="attached", timeout=30_000 * SLACK)
+    assert not failed.count(), page.locator(".jp-Notebook").inner_text()
     page.wait_for_function(STRIP, timeout=20_000 * SLACK)
     seen.opened = float(re.search(r"opened in ([\d.]+) s", page.locator(".jp-Notebook").inner_text())[1])
     yield seen
