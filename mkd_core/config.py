@@ -205,12 +205,13 @@ class Grid(Checked):
 
     @model_validator(mode="after")
     def _no_run_twice(self) -> Grid:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {self.seeds} hold the same run twice")
         found: dict[str, str] = {}
         for row, configs in self.runs.items():
             for config in filter(lambda c: c.named, configs):  # others are planned without their files
-                if config.id in found:
-                    raise ValueError(f"rows {found[config.id]!r} and {row!r} hold the same run, {config.id}")
-                found[config.id] = row
+                if (other := found.setdefault(config.id, row)) != row:  # columns of a row may share one
+                    raise ValueError(f"rows {other!r} and {row!r} hold the same run, {config.id}")
         return self
 
 

@@ -508,8 +508,15 @@ def test_a_process_of_its_own_trains_tells_its_error_and_whom_it_waits_for(place
 def test_run_table_runs_what_is_missing_and_returns_rows_of_columns_of_records(place, monkeypatch):
     values = yaml.safe_load((place / "tiny.yaml").read_text())
     values["common"]["steps"] = 2
+    values["rows"]["all labels"] = {
+        "method": "supervised",
+        "split": "full",
+        "lr": 0.03,
+    }  # equal in both columns
     grid = Grid(**values | {"columns": {"a": {}, "b": {"lr": 0.02}}, "seeds": [0]})
-    assert batch.run_table(grid, train=False) == {"MKD": {"a": [], "b": []}, "SupOnly": {"a": [], "b": []}}
+    nothing = {"a": [], "b": []}
+    assert batch.run_table(grid, train=False) == dict.fromkeys(["MKD", "SupOnly", "all labels"], nothing)
+    assert len(batch.expand(grid)) == 5
     runner.run(grid.cells["MKD"]["a"][0], quiet=True)
     calls, run = [], batch.run
     monkeypatch.setattr(batch, "run", lambda config: calls.append(config.id) or run(config, quiet=True))
@@ -522,6 +529,7 @@ def test_run_table_runs_what_is_missing_and_returns_rows_of_columns_of_records(p
     monkeypatch.setattr(
         batch, "execute", lambda config, *rest: runner.run(RunConfig(**config), quiet=True) and None
     )
+    del values["rows"]["all labels"]
     more = Grid(**values)
     assert all(len(of[""]) == 2 for of in batch.run_table(more, slots=2).values())
     bad = Grid(**values | {"seeds": [3, 4]})

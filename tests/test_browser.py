@@ -278,7 +278,10 @@ def seen(browser, lab, place):
     page.get_by_text("| Idle").wait_for(timeout=20_000 * SLACK)  # anything earlier loses the run
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.locator('li[data-command="runmenu:run-all"]').click()
-    done, failed = page.get_by_text("ALL RAN", exact=True), page.get_by_text("Traceback (most recent call last)")
+    done, failed = (
+        page.get_by_text("ALL RAN", exact=True),
+        page.get_by_text("Traceback (most recent call last)"),
+    )
     done.or_(failed).first.wait_for(state="attached", timeout=30_000 * SLACK)
     assert not failed.count(), page.locator(".jp-Notebook").inner_text()
     page.wait_for_function(STRIP, timeout=20_000 * SLACK)

@@ -236,7 +236,7 @@ def test_grid():
         ({"common": {"seed": 1}, "rows": {"a": {}}} | SEEDS, "seed stands in `seeds`"),
         ({"common": {"split": 116}, "rows": {"a": {}}} | SEEDS, "'split': input should be a valid string"),
         ({"rows": {"a": {}, "b": {"options": {"alpha": 1.5}}}} | SEEDS, "rows 'a' and 'b' hold the same run, shapes-"),
-        ({"rows": {"a": {}}, "seeds": [1, 1]}, "hold the same run"),
+        ({"rows": {"a": {}}, "seeds": [1, 1]}, "seeds [1, 1] hold the same run twice"),
         ({"rows": {}} | SEEDS, "'rows': dictionary should have at least 1 item"),
         ({"rows": {"a": {}}, "columns": {}} | SEEDS, "'columns'"),
         ({"rows": {"a": 5}} | SEEDS, "'rows.a': input should be a valid dictionary"),

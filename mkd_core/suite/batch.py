@@ -91,15 +91,17 @@ def run_table(grid: Grid, slots: int = 1, train: bool = True) -> Table:
             failed = run_batch(missing, pool, slots)
         if failed:
             raise RuntimeError("\n".join(f"{one} failed: {error}" for one, error in failed.items()))
-    cells: Table = {row: {column: [] for column in of} for row, of in grid.cells.items()}
-    for one in runs:
-        cells[one.row][one.column] += filter(None, [one.record])
-    return cells
+    done = {one.config.id: one.record for one in runs if one.folder}
+    return {
+        row: {column: [r for c in configs if c.named and (r := done[c.id])] for column, configs in of.items()}
+        for row, of in grid.cells.items()
+    }
 
 
 def expand(grid: Grid) -> list[Run]:
-    """List the runs of a grid, in the order of its rows, columns and seeds."""
-    return [Run(row, c, config) for row, of in grid.cells.items() for c in of for config in of[c]]
+    """List the runs of a grid, each once, in the order of its rows, columns and seeds."""
+    places = [Run(row, c, config) for row, of in grid.cells.items() for c in of for config in of[c]]
+    return list({one.folder or one: one for one in places}.values())
 
 
 def select(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:

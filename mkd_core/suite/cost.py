@@ -93,7 +93,8 @@ def ratio(
     slow: Callable[[], Any], fast: Callable[[], Any], pairs: int = 5
 ) -> tuple[float, tuple[float, float], float, float]:
     """Median and range of slow / fast over alternating pairs, median seconds of slow and of fast."""
-    from torch.utils.benchmark import Timer  # its import looks for compilers: two seconds, and a line on stderr
+    # Here, because its import looks for compilers: two seconds, and a line on stderr.
+    from torch.utils.benchmark import Timer
 
     timers = [Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()) for f in (slow, fast)]
     times = [[timer.blocked_autorange(min_run_time=0.05).median for timer in timers] for _ in range(pairs)]
