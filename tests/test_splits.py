@@ -91,9 +91,8 @@ def universes(shared):
         return parse_ids((shared / "splits" / path).read_text(), pattern, path)
 
     coco = {id for n in (512, 256, 128, 64, 32) for id in ids(f"unimatch/coco/1_{n}/labeled.txt", COCO_ID)}
-    coco |= {
-        f"{900_000_000_000 + i}" for i in range(118287 - len(coco))
-    }  # the other ids of train2017 lie in no published list
+    # the other ids of train2017 lie in no published list
+    coco |= {f"{900_000_000_000 + i}" for i in range(118287 - len(coco))}
     city = [ids(f"cps/DATA/city/config_new/{part}.txt", CITY_ID) for part in ("train", "val")]
     return {
         "voc": Listed(voc[0], voc[2], name="voc", pattern=VOC_ID),
@@ -127,10 +126,8 @@ def test_labeled_lists_agree_with_a_second_repository(universes, mirror):
     for name, path in {"cps/1_8": "1_8", "u2pl/1_8": "u2pl_1_8", "classic/732": "732"}.items():
         theirs = parse_ids((mirror / "unimatch/pascal" / path / "labeled.txt").read_text(), VOC_ID, path)
         assert set(load_split(universes["voc_aug"], name).labeled) == set(theirs)
-    two = [
-        set(load_split(universes["voc"], f"{family}/732").labeled) for family in ("classic", "classic-cps")
-    ]
-    assert len(two[0] & two[1]) == 371
+    one, other = (set(load_split(universes["voc"], f"{of}/732").labeled) for of in ("classic", "classic-cps"))
+    assert len(one & other) == 371
 
 
 def test_where_all_are_labeled_all_serve_as_unlabeled(universes, mirror):
@@ -139,10 +136,8 @@ def test_where_all_are_labeled_all_serve_as_unlabeled(universes, mirror):
 
 
 def test_unknown_split_lists_the_known(universes, mirror):
-    with pytest.raises(
-        ValueError,
-        match=r"no voc_aug split 'cps/1_6'; did you mean 'cps/1_16'\? There are: classic/92, .*u2pl/1_2",
-    ):
+    message = r"no voc_aug split 'cps/1_6'; did you mean 'cps/1_16'\? There are: classic/92, .*u2pl/1_2"
+    with pytest.raises(ValueError, match=message):
         load_split(universes["voc_aug"], "cps/1_6")
     for name in ("random/0", "random/", "random/1_0", "random/half", "Full", ""):
         with pytest.raises(ValueError, match="There are"):
@@ -153,9 +148,8 @@ def test_a_part_of_the_data_cannot_serve_a_published_split(universes, mirror):
     whole = universes["voc_aug"]
     first = load_split(whole, "cps/1_16").labeled[0]
     part = Listed([id for id in whole.train if id != first], whole.val, name="voc_aug", pattern=VOC_ID)
-    with pytest.raises(
-        DataError, match=rf"10582 training images.* has 10581, without 1 labeled images \({first}\)"
-    ):
+    message = rf"10582 training images.* has 10581, without 1 labeled images \({first}\)"
+    with pytest.raises(DataError, match=message):
         load_split(part, "cps/1_16")
 
 
@@ -201,9 +195,7 @@ def test_without_network_the_error_names_the_way_out(universes, monkeypatch):
 
     monkeypatch.delenv("MKD_SPLITS", raising=False)
     monkeypatch.setattr(pooch, "retrieve", offline)
-    with pytest.raises(
-        DataError, match=r"cannot get the list https://raw.*name resolution failed.*MKD_SPLITS"
-    ):
+    with pytest.raises(DataError, match=r"cannot get the list https://raw.*resolution failed.*MKD_SPLITS"):
         load_split(universes["voc_aug"], "cps/1_16")
 
 
@@ -232,11 +224,8 @@ def test_lists_are_read_whatever_their_syntax():
         "  2007_000032  \n\n\n2008_000002\n",
     ):
         assert parse_ids(text, VOC_ID, "list") == wanted
-    assert (
-        set_hash(wanted)
-        == set_hash(wanted[::-1])
-        == hashlib.sha256(b"2007_000032\n2008_000002\n").hexdigest()
-    )
+    by_hand = hashlib.sha256(b"2007_000032\n2008_000002\n").hexdigest()
+    assert set_hash(wanted) == set_hash(wanted[::-1]) == by_hand
 
 
 @pytest.mark.parametrize(
@@ -277,22 +266,12 @@ def test_random_labeled_images_hold_every_class(seed):
 
 def test_random_is_the_same_everywhere_and_another_for_each_seed():
     holds = holding()
-    splits = [
-        load_split(Listed(order, holds=holds), "random/1_8", seed=3)
-        for order in (holds, sorted(holds, reverse=True))
-    ]
+    orders = (holds, sorted(holds, reverse=True))
+    splits = [load_split(Listed(order, holds=holds), "random/1_8", seed=3) for order in orders]
     assert splits[0] == splits[1] == load_split(Listed(holds, holds=holds), "random/1_8@3", seed=0)
     assert splits[0].name == "random/1_8@3" and len(splits[0].labeled) == 8  # ceil(60 / 8)
-    assert splits[0].labeled == (
-        "i00",
-        "i07",
-        "i09",
-        "i10",
-        "i20",
-        "i36",
-        "i50",
-        "i54",
-    )  # frozen: records rely on it
+    frozen = ("i00", "i07", "i09", "i10", "i20", "i36", "i50", "i54")  # records rely on it
+    assert splits[0].labeled == frozen
     assert len({load_split(Listed(holds, holds=holds), "random/8", seed=s).labeled for s in range(10)}) == 10
 
 
@@ -300,15 +279,12 @@ def test_random_skips_what_cannot_be_labeled_and_gives_up_classes_that_do_not_oc
     holds = {f"i{k}": {k % 3} if k % 2 else None for k in range(40)}
     dataset = Listed(holds, holds=holds)
     split = load_split(dataset, "random/6")
-    assert all(holds[id] for id in split.labeled) and set().union(*(holds[id] for id in split.labeled)) == {
-        0,
-        1,
-        2,
-    }
+    assert all(holds[id] for id in split.labeled)
+    assert set().union(*(holds[id] for id in split.labeled)) == {0, 1, 2}
     assert len(dataset.opened) == len(set(dataset.opened)) == 20
     with pytest.raises(DataError, match="21 labeled images wanted, data set 'listed' has 20"):
         load_split(dataset, "random/21")
-    with pytest.raises(DataError, match=r"no 2 images found that hold every class, \['.'\] would be absent"):
+    with pytest.raises(DataError, match=r"no 2 images hold every class, \['.'\] would be absent"):
         load_split(dataset, "random/2")
 
 

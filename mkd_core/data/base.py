@@ -127,9 +127,7 @@ def local(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def find_root(
-    name: str, root: str | Path, folders: Sequence[str], where: str, below: Sequence[str] = ("",)
-) -> Path:
+def find_root(name: str, root: str, folders: Sequence[str], where: str, below: Sequence[str] = ("",)) -> Path:
     """Find the first of root / below that holds one of `folders` (or just exists), else DataError."""
     if not str(root):
         what = " or ".join(folders) or "the files"
@@ -158,9 +156,7 @@ def _open(path: Path, kind: str) -> Iterator[Image.Image]:
         with Image.open(path) as picture:
             # the second frame of a phone's photo (MPO) is a preview or a depth map
             if (frames := getattr(picture, "n_frames", 1)) > 1 and picture.format != "MPO":
-                raise DataError(
-                    f"{path}: {frames} pages or frames in one file; save each as a file of its own"
-                )
+                raise DataError(f"{path}: {frames} pages or frames in one file; save each by itself")
             yield picture
     except DataError:
         raise
@@ -170,14 +166,21 @@ def _open(path: Path, kind: str) -> Iterator[Image.Image]:
         raise DataError(f"{path}: not a readable {kind} ({error})") from error
 
 
-def orientation(path: Path) -> int:
-    """Return the EXIF orientation of a picture: 1 is upright, 2 to 8 are turned or mirrored."""
+def _orientation(picture: Image.Image) -> int:
+    """Return the EXIF orientation: 1 is upright, 2 to 8 are turned or mirrored."""
+    return picture.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def read_turned(path: Path) -> tuple[Tensor, bool]:
+    """Read a picture as `read_image` does, and whether its EXIF orientation turned it."""
     with _open(path, "picture") as picture:
-        if (
-            picture.format == "PNG" and "exif" not in picture.info
-        ):  # else PIL decodes it to look behind the pixels
-            return 1
-        return picture.getexif().get(ExifTags.Base.Orientation, 1)
+        if picture.mode.startswith(("I", "F")):
+            raise DataError(
+                f"{path}: {picture.mode} pictures have 16 or 32 bits a channel; convert to 8 bits"
+            )
+        turned = _orientation(picture) != 1
+        ImageOps.exif_transpose(picture, in_place=True)
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous(), turned
 
 
 def read_image(path: Path) -> Tensor:
@@ -185,13 +188,7 @@ def read_image(path: Path) -> Tensor:
 
     Grey, palette and RGBA pictures are converted; alpha is dropped.
     """
-    with _open(path, "picture") as picture:
-        if picture.mode.startswith(("I", "F")):
-            raise DataError(
-                f"{path}: {picture.mode} pictures (16 or 32 bits a channel) do not work; convert to 8 bits"
-            )
-        ImageOps.exif_transpose(picture, in_place=True)
-        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
+    return read_turned(path)[0]
 
 
 def read_label(path: Path, classes: int | None = None) -> Tensor:
@@ -202,41 +199,35 @@ def read_label(path: Path, classes: int | None = None) -> Tensor:
     With `classes`, DataError for a value that is neither in 0..classes-1 nor IGNORE.
     """
     with _open(path, "mask") as picture:
+        kind, mode, packed = picture.format, picture.mode, picture.info.get("compression")
         # JPEG and WebP change pixels, GIF writers renumber colours
-        if picture.format not in ("PNG", "TIFF", "BMP") or picture.info.get("compression") in (
-            "jpeg",
-            "webp",
-        ):
-            what = f"this {picture.format} may change classes"
-            raise DataError(f"{path}: a mask must be a lossless PNG, TIFF or BMP; {what}")
-        if picture.mode not in ("L", "P", "1"):
-            what = f"this one has mode {picture.mode}"
-            raise DataError(f"{path}: a mask must be a grey or palette PNG of class indices, {what}")
+        if kind not in ("PNG", "TIFF", "BMP") or packed in ("jpeg", "webp"):
+            raise DataError(
+                f"{path}: a mask must be a lossless PNG, TIFF or BMP; this {kind} may change classes"
+            )
+        if mode not in ("L", "P", "1"):
+            raise DataError(
+                f"{path}: a mask must be a grey or palette PNG of class indices, not of mode {mode}"
+            )
         stored = picture.tile[0][3] if picture.tile else ""  # type: ignore[attr-defined]
         stored = stored if isinstance(stored, str) else stored[0]
         label = np.array(picture, dtype=np.uint8) // np.uint8({"L;2": 85, "L;4": 17}.get(stored, 1))
-        if (turned := picture.getexif().get(ExifTags.Base.Orientation, 1)) != 1:
+        if (turned := _orientation(picture)) != 1:
             raise DataError(
                 f"{path}: a mask with EXIF orientation {turned}; save it upright, without the mark"
             )
-    if classes is not None:
-        outside = label[(label >= classes) & (label != IGNORE)]
-        if outside.size:
-            values = ", ".join(map(str, np.unique(outside)[:5]))
-            raise DataError(
-                f"{path}: label values {values} outside 0..{classes - 1} and {IGNORE} ({outside.size} pixels)"
-            )
+    outside = label[(label >= (classes or IGNORE)) & (label != IGNORE)]
+    if outside.size:
+        values = f"{', '.join(map(str, np.unique(outside)[:5]))} ({outside.size} pixels)"
+        raise DataError(f"{path}: label values {values} outside 0..{(classes or IGNORE) - 1} and {IGNORE}")
     return torch.from_numpy(label)
 
 
-def mask_colours(path: Path) -> dict[int, tuple[int, ...]]:
-    """Return the palette's RGB colour of each index that occurs in a mask; {} for a grey one."""
+def read_palette(path: Path) -> bytes:
+    """Return the RGB colours of a palette PNG, three bytes an index; b"" for another mask. Decodes no pixel."""
     with _open(path, "mask") as picture:
-        if picture.mode != "P":
-            return {}
-        indices = np.flatnonzero(np.bincount(np.array(picture).ravel())).tolist()
-        palette = picture.getpalette() or []
-        return {k: tuple(palette[3 * k : 3 * k + 3]) for k in indices}
+        palette = picture.palette if (picture.format, picture.mode) == ("PNG", "P") else None
+        return bytes(palette.palette) if palette else b""
 
 
 def colormap(classes: int) -> np.ndarray:

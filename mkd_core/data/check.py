@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
-from .base import IGNORE, DataError, SegDataset, mask_colours, orientation, some
+from .base import IGNORE, DataError, SegDataset, read_palette, read_turned, some
 from .splits import Split, as_published
 
 Progress = Callable[[int, int], None]
@@ -37,10 +38,8 @@ class Report:
         rows = list(self.rows)
         if self.shares:
             rows += [("", ""), ("% of the pixels", "".join(f"{part:>8}" for part in self.shares))]
-            rows += [
-                (name, "".join(f"{shares[name]:8.2f}" for shares in self.shares.values()))
-                for name in self.shares["labeled"]
-            ]
+            for name in self.shares["labeled"]:
+                rows.append((name, "".join(f"{shares[name]:8.2f}" for shares in self.shares.values())))
         width = max(len(what) for what, _ in rows)
         verdict = [f"PROBLEM: {problem}" for problem in self.problems] or ["no problems found"]
         verdict += [f"WARNING: {warning}" for warning in self.warnings]
@@ -93,12 +92,8 @@ def _check_lists(report: Report, dataset: SegDataset, split: Split) -> None:
     folder = cache(os.path.realpath)  # there are few of them, and files by the hundred thousand
 
     def picture(id: str) -> str:  # by links, one may have two names
-        file = dataset.files(id)[0]
-        if file is None:
-            return id
-        return (
-            os.path.realpath(file) if os.path.islink(file) else os.path.join(folder(file.parent), file.name)
-        )
+        file = dataset.files(id)[0] or Path(id)
+        return os.path.realpath(file) if file.is_symlink() else os.path.join(folder(file.parent), file.name)
 
     val = set(map(picture, dataset.val))
     if leak := sorted(id for id in {*split.labeled, *split.unlabeled} if picture(id) in val):
@@ -131,30 +126,23 @@ class _Content:
     pixels: bytes = b""  # a hash of the image as it is trained on
     turned: bool = False  # by EXIF orientation
     counts: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # pixels of each label value
-    colours: dict[int, tuple[int, ...]] = field(default_factory=dict)  # of the mask's palette
+    palette: bytes = b""  # of the mask, three bytes an index
 
 
 def _look(dataset: SegDataset, id: str) -> _Content:
     found = _Content(id)
     try:
         file, mask = dataset.files(id)
-        image = dataset.image(id)
+        image, found.turned = read_turned(file) if file else (dataset.image(id), False)
         pixels = image.numpy()
         if pixels.min() < pixels.max():  # pictures of one colour are alike and no copies
             found.pixels = hashlib.sha256(pixels.tobytes()).digest()
-        found.turned = file is not None and orientation(file) != 1
         if dataset.has_label(id):
-            label = dataset.label(id)
-            if label.shape != image.shape[1:]:
-                why = (
-                    " (its EXIF orientation is applied, so the mask must be upright too)"
-                    if found.turned
-                    else ""
-                )
-                raise DataError(
-                    f"{id}: the image has {tuple(image.shape[1:])} pixels{why}, its mask {tuple(label.shape)}"
-                )
-            found.colours = mask_colours(mask) if mask else {}
+            label, size = dataset.label(id), tuple(image.shape[1:])
+            if label.shape != size:
+                why = " (its EXIF orientation is applied, so the mask must be upright too)" * found.turned
+                raise DataError(f"{id}: the image has {size} pixels{why}, its mask {tuple(label.shape)}")
+            found.palette = read_palette(mask) if mask else b""
             found.counts = np.bincount(label.numpy().ravel(), minlength=256)
     except DataError as error:
         found.fault = str(error)
@@ -168,7 +156,7 @@ def _check_contents(
     counts = {"labeled": np.zeros(256, np.int64), "val": np.zeros(256, np.int64)}
     faults, turned = [], []
     pictures: dict[bytes, list[str]] = defaultdict(list)
-    colours: dict[int, dict[tuple[int, ...], list[str]]] = defaultdict(lambda: defaultdict(list))
+    colours: dict[int, dict[bytes, list[str]]] = defaultdict(lambda: defaultdict(list))
     with ThreadPoolExecutor() as pool:
         for done, found in enumerate(pool.map(lambda id: _look(dataset, id), ids), 1):
             faults += [found.fault] if found.fault else []
@@ -176,8 +164,8 @@ def _check_contents(
             pictures[found.pixels or found.id.encode()].append(found.id)
             for part, members in (("labeled", labeled), ("val", val)):
                 counts[part] += found.counts if found.id in members else 0
-            for index, colour in found.colours.items():
-                colours[index][colour].append(found.id)
+            for index in np.flatnonzero(found.counts).tolist() if found.palette else ():
+                colours[index][found.palette[3 * index : 3 * index + 3]].append(found.id)
             if progress:
                 progress(done, len(ids))
     names = {**dict(enumerate(dataset.classes)), IGNORE: "ignored"}
@@ -186,25 +174,21 @@ def _check_contents(
         for part, count in counts.items()
     }
     if faults:
-        report.problems.append(
-            f"{len(faults)} faulty files:\n  " + "\n  ".join(faults[:5] + ["..."] * (len(faults) > 5))
-        )
+        first = [f"{len(faults)} faulty files:", *faults[:5], *["..."] * (len(faults) > 5)]
+        report.problems.append("\n  ".join(first))
     elif len(ids) == len({*split.labeled, *split.unlabeled, *dataset.val}):
         _check_classes(report, dataset, counts)
 
     twins = [same for same in pictures.values() if val.intersection(same) and not val.issuperset(same)]
     if copies := [" = ".join(same) for same in twins]:
         # the published sets are what they are
-        published = as_published(f"{dataset.name}/val", dataset.val)
-        (report.warnings if published else report.problems).append(
-            f"{some(copies, 'photos')} both in training and in the validation set"
-        )
+        known = as_published(f"{dataset.name}/val", dataset.val)
+        where = report.warnings if known else report.problems
+        where.append(f"{some(copies, 'photos')} both in training and in the validation set")
     if turned:
-        report.warnings.append(
-            f"{some(turned, 'images')} turned by EXIF orientation when read: are the masks upright too?"
-        )
-    odd = {id for of in colours.values() for ids in sorted(of.values(), key=len)[:-1] for id in ids}
-    if odd:
+        images = some(turned, "images")
+        report.warnings.append(f"{images} turned by EXIF orientation when read: are the masks upright too?")
+    if odd := {id for of in colours.values() for ids in sorted(of.values(), key=len)[:-1] for id in ids}:
         report.warnings.append(
             f"{some(sorted(odd), 'masks')} whose palettes have other colours for the same class: "
             "did a program re-order them? A palette is never applied, indices are classes"
@@ -213,27 +197,16 @@ def _check_contents(
 
 def _check_classes(report: Report, dataset: SegDataset, counts: dict[str, np.ndarray]) -> None:
     """At least two classes in each part; no class that is evaluated and was never shown."""
-    held = {part: [k for k in range(len(dataset.classes)) if count[k]] for part, count in counts.items()}
+    names = dataset.classes
+    held = {part: [name for k, name in enumerate(names) if count[k]] for part, count in counts.items()}
     for part, found in held.items():
         if len(found) < 2 and counts[part].any():
-            hint = (
-                f" {IGNORE} means ignored: an object needs a class value of its own, 1 for example."
-                if counts[part][IGNORE]
-                else ""
-            )
-            report.problems.append(
-                f"the {part} masks hold {len(found)} of {len(dataset.classes)} classes, "
-                f"at least 2 are needed.{hint}"
-            )
-    unseen = [dataset.classes[k] for k in held["val"] if k not in held["labeled"]]
-    if unseen:
-        report.warnings.append(
-            f"{some(unseen, 'classes')} of the validation set in no labeled mask: they cannot be learned"
-        )
-    if nowhere := [
-        name for k, name in enumerate(dataset.classes) if k not in held["val"] and k not in held["labeled"]
-    ]:
-        report.warnings.append(
-            f"{some(nowhere, 'classes')} in no mask: do the labels start from 1, "
-            "or does the class list hold a line that is no class?"
-        )
+            hint = f" {IGNORE} means ignored: an object needs a class value of its own, 1 for example."
+            needed = f"{len(found)} of {len(names)} classes, at least 2 are needed."
+            report.problems.append(f"the {part} masks hold {needed}{hint * bool(counts[part][IGNORE])}")
+    if unseen := [name for name in held["val"] if name not in held["labeled"]]:
+        hint = "of the validation set in no labeled mask: they cannot be learned"
+        report.warnings.append(f"{some(unseen, 'classes')} {hint}")
+    if nowhere := [name for name in names if name not in held["val"] + held["labeled"]]:
+        hint = "do the labels start from 1, or does the class list hold a line that is no class?"
+        report.warnings.append(f"{some(nowhere, 'classes')} in no mask: {hint}")

@@ -74,15 +74,12 @@ class Cityscapes(FileDataset):
         return tuple(sorted(ids))
 
     def files(self, id: str) -> tuple[Path, Path]:
-        place = self._place.get(
-            id, Path("train/*")
-        )  # where it was found; an id that is only listed is in no city
-        masks = [
+        place = self._place.get(id, Path("train/*"))  # an id that is only listed is in no city
+        trained, raw = (
             self.root / "gtFine" / place / f"{id}_gtFine_{kind}.png" for kind in ("labelTrainIds", "labelIds")
-        ]
-        return self.root / "leftImg8bit" / place / f"{id}_leftImg8bit.png", masks[0] if masks[
-            0
-        ].is_file() else masks[1]
+        )
+        image = self.root / "leftImg8bit" / place / f"{id}_leftImg8bit.png"
+        return image, trained if trained.is_file() else raw
 
     def label(self, id: str) -> Tensor:
         mask = self.files(id)[1]

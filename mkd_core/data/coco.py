@@ -50,17 +50,15 @@ class COCO(FileDataset):
     def __init__(self, root: str, masks: str = "masks"):
         self.root = find_root(self.name, root, ["train2017", "val2017"], self.where)
         self.masks = self.root / masks
-        parts = [
+        self.train, self.val = (
             tuple(sorted(p.stem for p in (self.root / part).glob("*.jpg")))
             for part in ("train2017", "val2017")
-        ]
-        self.train, self.val = parts
+        )
         self._val = frozenset(self.val)
 
     def files(self, id: str) -> tuple[Path, Path]:
-        return self.root / (
-            "val2017" if id in self._val else "train2017"
-        ) / f"{id}.jpg", self.masks / f"{id}.png"
+        part = "val2017" if id in self._val else "train2017"
+        return self.root / part / f"{id}.jpg", self.masks / f"{id}.png"
 
 
 def render_masks(annotations: Path, out: Path, progress: Callable[[int, int], None] | None = None) -> int:
@@ -72,30 +70,20 @@ def render_masks(annotations: Path, out: Path, progress: Callable[[int, int], No
     `progress(done, total)` is called after each image.
     """
     content = json.loads(Path(annotations).read_text(encoding="utf-8"))
-
-    def get(kind: str, each: dict[str, Any], *keys: str) -> list[Any]:
-        if absent := [key for key in keys if key not in each]:
-            what = f"{kind} {each.get('id', '')} has no {absent[0]!r}"
-            raise DataError(f"{annotations}: {what}; an instances_*.json is needed")
-        return [each[key] for key in keys]
-
-    categories, images, annotated = get("the file", content, "categories", "images", "annotations")
-    names = dict(get("category", each, "id", "name") for each in categories)
-    if own := [name for name in names.values() if name not in CLASSES[1:]]:
-        what = some(own, "categories")
-        raise DataError(f"{annotations}: {what} not of COCO's 80; own classes belong in data set 'folder'")
     objects = defaultdict(list)
-    for each in annotated:
-        image, category, _ = get("annotation", each, "image_id", "category_id", "segmentation")
-        if category not in names:
-            raise DataError(
-                f"{annotations}: annotation {each.get('id', '')} has the unknown category_id {category}"
-            )
-        objects[image].append((each, CLASSES.index(names[category])))
+    try:
+        names = {each["id"]: each["name"] for each in content["categories"]}
+        if own := [name for name in names.values() if name not in CLASSES[1:]]:
+            what = f"{some(own, 'categories')} not of COCO's 80"
+            raise DataError(f"{annotations}: {what}; own classes belong in data set 'folder'")
+        for each in content["annotations"]:
+            objects[each["image_id"]].append((each, CLASSES.index(names[each["category_id"]])))
+        images = [(each["id"], each["height"], each["width"]) for each in content["images"]]
+    except KeyError as error:
+        raise DataError(f"{annotations}: there is no {error}; an instances_*.json is needed") from error
     out.mkdir(parents=True, exist_ok=True)
     written = 0
-    for done, each in enumerate(images, 1):
-        id, height, width = get("image", each, "id", "height", "width")
+    for done, (id, height, width) in enumerate(images, 1):
         path = out / f"{int(id):012d}.png"
         if not path.exists():
             part = path.with_suffix(".part")
@@ -124,9 +112,8 @@ def _render(objects: list[tuple[dict[str, Any], int]], height: int, width: int) 
                 mask[int(top) : math.ceil(top + high), int(left) : math.ceil(left + wide)] = True
                 index = IGNORE
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"annotation {each.get('id', number)}: no readable outline or box ({error!r})"
-            ) from error
+            what = f"annotation {each.get('id', number)}"
+            raise DataError(f"{what}: no readable outline or box ({error!r})") from error
         parts.append((-each.get("area", mask.sum()), each.get("id", number), mask, index))
     label = np.zeros((height, width), np.uint8)
     for *_, mask, index in sorted(parts, key=lambda part: part[:2]):
@@ -137,25 +124,18 @@ def _render(objects: list[tuple[dict[str, Any], int]], height: int, width: int) 
 def _decode(outline: Any, height: int, width: int) -> np.ndarray:
     """(H, W) bool of COCO's polygons or run lengths; all False where there is no outline."""
     if isinstance(outline, list):
-        polygons = [
-            polygon for polygon in outline if len(polygon) >= 6
-        ]  # the library takes four numbers for a box
+        polygons = [polygon for polygon in outline if len(polygon) >= 6]  # the library takes four for a box
         if not polygons:
             return np.zeros((height, width), bool)
         return rle.decode(rle.merge(rle.frPyObjects(polygons, height, width))).astype(bool)
     counts = outline["counts"]
-    lengths = (
-        rle.frPyObjects(outline, *outline["size"])
-        if isinstance(counts, list)
-        else {**outline, "counts": counts.encode()}
-    )
-    mask = rle.decode(lengths)
     # where run lengths are too few the library leaves the rest of the mask as it finds it
-    whole = (
-        sum(counts) == mask.size
-        if isinstance(counts, list)
-        else rle.encode(mask)["counts"] == lengths["counts"]
-    )
+    if isinstance(counts, list):
+        mask = rle.decode(rle.frPyObjects(outline, *outline["size"]))
+        whole = sum(counts) == mask.size
+    else:
+        mask = rle.decode({**outline, "counts": counts.encode()})
+        whole = rle.encode(mask)["counts"] == counts.encode()
     if not whole or mask.shape != (height, width):
         raise ValueError(f"run lengths do not add up to {height} x {width} pixels")
     return mask.astype(bool)

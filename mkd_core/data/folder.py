@@ -35,8 +35,8 @@ class Folder(FileDataset):
 
     name = "folder"
     where = (
-        "train.txt and val.txt (options train, val) under root hold one 'image mask' pair per line, "
-        "or an image alone."
+        "train.txt and val.txt (options train, val) under root hold one 'image mask' pair per line, parted by "
+        "a space or a tab, or an image alone: images/name.jpg masks/name.png."
     )
 
     def __init__(
@@ -49,15 +49,13 @@ class Folder(FileDataset):
     ):
         self.root = find_root(self.name, root, [], self.where)
         self.classes = _class_names(self.root, classes)
-        self.palette = (
-            colormap(len(self.classes)) if palette is None else _colours(palette, len(self.classes))
-        )
+        count = len(self.classes)
+        self.palette = colormap(count) if palette is None else _colours(palette, count)
         self._written: dict[str, str] = {}  # id -> the image's name as its list spells it
         self._masks: dict[str, str | None] = {}
         self.train = self.read_list(self.root / train) if (self.root / train).is_file() else ()
         self.val = self.read_list(self.root / val) if val else ()
-        bare = [id for id in self.val if self._masks[id] is None]
-        if bare:
+        if bare := [id for id in self.val if self._masks[id] is None]:
             raise DataError(
                 f"{self.root / val}, images without mask, first {bare[0]}: evaluated images need one"
             )
@@ -68,12 +66,10 @@ class Folder(FileDataset):
 
     def _file(self, name: str) -> Path:
         """Find a name's file in whichever Unicode form the disk has it: a Mac writes decomposed ones."""
-        forms = (
-            [name]
-            if name.isascii()
-            else [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
-        )
-        return next((self.root / form for form in forms if (self.root / form).is_file()), self.root / name)
+        forms = [self.root / name]
+        if not name.isascii():
+            forms += [self.root / unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
+        return next((path for path in forms if path.is_file()), forms[0])
 
     def read_list(self, path: Path) -> tuple[str, ...]:
         """Read the images of a list file; their masks are remembered."""
@@ -83,10 +79,8 @@ class Folder(FileDataset):
                 place = f"{path}, line {number}"
                 image, mask = self._pair(line.strip(), place)
                 id = unicodedata.normalize("NFC", image)
-                if mask and (self._masks.get(id) or mask) != mask:
-                    raise DataError(
-                        f"{place}: {image} has mask {self._masks[id]} in one list and {mask} in another"
-                    )
+                if mask and (other := self._masks.get(id) or mask) != mask:
+                    raise DataError(f"{place}: {image} has mask {other} in one list and {mask} in another")
                 self._masks[id] = mask or self._masks.get(id)
                 self._written[id] = image
                 ids.append(id)
@@ -101,10 +95,7 @@ class Folder(FileDataset):
         if len(fields) > 2:
             hint = "part names that hold spaces by a tab"
             raise DataError(f"{place}: expected 'image mask' or 'image', got {line!r}; {hint}")
-        image, mask = fields[0], fields[1] if len(fields) == 2 else None
-        if not self._file(image).is_file() and (hint := _hint(line, image, mask)):
-            raise DataError(f"{place}: {line!r} {hint}")
-        return image, mask
+        return fields[0], fields[1] if len(fields) == 2 else None
 
     def _split_at_space(self, line: str) -> list[str]:
         words = line.split()
@@ -113,17 +104,6 @@ class Folder(FileDataset):
         pairs = [[" ".join(words[:k]), " ".join(words[k:])] for k in range(1, len(words))]
         found = [pair for pair in pairs if all(self._file(name).is_file() for name in pair)]
         return found[0] if len(found) == 1 else words
-
-
-def _hint(line: str, image: str, mask: str | None) -> str:
-    """What a line probably means whose image is not there, where its form tells; else ""."""
-    if found := re.search("[,;]", line):
-        return f"is no file: names are parted by a space or a tab, not by {found[0]!r}"
-    if not Path(image).suffix:
-        if mask and "\t" not in line:
-            return "is no file: part names that hold spaces by a tab; the first word has no ending"
-        return "is no file: a name is written with its folder and ending, images/name.jpg for example"
-    return ""
 
 
 def _class_names(root: Path, classes: Sequence[str] | int | None) -> tuple[str, ...]:
@@ -136,9 +116,7 @@ def _class_names(root: Path, classes: Sequence[str] | int | None) -> tuple[str, 
         lines = [line.strip() for line in read_text(file).splitlines()]
         classes = [line for line in lines if line and not line.startswith("#")]
         source = str(file)
-    names = (
-        tuple(f"class {k}" for k in range(classes)) if isinstance(classes, int) else tuple(map(str, classes))
-    )
+    names = tuple(map(str, [f"class {k}" for k in range(classes)] if isinstance(classes, int) else classes))
     if names[:1] == ("__ignore__",):  # labelme's first line: value -1, which is 255 in its masks
         names = names[1:]
     for number, name in enumerate(names):
@@ -154,6 +132,6 @@ def _colours(palette: Sequence[Sequence[int]], classes: int) -> np.ndarray:
     colours = np.asarray(palette) if len({len(colour) for colour in palette}) == 1 else np.zeros(0)
     if colours.shape != (classes, 3) or colours.min() < 0 or colours.max() > 255:
         raise DataError(
-            f"palette must hold {classes} colours [r, g, b] in 0..255, one for each class; got {palette!r}"
+            f"palette must hold {classes} colours [r, g, b] in 0..255, one a class; got {palette!r}"
         )
     return colours.astype(np.uint8)

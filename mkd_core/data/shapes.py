@@ -7,19 +7,22 @@ local pattern names the class: few labels overfit and unlabeled images help. Rec
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Annotated
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
 from .base import SegDataset
 
 CLASSES = ("smooth", "stripes", "checker", "dots", "rings")
-PALETTE = np.array(
-    [[86, 180, 233], [213, 94, 0], [204, 121, 167], [240, 228, 66], [0, 158, 115]], np.uint8
-)  # Okabe and Ito
+# Okabe and Ito's
+PALETTE = np.array([[86, 180, 233], [213, 94, 0], [204, 121, 167], [240, 228, 66], [0, 158, 115]], np.uint8)
 SUPERSAMPLING = 2
+Count = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=16, multiple_of=16)]
 
 
 class Shapes(SegDataset):
@@ -33,12 +36,7 @@ class Shapes(SegDataset):
     classes = CLASSES
     palette = PALETTE
 
-    def __init__(self, root: str = "", *, train_size: int = 512, val_size: int = 256, size: int = 48):
-        if size % 16 or min(train_size, val_size, size) < 1:
-            got = f"{train_size=}, {val_size=}, {size=}"
-            raise ValueError(
-                f"shapes needs sizes of at least 1 and a side that is a multiple of 16; got {got}"
-            )
+    def __init__(self, root: str = "", *, train_size: Count = 512, val_size: Count = 256, size: Side = 48):
         self.size = size
         self.train = tuple(f"train/{i:04d}" for i in range(train_size))
         self.val = tuple(f"val/{i:04d}" for i in range(val_size))
@@ -66,9 +64,8 @@ def _draw(id: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     angle, wave = rng.uniform(0, 2 * np.pi, 2)
     across = (x - size / 2) * np.cos(angle) + (y - size / 2) * np.sin(angle)
     along = (y - size / 2) * np.cos(angle) - (x - size / 2) * np.sin(angle)
-    line = rng.uniform(-0.12, 0.12) * size + rng.uniform(2, 5) * np.sin(
-        along * rng.uniform(0.12, 0.25) + wave
-    )
+    middle, height = rng.uniform(-0.12, 0.12) * size, rng.uniform(2, 5)
+    line = middle + height * np.sin(along * rng.uniform(0.12, 0.25) + wave)
     regions = [np.ones((side, side), bool), across > line]
     # One or two objects on top.
     for _ in range(rng.integers(1, 3)):
@@ -82,14 +79,12 @@ def _draw(id: str, size: int) -> tuple[np.ndarray, np.ndarray]:
 
     # Light: overall, a gradient, and sensor noise after averaging down.
     turn = rng.uniform(0, 2 * np.pi)
-    light = rng.uniform(0.6, 1.2) * (
-        1 + rng.uniform(0, 0.4) * ((x - size / 2) * np.cos(turn) + (y - size / 2) * np.sin(turn)) / size
-    )
+    light, slope = rng.uniform(0.6, 1.2), rng.uniform(0, 0.4)
+    light = light * (1 + slope * ((x - size / 2) * np.cos(turn) + (y - size / 2) * np.sin(turn)) / size)
     image = (image * light[..., None]).reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 3).mean((1, 3))
     image = np.clip(image + rng.normal(0, 0.03, image.shape), 0, 1)
-    return (image.transpose(2, 0, 1) * 255).round().astype(np.uint8), label[
-        ::SUPERSAMPLING, ::SUPERSAMPLING
-    ].copy()
+    label = label[::SUPERSAMPLING, ::SUPERSAMPLING].copy()
+    return (image.transpose(2, 0, 1) * 255).round().astype(np.uint8), label
 
 
 def _object(x: np.ndarray, y: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:

@@ -57,9 +57,7 @@ def load_split(dataset: SegDataset, name: str, seed: int = 0) -> Split:
     if own and dataset.root and (dataset.root / name / "labeled.txt").is_file():
         return _from_folder(dataset, name, dataset.root / name)
     if not dataset.train:
-        raise DataError(
-            f"data set {dataset.name!r} has no training images under {dataset.root}. {dataset.where}"
-        )
+        raise DataError(f"{dataset.name!r} has no training images under {dataset.root}. {dataset.where}")
     if name == "full":
         return _split(name, [id for id in dataset.train if _may_be_labeled(dataset, id)], dataset.train)
     if wish is None:
@@ -98,9 +96,7 @@ def draw(dataset: SegDataset, count: int, seed: int) -> list[str]:
         if len(counts) == len(dataset.classes):
             break
     if absent := [dataset.classes[c] for c in sorted(seen - counts.keys())]:
-        raise DataError(
-            f"random: no {count} images found that hold every class, {absent} would be absent; ask for more"
-        )
+        raise DataError(f"random: no {count} images hold every class, {absent} would be absent; ask for more")
     return list(holds)
 
 
@@ -136,26 +132,18 @@ def _lists() -> dict:
 def _published_split(dataset: SegDataset, name: str) -> Split:
     counts = published_splits(dataset.name)
     if name not in counts:
-        own = (
-            [
-                str(found.parent.relative_to(dataset.root))
-                for found in sorted(dataset.root.rglob("labeled.txt"))
-            ]
-            if dataset.root
-            else []
-        )
-        choose(
-            f"{dataset.name} split", name, [*counts, *own, "random/1_16", "random/32", "random/32@3", "full"]
-        )
+        root = dataset.root
+        own = [str(p.parent.relative_to(root)) for p in sorted(root.rglob("labeled.txt"))] if root else []
+        others = ["random/1_16", "random/32", "random/32@3", "full"]
+        choose(f"{dataset.name} split", name, [*counts, *own, *others])
     count, file, sha256 = _lists()[dataset.name][name]
     labeled = _verified(file, dataset.pattern, count, sha256)
     if not as_published(f"{dataset.name}/train", dataset.train):
+        whole = f"{published_count(f'{dataset.name}/train')} training images of {dataset.name!r}"
         missing = some(sorted(set(labeled) - set(dataset.train)), "labeled images")
-        raise DataError(
-            f"split {name} is drawn from the {published_count(f'{dataset.name}/train')} training images of "
-            f"{dataset.name!r}; {dataset.root} has {len(dataset.train)}, without {missing}. {dataset.where} "
-            "For a part of the data use 'random/1_16'."
-        )
+        there = f"{dataset.root} has {len(dataset.train)}, without {missing}. {dataset.where}"
+        advice = "For a part of the data use 'random/1_16'."
+        raise DataError(f"split {name} is drawn from the {whole}; {there} {advice}")
     return _split(name, labeled, _rest(dataset, labeled))
 
 
@@ -206,14 +194,9 @@ def _fetch(file: str) -> str:
             plain = local(mirror) / address["mirror"] / path
             zipped = plain.with_name(plain.name + ".gz")
             return gzip.decompress(zipped.read_bytes()).decode() if zipped.is_file() else read_text(plain)
-        url, sha256 = f"{address['url']}/{path}", _lists()["files"][file]
-        return read_text(
-            Path(
-                pooch.retrieve(
-                    url, f"sha256:{sha256}", fname=file.replace("/", "_"), path=pooch.os_cache("mkd")
-                )
-            )
-        )
+        url, sha256 = f"{address['url']}/{path}", f"sha256:{_lists()['files'][file]}"
+        name, cache = file.replace("/", "_"), pooch.os_cache("mkd")
+        return read_text(Path(pooch.retrieve(url, sha256, fname=name, path=cache)))
     except (OSError, EOFError, ValueError) as error:
         advice = "Without a network, let MKD_SPLITS name a folder that holds the published lists."
         raise DataError(f"cannot get the list {address['url']}/{path}: {error}. {advice}") from error

@@ -36,9 +36,8 @@ class VOC(FileDataset):
     train_list = "train"
 
     def __init__(self, root: str, prefer_aug_masks: bool = False):
-        self.root = find_root(
-            self.name, root, ["JPEGImages"], self.where, below=("", "VOC2012", "VOCdevkit/VOC2012")
-        )
+        below = ("", "VOC2012", "VOCdevkit/VOC2012")
+        self.root = find_root(self.name, root, ["JPEGImages"], self.where, below)
         self.prefer_aug_masks = prefer_aug_masks
         self.train = self._list(self.train_list, f"{self.name}/train")
         self.val = self._list("val", "voc/val")
@@ -55,9 +54,8 @@ class VOC(FileDataset):
         if self.prefer_aug_masks or id not in self._original:
             folders.reverse()
         masks = [self.root / folder / f"{id}.png" for folder in folders]
-        return self.root / "JPEGImages" / f"{id}.jpg", next(
-            (mask for mask in masks if mask.is_file()), masks[0]
-        )
+        mask = next((mask for mask in masks if mask.is_file()), masks[0])
+        return self.root / "JPEGImages" / f"{id}.jpg", mask
 
 
 class VOCAug(VOC):
