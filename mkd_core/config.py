@@ -29,12 +29,8 @@ PLACES = {"root", "weights"}
 NOT_IDENTITY = PLACES | {"device", "threads", "workers", "checkpoint_every", "keep_every", "log_every"}
 PARAMETERS = ROOT / "parameters"
 TABLE = {"common", "recipes", "rows", "columns"}  # keys of a table's file; a single run's has none of them
-OF_METHOD = (
-    "method",
-    "options",
-    "weak_photometric",
-    "bn_momentum",
-)  # what a row takes of a single run's file
+# what a row takes of a single run's file
+OF_METHOD = ("method", "options", "weak_photometric", "bn_momentum")
 
 
 def _encoder(name: str) -> str:
@@ -86,9 +82,7 @@ class RunConfig(Checked):
     batch: int = Field(16, gt=0, description="labeled images a step, and as many unlabeled ones")
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(0.0025, gt=0)
-    head_lr: float = Field(
-        1.0, gt=0, description="rate of all but the encoders, in units of lr (UniMatch 10)"
-    )
+    head_lr: float = Field(1.0, gt=0, description="rate of all but the encoders in units of lr (UniMatch 10)")
     weight_decay: float = Field(5e-4, ge=0)
     power: float = Field(0.9, ge=0, description="poly schedule: lr (1 - step / steps) ** power")
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -177,17 +171,13 @@ class Grid(Checked):
     @cached_property
     def cells(self) -> dict[str, dict[str, list[RunConfig]]]:
         """Row name -> column name -> one configuration a seed."""
-        return {
-            row: {c: [self._config(row, c, s) for s in self.seeds] for c in self.columns} for row in self.rows
-        }
+        columns, seeds = self.columns, self.seeds
+        return {row: {c: [self._config(row, c, s) for s in seeds] for c in columns} for row in self.rows}
 
     @property
     def runs(self) -> dict[str, list[RunConfig]]:
         """Row name -> its configurations, column by column, seed by seed."""
-        return {
-            name: [config for configs in row.values() for config in configs]
-            for name, row in self.cells.items()
-        }
+        return {name: [c for configs in row.values() for c in configs] for name, row in self.cells.items()}
 
     def _config(self, row: str, column: str, seed: int) -> RunConfig:
         own = dict(self.rows[row])
@@ -216,10 +206,8 @@ class Grid(Checked):
 
 
 def read_config(folder: str | Path) -> RunConfig:
-    """Read the configuration of a run folder; ValueError where there is none."""
+    """Read the configuration of a run folder; ValueError where it cannot be read."""
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"there is no run in {folder}")
     try:
         return RunConfig(**json.loads(path.read_bytes()))
     except (ValueError, TypeError) as error:
@@ -239,13 +227,10 @@ def with_bases(
     if isinstance(names, int):
         return dict(values)
     for name in filter(None, [names] if isinstance(names, str) else names):
-        path = next(
-            (p.resolve() for p in (folder / name, PARAMETERS / name, Path(name)) if p.is_file()), None
-        )
+        places = (folder / name, PARAMETERS / name, Path(name))
+        path = next((place.resolve() for place in places if place.is_file()), None)
         if path is None:
-            raise ValueError(
-                f"base: there is no file {name!r} in {folder}, {PARAMETERS} or the working directory"
-            )
+            raise ValueError(f"base: there is no file {name!r} in {folder}, {PARAMETERS} or where one works")
         if path in above:
             raise ValueError(f"base: {' -> '.join(p.name for p in (*above, path))} is a circle")
         below = with_bases(read_parameters(path), path.parent, (*above, path))

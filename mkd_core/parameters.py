@@ -6,7 +6,6 @@ PyYAML reads YAML 1.1, in which 1_16 is 116, 2024-01-05 is a date, on and no are
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -47,9 +46,8 @@ class CoreLoader(yaml.SafeLoader):
 
 
 for _name, (_pattern, _first) in CORE.items():
-    CoreLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list(_first)
-    )
+    _form = re.compile(f"^(?:{_pattern})$")
+    CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _form, list(_first))
 CoreLoader.add_constructor("tag:yaml.org,2002:int", CoreLoader.construct_core_int)
 
 
@@ -58,20 +56,13 @@ def parse_yaml(source: str | bytes, place: str, text: Collection[str] = ()) -> A
     try:
         loader = CoreLoader(source)
         loader.text = text
-        value = loader.get_single_data()
+        return loader.get_single_data()
     except yaml.YAMLError as error:
         raise ValueError(f"{place} is not YAML: {error}") from error
-    try:
-        json.dumps(value, default=str)
-    except ValueError:
-        raise ValueError(f"{place}: a value stands inside itself (an anchor and its alias)") from None
-    return value
 
 
 def read_parameters(file: Path, text: Collection[str] = ()) -> dict[str, Any]:
     """Read a YAML file of parameters; ValueError unless it is a mapping."""
-    if not file.is_file():
-        raise ValueError(f"parameters file {file} does not exist")
     values = parse_yaml(file.read_bytes(), str(file), text) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold `name: value` lines, it holds a {type(values).__name__}")
@@ -100,14 +91,12 @@ def _parse_value(key: str, typed: str, is_text: bool) -> Any:
     return typed if isinstance(value, str) else value  # "data #2" is not "data" with a comment
 
 
-def merge(
-    parameters: dict[str, Any], values: dict[str, Any], whole: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Put values over parameters; "common.root" reaches into the mapping `common`, which must be there, or in `whole`."""
+def merge(parameters: dict[str, Any], values: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+    """Put values over parameters; "common.root" reaches into the mapping `common`, which must be in `whole`."""
     merged = copy.deepcopy(parameters)
     for key, value in values.items():
         *path, last = key.split(".")
-        inner, there = merged, merged if whole is None else whole
+        inner, there = merged, whole
         for name in path:
             if not isinstance(there.get(name), dict):
                 raise ValueError(f"{key}: the parameters file has no mapping {name!r} to put {last!r} into")

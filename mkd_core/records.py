@@ -7,17 +7,16 @@ import os
 import platform
 import subprocess
 import threading
-from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
-ROOT = (
-    Path(__file__).resolve().parents[1]
-)  # notebooks and papermill start in different folders; the project root is where the package lies
+# Notebooks and papermill start in different folders; the project's root is where the package lies.
+ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path(os.path.expanduser(os.environ.get("MKD_RUNS") or ROOT / "runs")).resolve()
 
 
@@ -31,11 +30,6 @@ def folder(name: str | Path) -> Path:
     path = below_root(name)
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def nearest(path: Path) -> Path:
-    """The path itself, or of the folders above it the first that exists."""
-    return next(place for place in (path, *path.parents) if place.exists())
 
 
 class Record(BaseModel):
@@ -74,12 +68,18 @@ Rows = Mapping[str, Sequence[Record]]
 Cells = Mapping[str, Mapping[str, Sequence[Record]]]  # row -> column -> one record a seed
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """All of the content or nothing: a temporary file beside it, flushed to disk, then renamed over it."""
+def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], Any]) -> None:
+    """Write all of the content or nothing: a temporary file beside it, flushed to disk, then renamed over it.
+
+    content may be what writes into a binary file: partial(picture.save, format="PNG").
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -94,14 +94,11 @@ def save(record: Record, folder: Path) -> None:
 def load(folder: str | Path) -> Record | None:
     """Read the record of a run folder; None where the run is not finished."""
     path = Path(folder) / "record.json"
-    if not path.exists():
-        return None
     try:
-        return Record.model_validate_json(path.read_text())
+        return Record.model_validate_json(path.read_text()) if path.exists() else None
     except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged; delete it and the run is finished from its checkpoint. {str(error)[:300]}"
-        ) from error
+        advice = "delete it and the run is finished from its checkpoint"
+        raise ValueError(f"{path} is damaged; {advice}. {str(error)[:300]}") from error
 
 
 def history(folder: str | Path) -> list[dict[str, Any]]:
@@ -113,35 +110,28 @@ def history(folder: str | Path) -> list[dict[str, Any]]:
             raise ValueError("a row without a step")
         return rows
     except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); delete it, and a run that goes on writes it anew from its checkpoint"
-        ) from error
+        advice = "delete it, and a run that goes on writes it anew from its checkpoint"
+        raise ValueError(f"{path} is damaged ({error}); {advice}") from error
 
 
 def environment() -> dict[str, str]:
     """Versions of what can change a result."""
+    machine = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
     names = ("torch", "torchvision", "segmentation-models-pytorch", "timm", "numpy")
-    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return machine | {name: version(name) for name in names}
 
 
 def commit() -> str:
     """The project's git commit, with "+changes" where the working tree differs; "unknown" outside a checkout."""
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.check_output(
+            ["git", "-C", str(ROOT), *words], text=True, stderr=subprocess.PIPE
+        ).strip()
 
     try:
-        return git("rev-parse", "HEAD") + (
-            "+changes" if git("status", "--porcelain", "--", "mkd_core") else ""
-        )
+        changed = git("status", "--porcelain", "--", "mkd_core")
+        return git("rev-parse", "HEAD") + "+changes" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -163,9 +153,8 @@ def as_cells(cells: Rows | Cells) -> Cells:
 def describe(config: Mapping[str, Any], record: Record | None = None) -> dict[str, Any]:
     """Make a run's line of `frame` from its configuration in plain JSON, and from its record where there is one."""
     dataset, root = config["dataset"], Path(config["root"]).name
-    line = {
-        key: config[key] for key in ("seed", "method", "dataset", "split", "protocol", "encoder", "steps")
-    }
+    keys = ("seed", "method", "dataset", "split", "protocol", "encoder", "steps")
+    line = {key: config[key] for key in keys}
     # VOC and VOCAug differ in their unlabeled images only; a folder is known by its name.
     line["data"] = {"voc_aug": "voc", "folder": f"folder {root}"}.get(dataset, dataset)
     line["dataset_options"] = json.dumps(config["dataset_options"], sort_keys=True)
@@ -173,12 +162,9 @@ def describe(config: Mapping[str, Any], record: Record | None = None) -> dict[st
     if record:
         line |= {key: getattr(record, key) for key in COLUMNS if key in Record.model_fields}
         line |= {key: record.split.get(key, "") for key in ("labeled", "sha256", "sha256_unlabeled")}
-        line |= {
-            "split": config["split"],
-            "weights": record.weights["name"],
-            "images": record.evaluated["images"],
-        }
-        line |= {"evaluated": json.dumps(record.evaluated, sort_keys=True)}
+        line |= {"split": config["split"], "weights": record.weights["name"]}
+        of = record.evaluated
+        line |= {"images": of["images"], "evaluated": json.dumps(of, sort_keys=True)}
     return line
 
 
@@ -205,56 +191,37 @@ def frame(cells: Rows | Cells | pd.DataFrame) -> pd.DataFrame:
         for record in found
     ]
     table = pd.DataFrame(lines, columns=list(COLUMNS)).astype({"all_labels": bool})
-    return table.assign(
-        row=pd.Categorical(table.row, list(cells)), column=pd.Categorical(table.column, list(titles))
-    )
+    places = {
+        "row": pd.Categorical(table.row, list(cells)),
+        "column": pd.Categorical(table.column, list(titles)),
+    }
+    return table.assign(**places)
+
+
+def labeler(names: Sequence[str]) -> str:
+    """Return the predictor that labels unlabeled images: the first teacher, else the first of all."""
+    return next((name for name in names if name.startswith("teacher")), names[0])
 
 
 def evaluations(runs: pd.DataFrame) -> pd.DataFrame:
     """Lay out the evaluations of the runs of a `frame`, a line an evaluated predictor.
 
     row, column, seed, step, predictor; miou, kept, accuracy, accuracy_all in percent, NaN where not measured.
-    reported marks the predictor whose mIoU counts, the first; labeler the one that labels unlabeled images: the
-    first teacher, else the first. A run whose record holds no evaluations has no lines.
+    reported marks the predictor whose mIoU counts, the first; labeler the one that labels (`labeler`).
+    A run whose record holds no evaluations has no lines.
     """
-    lines = []
+    numbers, lines = ("miou", "kept", "accuracy", "accuracy_all"), []
     for run in runs.itertuples():
         for found in run.evaluations:
             quality = found.get("pseudo_labels", {})
             names = list(dict.fromkeys([*found["miou"], *quality]))
-            labeler = next((name for name in names if name.startswith("teacher")), names[0])
             for name in names:
-                line = {
-                    "row": run.row,
-                    "column": run.column,
-                    "seed": run.seed,
-                    "step": found["step"],
-                    "predictor": name,
-                }
-                line |= {
-                    "reported": name == names[0],
-                    "labeler": name == labeler,
-                    "miou": found["miou"].get(name),
-                }
-                lines.append(
-                    line
-                    | {key: quality.get(name, {}).get(key) for key in ("kept", "accuracy", "accuracy_all")}
-                )
-    keys = [
-        "row",
-        "column",
-        "seed",
-        "step",
-        "predictor",
-        "reported",
-        "labeler",
-        "miou",
-        "kept",
-        "accuracy",
-        "accuracy_all",
-    ]
-    numbers = dict.fromkeys(keys[-4:], float) | {"row": runs.row.dtype, "reported": bool, "labeler": bool}
-    return pd.DataFrame(lines, columns=keys).astype(numbers)
+                of = {"miou": found["miou"].get(name)} | quality.get(name, {})
+                place = [run.row, run.column, run.seed, found["step"], name, name == names[0]]
+                lines.append([*place, name == labeler(names), *map(of.get, numbers)])
+    keys = ["row", "column", "seed", "step", "predictor", "reported", "labeler", *numbers]
+    kinds = dict.fromkeys(numbers, float) | {"row": runs.row.dtype, "reported": bool, "labeler": bool}
+    return pd.DataFrame(lines, columns=keys).astype(kinds)
 
 
 def dump(cells: Rows | Cells, path: Path) -> None:
@@ -268,11 +235,8 @@ def dump(cells: Rows | Cells, path: Path) -> None:
             kept: list[dict[str, Any]] = [record.model_dump(mode="json") for record in found]
             for line in kept:
                 line["config"] |= {key: Path(line["config"][key]).name for key in ("root", "weights")}
-            lines += [
-                json.dumps({"row": row, "column": title} | line, ensure_ascii=False) + "\n"
-                for line in kept or [{}]
-            ]
-    write_atomically(path, "".join(lines))
+            lines += [{"row": row, "column": title} | line for line in kept or [{}]]
+    write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def read_cells(path: str | Path) -> dict[str, dict[str, list[Record]]]:
@@ -284,8 +248,9 @@ def read_cells(path: str | Path) -> dict[str, dict[str, list[Record]]]:
             found = cells.setdefault(line.pop("row"), {}).setdefault(line.pop("column"), [])
             found += [Record(**line)] if line else []
         except (ValueError, KeyError) as error:
+            place = f"{path}, line {number}"
             raise ValueError(
-                f"{path}, line {number} is not a record with its row and column: {str(error)[:300]}"
+                f"{place} is not a record with its row and column: {str(error)[:300]}"
             ) from error
     return cells
 

@@ -7,6 +7,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -276,7 +277,6 @@ def write_new(folder: Path, stem: str, picture: Image.Image) -> Path:
     """Write folder/stem.png, or stem-2.png, ... where that exists: nothing is overwritten."""
     stem = re.sub(r"[^\w.-]+", "_", stem)
     names = (folder / f"{stem}{'' if k == 1 else f'-{k}'}.png" for k in itertools.count(1))
-    path, buffer = next(name for name in names if not name.exists()), io.BytesIO()
-    picture.save(buffer, "PNG")
-    records.write_atomically(path, buffer.getvalue())
+    path = next(name for name in names if not name.exists())
+    records.write_atomically(path, partial(picture.save, format="PNG"))
     return path

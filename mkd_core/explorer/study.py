@@ -25,9 +25,8 @@ from ..trained import OpenRun, find_run, open_run
 
 Array = NDArray[Any]
 Runs = RunConfig | str | Path | Sequence[RunConfig | str | Path]
-Checkpoint = tuple[
-    int, int
-]  # its step, 0 for the last one; the time of its file: a run that still trains replaces it
+# its step, 0 for the last one; the time of its file: a run that still trains replaces it
+Checkpoint = tuple[int, int]
 VIEWS = ("weak view", "strong view", "partner", "CutMix")
 
 
@@ -54,11 +53,6 @@ class Prediction:
 def mean_iou(label: Array, truth: Array, classes: int) -> float:
     """Return the mIoU of one image in percent."""
     return miou(confusion_matrix(torch.from_numpy(label), torch.from_numpy(truth), classes))
-
-
-def labeler(names: Sequence[str]) -> str:
-    """Return the network that labels: the first teacher, else the first predictor."""
-    return next((name for name in names if name.startswith("teacher")), names[0])
 
 
 def tell_apart(configs: Sequence[RunConfig], folders: Sequence[Path]) -> list[str]:

@@ -21,9 +21,10 @@ import traitlets
 
 from .. import records
 from ..evaluate import QUALITY_THRESHOLD
+from ..records import labeler
 from . import panes
 from .panes import LAYERS, SORTS, Choice, Shown, number
-from .study import VIEWS, Checkpoint, Runs, Study, labeler, newest_runs
+from .study import VIEWS, Checkpoint, Runs, Study, newest_runs
 
 BUTTONS = ("previous", "next", "random", "redraw views", "look again", "save view", "save pseudo-label")
 THUMBNAILS = 12

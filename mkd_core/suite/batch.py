@@ -131,7 +131,8 @@ def check(runs: Sequence[Run]) -> None:
     Equal data are looked through once, and equal networks built once; where weights or data are
     missing, from random weights and for two classes.
     """
-    if runs and not ((place := records.nearest(records.RUNS)).is_dir() and os.access(place, os.W_OK)):
+    place = next(place for place in (records.RUNS, *records.RUNS.parents) if place.exists())
+    if runs and not (place.is_dir() and os.access(place, os.W_OK)):
         raise ValueError(f"{place} is no folder that can be written: runs are kept in {records.RUNS}")
     found: dict[str, list[Run]] = {}
     seen: dict[Any, tuple[Any, str]] = {}

@@ -139,6 +139,11 @@ def read_all(known: Mapping[str, Parameter], file: Path | None, pairs: Sequence[
         values["base"] = [str(path) if path.is_file() else name for name, path in places.items()]
     typed = parse_values(pairs, texts)
     merged = merge(whole if single else values, typed, whole)
+    own = [key for key in ("common", "rows", "columns") if key in known and key not in merged]
+    if own and merged.get("base") and known is not PLAIN:  # its smoke run; papermill takes it silently
+        raise ValueError(
+            f"the notebook's own {', '.join(own)} would lie over the file's base: state it in the file"
+        )
     if single:
         dataset = choose("data set", merged.get("dataset", known["dataset"].default), DATASETS)
         for key in (typed.keys() - known.keys()) & inspect.signature(DATASETS[dataset]).parameters.keys():
