@@ -1,7 +1,7 @@
 # make demo: the main job. make test: every test. Both set everything up first. make help lists the rest.
 PY = .venv/bin/python
 MKD = .venv/bin/mkd
-.PHONY: help demo test bench lab viewer lint tidy lock
+.PHONY: help demo test bench gpu lab viewer lint tidy lock
 
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -17,6 +17,9 @@ test: .venv/.ok  ## all tests, notebooks included, a file at a time on each core
 
 bench: .venv/.ok  ## speed and memory of the parts, as ratios
 	$(PY) tests/bench.py
+
+gpu: .venv/.ok  ## checks, speed and training on a GPU in eight minutes, into runs/gpu; ARGS="--data ROOT --runs FILE", "--dry" ...
+	$(PY) tests/gpu.py --out runs/gpu $(ARGS)
 
 lab: .venv/.ok  ## JupyterLab on the notebooks
 	.venv/bin/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. notebooks/00_quickstart.ipynb

@@ -117,13 +117,13 @@ def distort(images: Tensor) -> Tensor:
 def _sometimes(images: Tensor, operation: Callable[..., Tensor], probability: float) -> Tensor:
     """Apply the operation to a random part of the batch; its parameters are drawn for the whole batch.
 
-    On a CPU only that part is computed; on a GPU, choosing it would wait for the device.
+    Only that part is computed. It is drawn on the host: asking a device how large it is would wait.
     """
-    coin = torch.rand(len(images), 1, 1, 1, device=images.device) < probability
-    if images.is_cuda or not coin.any():
-        return torch.where(coin, operation(images), images)
-    chosen = coin.flatten().nonzero().flatten()
-    out = images.clone()
+    chosen = (torch.rand(len(images), 1, 1, 1) < probability).flatten().nonzero().flatten()
+    if not len(chosen):
+        operation(images)  # for its draws
+        return images
+    chosen, out = send(chosen, images.device), images.clone()
     out[chosen] = operation(images[chosen], draw=lambda _, low, high: uniform(images, low, high)[chosen])
     return out
 

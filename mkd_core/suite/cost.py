@@ -54,13 +54,16 @@ class Step:
         seed_step(config.seed, 0)
         x = torch.randn(config.batch, 3, *config.crop, device=device)
         y = torch.randint(CLASSES, (config.batch, *config.crop), device=device)
+        low = config.precision == "bfloat16"
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=low, cache_enabled=False)
         u = len(x) if self.method.unlabeled or self.method.stages else 0
         strong = tuple(x[:u].roll(1, 3) for _ in range(self.method.views if u else 0))
         self.batch = Batch(x, y, x[:u], strong, torch.ones_like(y[:u], dtype=torch.bool), y[:u])
 
     def __call__(self) -> None:
-        terms, _ = self.method(self.batch, 0.5)
-        torch.stack([*terms.values()]).sum().backward()
+        with self.autocast():
+            terms, _ = self.method(self.batch, 0.5)
+        torch.stack([t.float() for t in terms.values()]).sum().backward()
         self.method.update(10)
         self.method.zero_grad(set_to_none=True)
 
@@ -82,8 +85,10 @@ class Step:
         """As many passes through the first network and nothing else."""
         net = next(net for net in self.method.modules() if isinstance(net, SegNet))
         for _ in range(round(gradient)):
-            net(self.batch.x).float().mean().backward()
-        with torch.no_grad():
+            with self.autocast():
+                logits = net(self.batch.x)
+            logits.float().mean().backward()
+        with torch.no_grad(), self.autocast():
             for _ in range(round(plain)):
                 net(self.batch.x)
         net.zero_grad(set_to_none=True)

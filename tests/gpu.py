@@ -1,0 +1,379 @@
+"""make gpu: what this suite does on a GPU, in one folder: checks, speed, then training for the time that is left.
+
+    python tests/gpu.py --out FOLDER [--minutes 8] [--data ROOT] [--runs FILE.yaml] [--slots 4] [--parts methods,bench] [--dry]
+
+results.jsonl has a line for each result as soon as it is there, report.md the same for reading, log.txt what the parts
+printed, history.jsonl the training curves. Each part is a process with a time limit: one that fails or hangs is put down, the
+others go on. --runs: a table as `mkd batch` takes it, of runs on a data set in list files at ROOT; they run side by side, those
+of the first seed first, until the time is up, and what is unfinished is put down too. --dry: everything at toy size on a CPU
+(with --runs: these on the CPU).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_checks import CHECKS, Put, attempt
+from tiny import config
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from mkd_core import Grid, RunConfig, records, run
+from mkd_core.augment import STRONG
+from mkd_core.methods import Batch
+from mkd_core.parameters import read_parameters
+from mkd_core.suite.cost import Step
+from mkd_core.train import make_optimizers
+
+# Side by side, then one after the other: parts and the seconds that each may take; the last has what is left.
+METHODS = "mkd", "supervised", "unimatch"
+ROUNDS = ({"versions": 60, "methods": 120, "kernels": 60, "resume": 120}, {"bench": 200}, {"train": 3600})
+FORK = multiprocessing.get_context(
+    "fork"
+)  # imports are made once; nothing here touches the GPU before the fork
+os.environ |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+TINY = {"encoder": "tu-test_resnet", "channels": 16, "crop": (32, 32), "batch": 2, "device": "cpu"}
+
+
+def bench(device: torch.device, put: Put, args: argparse.Namespace) -> None:
+    """Steps of a whole method at the paper's size, the most wanted first; the batch halves until it fits."""
+    ceiling = {p: matmul(device, p, 256 if args.dry else 8192) for p in ("bfloat16", "tf32", "float32")}
+    for precision, value in ceiling.items():
+        put(f"matrix product {precision}", True, tflops=value / 1e12)
+    size = {"crop": (512, 512), "batch": 16, "device": device.type}
+    wanted = [(e, m, p) for e in ("resnet50", "resnet101") for p in ("bfloat16", "tf32") for m in METHODS]
+    wanted += [("resnet50", method, "float32") for method in METHODS]
+    if args.dry:
+        wanted = [("tu-test_resnet", "mkd", "bfloat16"), ("tu-test_resnet", "supervised", "float32")]
+    else:
+        torch.set_num_threads(os.cpu_count() or 1)  # networks are drawn on the host
+    for encoder, method, precision in wanted:
+        for last in (False, True)[: 1 + (precision != "float32")]:
+            name = f"{encoder} {method} {precision}{' channels_last' * last}"
+            with attempt(put, name):
+                of = TINY if args.dry else size | {"encoder": encoder}
+                c = RunConfig(
+                    method=method, precision="bfloat16" if precision == "bfloat16" else "float32", **of
+                )
+                put(name, **measure(c, device, precision, last, ceiling[precision]))
+    for name in ("one_of", "chain"):
+        with attempt(put, f"colour {name}"):
+            images = torch.rand(*(2, 3, 64, 64) if args.dry else (16, 3, 512, 512), device=device)
+            put(f"colour {name}", True, ms=1e3 * seconds(partial(STRONG[name], images), device))
+
+
+def measure(c: RunConfig, device: torch.device, precision: str, last: bool, ceiling: float) -> dict[str, Any]:
+    """Measure one step, at half the batch where it does not fit.
+
+    ms, images_per_s; memory_gib, the peak; tflop, and mfu against the matrix product's; over, the step beside as many
+    passes through its first network alone; costs.
+    """
+    with arithmetic(precision):
+        while c.batch >= 2:
+            try:
+                return {"ok": True, "batch": c.batch, **_measure(Step(c), c, device, last, ceiling)}
+            except torch.OutOfMemoryError as error:
+                why = str(error)[:200]
+            c = c.model_copy(update={"batch": c.batch // 2})
+            gc.collect()
+            torch.cuda.empty_cache()
+    return {"ok": False, "error": why}
+
+
+def _measure(step: Step, c: RunConfig, device: torch.device, last: bool, ceiling: float) -> dict[str, Any]:
+    def turned(v: Any) -> Any:
+        return v.contiguous(memory_format=torch.channels_last) if isinstance(v, Tensor) and v.ndim == 4 else v
+
+    if last:
+        step.method.to(memory_format=torch.channels_last)
+        parts = {
+            k: tuple(map(turned, v)) if isinstance(v, tuple) else turned(v)
+            for k, v in vars(step.batch).items()
+        }
+        step.batch = Batch(**parts)
+    optimizers = make_optimizers(c, step.method)
+
+    def whole() -> None:
+        with step.autocast():
+            terms, _ = step.method(step.batch, 0.5)
+        torch.stack([t.float() for t in terms.values()]).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step.method.update(10)
+
+    with FlopCounterMode(display=False) as flops:  # warms up too
+        whole()
+    torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
+    time_s, images, work = (
+        seconds(whole, device),
+        len(step.batch.x) + len(step.batch.weak),
+        flops.get_total_flops(),
+    )
+    found = {
+        "ms": 1e3 * time_s,
+        "images_per_s": images / time_s,
+        "tflop": work / 1e12,
+        "mfu": work / time_s / ceiling,
+    }
+    if device.type == "cuda":
+        found["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    gradient, plain = step.passes()
+    found["over"] = time_s / seconds(partial(step.networks, gradient, plain), device)
+    return found | {"costs": costliest(whole, device)}
+
+
+@contextmanager
+def arithmetic(precision: str) -> Iterator[None]:
+    """float32 is exact where it is asked for: cuDNN and cuBLAS use TF32 only under "tf32"."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def seconds(f: Callable[[], Any], device: torch.device, most: float = 2.0) -> float:
+    """Median seconds of f, the device waited for: 3 to 20 calls after two, for about `most` seconds."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times: list[float] = []
+    for call in range(22):
+        wait()
+        began = time.perf_counter()
+        f()
+        wait()
+        times += [time.perf_counter() - began] * (call > 1)
+        if len(times) >= 3 and sum(times) > most:
+            break
+    return statistics.median(times)
+
+
+def matmul(device: torch.device, precision: str, n: int) -> float:
+    """FLOP/s of an n x n x n matrix product of random numbers."""
+    with arithmetic(precision):
+        a, b = (
+            torch.randn(
+                n, n, device=device, dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32
+            )
+            for _ in range(2)
+        )
+        return 2 * n**3 / seconds(lambda: a @ b, device, 0.5)
+
+
+def costliest(f: Callable[[], Any], device: torch.device) -> str:
+    """The three operations that take most of the device's time, with their shares."""
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as found:
+        f()
+    rows = {
+        e.key: e.self_device_time_total if cuda else e.self_cpu_time_total
+        for e in found.key_averages()
+        if e.key.startswith("aten::")
+    }
+    total = sum(rows.values()) or 1
+    top = sorted(rows, key=rows.__getitem__, reverse=True)[:3]
+    return ", ".join(f"{key.removeprefix('aten::')} {100 * rows[key] / total:.0f} %" for key in top)
+
+
+def versions(device: torch.device, put: Put, args: argparse.Namespace) -> None:
+    about = {"device": "cpu", "commit": records.commit(), **records.environment()}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(0)
+        about |= {
+            "device": card.name,
+            "memory_gib": card.total_memory / 2**30,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    put("versions", True, **about)
+
+
+def train(device: torch.device, put: Put, args: argparse.Namespace) -> None:
+    """Runs side by side until the time is up: mIoU of what is done, the last state of what is not."""
+    if args.dry and not args.runs:
+        configs = [config(method, steps=4, evaluate_every=2) for method in ("supervised", "cps")]
+    elif not args.runs:
+        return put("no --runs", True)
+    else:
+        values = read_parameters(args.runs)
+        if args.data:
+            values["common"] = values.get("common", {}) | {"dataset": "folder", "root": str(args.data)}
+        grid = Grid(**{key: value for key, value in values.items() if key in Grid.model_fields})
+        configs = sorted((c for of in grid.runs.values() for c in of), key=lambda c: c.seed)
+    waiting = [c.model_copy(update={"device": device.type}) for c in configs[::-1]]
+    with tempfile.TemporaryDirectory() as place:
+        active: list[tuple[BaseProcess, RunConfig]] = []
+        while (waiting or active) and time.time() < args.until - 5:
+            while waiting and len(active) < args.slots:
+                c = waiting.pop()
+                active.append((FORK.Process(target=run, args=(c, Path(place), True)), c))
+                active[-1][0].start()
+            for process, c in [(p, c) for p, c in active if not p.is_alive()]:
+                active.remove((process, c))
+                leave(c, Path(place), args.out, put, process.exitcode)
+            time.sleep(0.1)
+        for process, c in active:
+            process.kill()
+            process.join()
+            leave(c, Path(place), args.out, put, None)
+        for c in waiting:
+            put(f"{c.method} {c.split} seed {c.seed}", True, state="not begun")
+
+
+def leave(c: RunConfig, runs: Path, out: Path, put: Put, status: int | None) -> None:
+    """Put down a run: its record, or how far it came."""
+    rows = records.history(runs / c.id)
+    with open(out / "history.jsonl", "a") as file:
+        file.writelines(
+            json.dumps({"run": c.id, **{k: v for k, v in row.items() if k != "confusion"}}) + "\n"
+            for row in rows
+        )
+    scores = [max(row["miou"].values()) for row in rows if "miou" in row]
+    about = {
+        "state": "done" if status == 0 else "failed" if status else "cut off",
+        "step": rows[-1]["step"] if rows else 0,
+        "of": c.steps,
+    }
+    if record := records.load(runs / c.id):
+        about |= {
+            "miou": record.miou,
+            "predictors": record.predictors,
+            "seconds": record.seconds,
+            "images_per_s": record.images_per_second,
+            "memory_mib": record.peak_memory_mb,
+        }
+    elif scores:
+        about |= {"best_predictor_so_far": max(scores)}
+    put(f"{c.method} {c.split} seed {c.seed} {c.precision}", not status, **about)
+
+
+def put(out: Path, part: str, name: str, ok: bool, **measures: Any) -> None:
+    line = json.dumps({"part": part, "name": name, "ok": bool(ok), **measures}, default=str) + "\n"
+    with open(out / "results.jsonl", "a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def report(out: Path) -> int:
+    """Write report.md where results.jsonl is newer; the number of failures."""
+    source, target = out / "results.jsonl", out / "report.md"
+    if not source.exists():
+        return 0
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    bad = [row for row in rows if not row["ok"]]
+    if target.exists() and target.stat().st_mtime > source.stat().st_mtime:
+        return len(bad)
+    text = [f"# {len(rows)} results, {len(bad)} failed\n"]
+    text += [
+        f"- FAILED {row['part']}: {row['name']}: {row.get('error', row)} {row.get('where', '')}"
+        for row in bad
+    ]
+    for part in dict.fromkeys(row["part"] for row in rows):
+        mine = [
+            {k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items() if k != "part"}
+            for row in rows
+            if row["part"] == part
+        ]
+        columns = dict.fromkeys(key for row in mine for key in row)
+        table = [columns, dict.fromkeys(columns, "---"), *mine]
+        lines = [" | ".join(columns), *(" | ".join(row.get(c, "") for c in columns) for row in table[1:])]
+        text.append(f"\n## {part}\n\n" + "\n".join(f"| {line} |" for line in lines))
+    records.write_atomically(target, "\n".join(text) + "\n")
+    return len(bad)
+
+
+def part(name: str, args: argparse.Namespace) -> None:
+    """One part, in a process of its own, which leads a group so that nothing of it is left behind."""
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.stdout = sys.stderr = open(args.out / "log.txt", "a", buffering=1)  # noqa: SIM115
+    for stream in (1, 2):  # of libraries too
+        os.dup2(sys.stdout.fileno(), stream)
+    device, write = torch.device("cpu" if args.dry else "cuda"), partial(put, args.out, name)
+    if name in CHECKS:
+        CHECKS[name](device, write, *[("mkd",)] * (args.dry and name != "kernels"))
+    else:
+        {"versions": versions, "bench": bench, "train": train}[name](device, write, args)
+
+
+def work_through(parts: dict[str, int], args: argparse.Namespace, end: float) -> None:
+    """The parts side by side, none longer than its limit; the report follows them."""
+    active: dict[str, tuple[BaseProcess, float]] = {}
+    try:
+        for name, limit in parts.items():
+            args.until = min(time.time() + limit, end)
+            process = FORK.Process(target=part, args=(name, args))
+            process.start()
+            active[name] = process, args.until
+        while active:
+            time.sleep(0.2)
+            for name, (process, until) in [*active.items()]:
+                if process.is_alive() and time.time() < until:
+                    continue
+                if process.is_alive():
+                    put(args.out, name, "the whole part", False, error="its time was up")
+                elif process.exitcode:
+                    put(
+                        args.out,
+                        name,
+                        "the whole part",
+                        False,
+                        error=f"ended with {process.exitcode}, see log.txt",
+                    )
+                stop(active.pop(name)[0])
+            report(args.out)
+    finally:
+        for process, _ in active.values():
+            stop(process)
+
+
+def stop(process: BaseProcess) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--runs", type=Path)
+    parser.add_argument("--slots", type=int, default=4)
+    parser.add_argument("--parts", default=",".join(name for of in ROUNDS for name in of))
+    parser.add_argument("--dry", action="store_true")
+    args = parser.parse_args()
+    args.out = args.out.resolve()
+    if not args.dry and not torch.cuda.is_available():
+        parser.error("torch sees no GPU; --dry does everything at toy size on a CPU")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in ("results.jsonl", "report.md", "log.txt", "history.jsonl"):
+        (args.out / name).unlink(missing_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the parts end too
+    end = time.time() + 60 * args.minutes - 5
+    for stage in ROUNDS:
+        wanted = {name: limit for name, limit in stage.items() if name in args.parts.split(",")}
+        work_through(wanted, args, end)
+    print((args.out / "report.md").read_text())
+    return min(report(args.out), 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

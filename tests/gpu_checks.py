@@ -1,0 +1,319 @@
+"""Checks of tests/gpu.py: a device against the CPU, bfloat16 against float32, no waiting in a step, resume.
+
+Each check is one line: `put(name, ok, **measures)`. Without a GPU the "device" is a CPU whose convolutions are computed another
+way (oneDNN off), so that the comparison has real rounding to bound.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from test_methods import AT_WORK, students, teachers
+from tiny import CLASSES, batch, build, config, make
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from mkd_core import losses, runner
+from mkd_core.augment import boxes, colour
+from mkd_core.config import RunConfig
+from mkd_core.data.stream import Crops
+from mkd_core.ema import EMA
+from mkd_core.methods import METHODS, Batch, Method
+from mkd_core.methods.noise import three_of
+from mkd_core.metrics import confusion_matrix
+from mkd_core.models import nearest, resize
+from mkd_core.semantics import ClassMoments
+from mkd_core.train import make_batch, make_optimizers
+
+Put = Callable[..., None]
+# Largest relative difference of a loss term, and of the gradient as a vector; bounds of float32 are about ten times what
+# another way to compute the convolutions changes on a CPU, those of bfloat16 twice what it changes there.
+BOUNDS = {"float32": (1e-3, 2e-2), "bfloat16": (0.2, 0.6)}
+# The direction of PS-MT's attack is a difference quotient over a tiny step: rounding alone turned the gradient by 0.09 on a CPU.
+BOUNDS_OF = {("ps_mt", "float32"): (1e-3, 0.5)}
+
+
+class SameDraws(TorchDispatchMode):
+    """Random numbers are drawn on the CPU in float32, then sent: the same on every device and in every precision."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+
+        def host(t: Tensor) -> Tensor:
+            return t.cpu().float() if t.is_floating_point() else t.cpu()
+
+        like = next((a for a in args if isinstance(a, Tensor)), None)
+        device = kwargs.get("device") or (like.device if like is not None else "cpu")
+        dtype = kwargs.get("dtype") or (like.dtype if like is not None else torch.float32)
+        there = kwargs | ({"device": torch.device("cpu")} if "device" in kwargs else {})
+        there |= {"dtype": torch.float32} if dtype == torch.bfloat16 and "dtype" in kwargs else {}
+        drawn = func(*tree_map_only(Tensor, host, args), **there)
+        if func.overloadpacket.__name__.endswith("_"):
+            return args[0].copy_(drawn)
+        return tree_map_only(
+            Tensor, lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype), drawn
+        )
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    """Relative distance of two vectors."""
+    a, b = a.double().cpu(), b.double().cpu()
+    return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
+
+
+def onto(b: Batch, device: torch.device) -> Batch:
+    return Batch(
+        **{
+            k: tuple(t.to(device) for t in v) if isinstance(v, tuple) else v.to(device)
+            for k, v in vars(b).items()
+        }
+    )
+
+
+def other_way(device: torch.device) -> Any:
+    return nullcontext() if device.type == "cuda" else torch.backends.mkldnn.flags(enabled=False)
+
+
+def one_step(name: str, options: dict, device: torch.device, precision: str) -> tuple[dict, Tensor, Method]:
+    """Terms, gradient as one vector, and the method after a backward from the same weights and draws."""
+    method = make(name, **options).to(device)
+    torch.manual_seed(1)
+    with (
+        SameDraws(),
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False),
+    ):
+        terms, _ = method(onto(batch(size=64), device), 0.7)
+    torch.stack([t.float() for t in terms.values()]).sum().backward()
+    fixed = {id(p) for t in teachers(method) for p in t.parameters()}
+    free = [p for p in method.parameters() if p.requires_grad and id(p) not in fixed]
+    return terms, torch.cat([p.grad.float().flatten() for p in free]), method
+
+
+def methods(device: torch.device, put: Put, names: Sequence[str] = tuple(METHODS)) -> None:
+    """Every method: float32 against the CPU, bfloat16 against float32, on one small batch."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for name in names:
+        options = AT_WORK.get(name, {})
+        sure = options | ({"threshold": 0.0} if "threshold" in options else {})  # no pixel is on the edge
+        with attempt(put, f"{name} float32"), other_way(device):
+            found = one_step(name, options, device, "float32")
+            with torch.backends.mkldnn.flags(enabled=True):
+                exact = one_step(name, options, torch.device("cpu"), "float32")
+            put(f"{name} float32", **compare(name, "float32", found, exact))
+        with attempt(put, f"{name} bfloat16"):
+            low, exact = (one_step(name, sure, device, p) for p in ("bfloat16", "float32"))
+            put(f"{name} bfloat16", **compare(name, "bfloat16", low, exact))
+        with attempt(put, f"{name} waits for nothing"):
+            waits(name, device)
+            put(f"{name} waits for nothing", True)
+
+
+def compare(name: str, precision: str, found: tuple, reference: tuple) -> dict[str, Any]:
+    """ok and measures: terms and gradients near the reference's, finite; students get a gradient, teachers none."""
+    (terms, gradient, method), (exact, wanted, _) = found, reference
+    loss = max(
+        abs(terms[k].item() - t.item()) / max(abs(t.item()), 0.1) for k, t in exact.items()
+    )  # of a small term, the absolute difference counts
+    ends = [part for s in students(method) for part in (s.encoder, s.decoder, s.classifier)]
+    reached = all(any(p.grad is not None and p.grad.abs().sum() > 0 for p in e.parameters()) for e in ends)
+    untouched = all(p.grad is None for t in teachers(method) for p in t.parameters())
+    finite = bool(gradient.isfinite().all()) and all(bool(t.isfinite()) for t in terms.values())
+    most = BOUNDS_OF.get((name, precision), BOUNDS[precision])
+    of_gradient = apart(gradient, wanted)
+    ok = terms.keys() == exact.keys() and loss <= most[0] and of_gradient <= most[1]
+    measures = {"loss": loss, "gradient": of_gradient, "finite": finite}
+    return {
+        "ok": ok and finite and reached and untouched,
+        **measures,
+        "students": reached,
+        "teachers": untouched,
+    }
+
+
+def waits(name: str, device: torch.device) -> None:
+    """Training steps after the first, views, optimiser and teachers included; CUDA raises where the host would wait."""
+    plain = AT_WORK.get(name, {})
+    c = config(
+        name, options=plain, crop=(64, 64), device=device.type, weak_photometric=True, precision="bfloat16"
+    )
+    method = make(name, **plain).to(device)
+    optimizers = make_optimizers(c, method)
+    b = batch(size=64)
+    u = slice(0, None if method.unlabeled or method.stages else 0)
+    raw = (
+        (b.x * 40 + 128).clamp(0, 255).byte(),
+        b.y.byte(),
+        (b.weak * 40 + 128).clamp(0, 255).byte()[u],
+        b.valid[u],
+        b.label.byte()[u],
+    )
+    crops = Crops(*(t.pin_memory() if device.type == "cuda" else t for t in raw))
+    try:
+        for step in range(3):
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first makes constants
+            made = make_batch(crops, c, method.views, device)
+            with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+                terms, _ = method(made, 0.7)
+            torch.stack([t.float() for t in terms.values()]).sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            method.update(step + 1)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+class attempt:
+    """What fails inside is put down with its last lines, and the next check goes on."""
+
+    def __init__(self, put: Put, name: str):
+        self.put, self.name = put, name
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
+        if error is None or not isinstance(error, Exception):
+            return False
+        own = [f for f in traceback.extract_tb(trace) if "mkd_core" in f.filename or "tests" in f.filename]
+        where = f"{Path(own[-1].filename).name}:{own[-1].lineno} {own[-1].line}" if own else ""
+        self.put(self.name, False, error=f"{kind.__name__}: {str(error)[:300]}", where=where)
+        return True
+
+
+def kernels(device: torch.device, put: Put) -> None:
+    """Losses, moments, EMA, resizing, boxes, metrics, colour: on the device against the CPU, from the same draws."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    g = torch.Generator().manual_seed(0)
+    maps, others = (3 * torch.randn(3, CLASSES, 40, 48, generator=g) for _ in range(2))
+    label = torch.randint(0, CLASSES, (3, 40, 48), generator=g).masked_fill(maps[:, 0] > 3, 255)
+    features, image = torch.randn(3, 16, 40, 48, generator=g), torch.rand(5, 3, 48, 64, generator=g)
+    valid = others[:, 0] > -2
+
+    def moments(f: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:
+        m = ClassMoments(CLASSES, 16).to(f.device)
+        for part in f.split(1), f.flip(0).split(2):
+            for p, q in zip(part, y.split([len(p) for p in part]), strict=True):
+                m.update(p, q)
+        table = m.table(f[0, :, :CLASSES, 0].T, 1.5)
+        return [m.count, m.mean, m.var, table, m.shift(z, y, table)]
+
+    def average(*_: Tensor) -> list[Tensor]:
+        torch.manual_seed(0)
+        net, other = build().to(_[0].device), build().to(_[0].device)
+        teacher = EMA(net, 0.9, buffers="all")
+        teacher.update(other, 3)
+        return [p for p in teacher.module.state_dict().values() if p.is_floating_point()]
+
+    def slope(f: Callable[..., Tensor], *args: Any) -> list[Tensor]:
+        x = args[0].detach().requires_grad_()
+        out = f(x, *args[1:])
+        return [out, *torch.autograd.grad(out.sum(), [x])]
+
+    near = {  # name -> (function, arguments); float32
+        "cross_entropy": (lambda z, y: slope(losses.cross_entropy, z, y), maps, label),
+        "cross_entropy over": (lambda z, y, v: slope(losses.cross_entropy, z, y, v), maps, label, valid),
+        "confidence": (losses.confidence, maps),
+        "entropy": (lambda z: slope(losses.entropy, z), maps),
+        "kl_divergence": (lambda z, t: slope(losses.kl_divergence, z, t), maps, others),
+        "squared_distance": (losses.squared_distance, maps, others),
+        "masked_mean": (lambda z, v: losses.masked_mean(z[:, 0], v), maps, valid),
+        "percentiles": (lambda z, v: losses.percentiles(z[:, 0], v, (0.2, 0.5, 0.83)), maps, valid),
+        "unit": (losses.unit, maps),
+        "resize": (lambda z: slope(resize, z, (93, 111)), maps),
+        "class moments, table, shift": (moments, features, label, maps),
+        "EMA": (average, maps),
+        **{
+            f"colour {name}": (getattr(colour, name), image)
+            for name in ("brightness", "contrast", "saturation", "hue", "blur", "greyscale", "chain", "distort")
+        },
+    }  # fmt: skip
+    size = (48, 64)
+    same = {  # equal to the last bit
+        "pseudo_label": (losses.pseudo_label, maps, 0.7, valid),
+        "nearest": (nearest, label, (13, 31)),
+        "confusion_matrix": (lambda z, y: confusion_matrix(z.max(1).indices, y, CLASSES), maps, label),
+        "draw": (lambda v: losses.draw(v.flatten(1), 9), valid),
+        "colour one_of": (lambda x: (colour.one_of(x) * 255).round(), image),
+        "colour three_of": (lambda x: (three_of(x) * 255).round(), image),
+        **{
+            f"boxes {law}": (lambda x, law=law: getattr(boxes, law)(len(x), size, x.device), image)
+            for law in ("xor_boxes", "ratio_box", "beta_box", "half_box", "square")
+        },
+        "mix": (lambda z, v: boxes.mix(z, v), maps, valid),
+    }  # fmt: skip
+    for exact, cases in ((False, near), (True, same)):
+        for name, (f, *args) in cases.items():
+            with attempt(put, name):
+                found = []
+                for place in (torch.device("cpu"), device):
+                    torch.manual_seed(3)
+                    with SameDraws():
+                        out = f(*tree_map_only(Tensor, lambda t, place=place: t.to(place), args))
+                    out = [out] if isinstance(out, Tensor) else [*out]
+                    found.append([t.detach().cpu().double() for t in out])
+                error = max(
+                    ((a - b).abs() / b.abs().clamp_min(1)).max().item() for b, a in zip(*found, strict=True)
+                )
+                # A value on the edge of two classes or grey levels may fall to either side.
+                few = max((a != b).double().mean().item() for b, a in zip(*found, strict=True))
+                put(name, few <= 1e-3 if exact else error <= 1e-4, error=error, differing=few)
+
+
+RESUMED: dict[str, dict] = {
+    "supervised": {},
+    "mkd": {"threshold": 0.3, "fda": 1.5},
+    "unimatch": {},
+    "st_plus_plus": {"scales": [1.0]},
+}
+
+
+def resume(device: torch.device, put: Put, names: Sequence[str] = tuple(RESUMED)) -> None:
+    """A run that was stopped and goes on ends with the weights of one that was not; beside it, two that were not."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.deterministic = True
+    for name in names:
+        with attempt(put, f"{name} resumed"), tempfile.TemporaryDirectory() as place:
+            c = config(name, options=RESUMED[name], device=device.type, steps=8)
+            ends = [finish(c, Path(place, str(i)), stop=4 if i == 2 else 0) for i in range(3)]
+            again, resumed = apart(ends[1], ends[0]), apart(ends[2], ends[0])
+            put(f"{name} resumed", resumed <= 10 * again, twice=again, resumed=resumed, exact=resumed == 0)
+
+
+def finish(c: RunConfig, runs: Path, stop: int) -> Tensor:
+    """The weights after a run; stop: the step after whose checkpoint it is left, to be gone on with."""
+
+    class Left(Exception):
+        pass
+
+    whole = runner.train
+
+    def left(*args: Any) -> Any:
+        for row in whole(*args):
+            yield row
+            if row["step"] == stop:
+                raise Left
+
+    runner.train = left if stop else whole
+    try:
+        runner.run(c, runs, quiet=True)
+    except Left:
+        runner.train = whole
+        runner.run(c, runs, quiet=True)
+    finally:
+        runner.train = whole
+    state = torch.load(runs / c.id / "checkpoint.pt", weights_only=True, map_location="cpu")["method"]
+    return torch.cat([t.double().flatten() for t in state.values()])
+
+
+CHECKS = {"methods": methods, "kernels": kernels, "resume": resume}
