@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as rle
 
 from .base import IGNORE, DataError, FileDataset, colormap, find_root, some
 
@@ -123,6 +122,8 @@ def _render(objects: list[tuple[dict[str, Any], int]], height: int, width: int) 
 
 def _decode(outline: Any, height: int, width: int) -> np.ndarray:
     """(H, W) bool of COCO's polygons or run lengths; all False where there is no outline."""
+    from pycocotools import mask as rle  # compiled code that only rendering needs
+
     if isinstance(outline, list):
         polygons = [polygon for polygon in outline if len(polygon) >= 6]  # the library takes four for a box
         if not polygons:
