@@ -16,11 +16,13 @@ _HOME = {
     "open_dataset": "data",
     "open_run": "trained",
     "run": "runner",
+    "prepare_folder": "suite.own_images",
     "pseudo_label": "suite.predict",
     "published": "suite.published",
     "report": "suite.report",
     "run_table": "suite.batch",
     "table": "suite.tables",
+    "train_folder": "suite.own_images",
 }
 __all__ = list(_HOME)
 

@@ -191,36 +191,53 @@ def read_image(path: Path) -> Tensor:
     return read_turned(path)[0]
 
 
-def read_label(path: Path, classes: int | None = None) -> Tensor:
-    """Read the class indices of a mask as (H, W) uint8; a palette is never applied.
-
-    What the file means is judged from the file itself: its format, bits and pages.
-    Grey of 1, 2 or 4 bits holds indices too: PIL stretches them to 0..255, which is undone.
-    With `classes`, DataError for a value that is neither in 0..classes-1 nor IGNORE.
-    """
+@contextmanager
+def open_mask(path: Path) -> Iterator[Image.Image]:
+    """Open a mask with PIL; DataError for formats that change pixels, and for one that viewers turn."""
     with _open(path, "mask") as picture:
-        kind, mode, packed = picture.format, picture.mode, picture.info.get("compression")
+        kind, packed = picture.format, picture.info.get("compression")
         # JPEG and WebP change pixels, GIF writers renumber colours
         if kind not in ("PNG", "TIFF", "BMP") or packed in ("jpeg", "webp"):
             raise DataError(
                 f"{path}: a mask must be a lossless PNG, TIFF or BMP; this {kind} may change classes"
             )
-        if mode not in ("L", "P", "1"):
-            raise DataError(
-                f"{path}: a mask must be a grey or palette PNG of class indices, not of mode {mode}"
-            )
-        stored = picture.tile[0][3] if picture.tile else ""  # type: ignore[attr-defined]
-        stored = stored if isinstance(stored, str) else stored[0]
-        label = np.array(picture, dtype=np.uint8) // np.uint8({"L;2": 85, "L;4": 17}.get(stored, 1))
+        yield picture
         if (turned := _orientation(picture)) != 1:
             raise DataError(
                 f"{path}: a mask with EXIF orientation {turned}; save it upright, without the mark"
             )
+
+
+def stored(picture: Image.Image) -> np.ndarray:
+    """The numbers that a mask stores: PIL stretches grey of 2 and 4 bits to 0..255, which is undone."""
+    raw = picture.tile[0][3] if picture.tile else ""  # type: ignore[attr-defined]
+    kind, numbers = raw if isinstance(raw, str) else raw[0], np.array(picture)
+    return numbers // np.uint8({"L;2": 85, "L;4": 17}[kind]) if kind in ("L;2", "L;4") else numbers
+
+
+def read_label(path: Path, classes: int | None = None) -> Tensor:
+    """Read the class indices of a mask as (H, W) uint8; a palette is never applied.
+
+    What the file means is judged from the file itself: its format, bits and pages.
+    With `classes`, DataError for a value that is neither in 0..classes-1 nor IGNORE.
+    """
+    with open_mask(path) as picture:
+        if (mode := picture.mode) not in ("L", "P", "1"):
+            raise DataError(
+                f"{path}: a mask must be a grey or palette PNG of class indices, not of mode {mode}"
+            )
+        label = stored(picture).astype(np.uint8)
     outside = label[(label >= (classes or IGNORE)) & (label != IGNORE)]
     if outside.size:
         values = f"{', '.join(map(str, np.unique(outside)[:5]))} ({outside.size} pixels)"
         raise DataError(f"{path}: label values {values} outside 0..{(classes or IGNORE) - 1} and {IGNORE}")
     return torch.from_numpy(label)
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Height and width of a picture as `read_image` turns it, without its pixels."""
+    with _open(path, "picture") as picture:
+        return picture.size if _orientation(picture) > 4 else picture.size[::-1]
 
 
 def read_palette(path: Path) -> bytes:

@@ -71,9 +71,9 @@ def predict(
     _check([folder / name for folder in kinds for name in items], [*items.values()], overwrite, progress)
     for name, image, label, confidence in _labels(model, net, items, progress):
         colours = opened.palette[label].astype(np.uint16)
-        _save(kinds[0] / name, label.numpy(), opened.palette)
-        _save(kinds[1] / name, (255 * confidence).round().byte().numpy())
-        _save(kinds[2] / name, ((_pixels(image) + colours + 1) // 2).astype(np.uint8))
+        save_png(kinds[0] / name, label.numpy(), opened.palette)
+        save_png(kinds[1] / name, (255 * confidence).round().byte().numpy())
+        save_png(kinds[2] / name, ((_pixels(image) + colours + 1) // 2).astype(np.uint8))
     return [kinds[0] / name for name in items]
 
 
@@ -113,9 +113,9 @@ def pseudo_label(
     (out / "train.txt").unlink(missing_ok=True)  # where it stands, the data set is complete
 
     def write(name: str, mask: Tensor) -> None:
-        _save(out / "masks" / name, mask.numpy(), opened.palette)
+        save_png(out / "masks" / name, mask.numpy(), opened.palette)
         if items[name].generated:
-            _save(items[name].file, _pixels(items[name].image()))
+            save_png(items[name].file, _pixels(items[name].image()))
 
     for name in items.keys() - new.keys():
         write(name, items[name].truth())  # type: ignore[misc]
@@ -183,13 +183,16 @@ def _parts(
     return new, labeled, evaluated
 
 
+def relative(file: Path, folder: Path) -> str:
+    """The name of a file from a folder, the way that the system goes through links; the file itself may be one."""
+    return os.path.join(os.path.relpath(file.parent.resolve(), folder.resolve()), file.name)
+
+
 def _texts(opened: OpenRun, out: Path, items: Items, parts: Sequence[list[Item]]) -> dict[Path, str]:
     """The texts of a data set of pseudo-labels by their paths; train.txt comes last."""
     lines = {}
     for name, item in items.items():
-        # The way that the system goes through links; the image itself may be a link.
-        way = os.path.relpath(item.file.parent.resolve(), out.resolve())
-        lines[item.file] = f"{os.path.join(way, item.file.name)}\tmasks/{name}\n"
+        lines[item.file] = f"{relative(item.file, out)}\tmasks/{name}\n"
     new, labeled, evaluated = ("".join(lines[item.file] for item in part) for part in parts)
     keys = opened.config.model_dump() | {"dataset": "folder", "root": str(out), "split": "full"}
     following = RunConfig(**keys | {"dataset_options": {}, "method": "supervised", "options": {}})
@@ -261,7 +264,7 @@ def _pixels(image: Tensor) -> Pixels:
     return image.permute(1, 2, 0).numpy()
 
 
-def _save(path: Path, array: Pixels, palette: Pixels | None = None) -> None:
+def save_png(path: Path, array: Pixels, palette: Pixels | None = None) -> None:
     """Write a PNG of (H, W) or (H, W, 3); with a palette (C, 3), an indexed one, its other colours VOC's."""
     picture = Image.fromarray(array)
     if palette is not None:

@@ -6,6 +6,7 @@ Functions take cells (row -> column -> records), rows, or a part of their `recor
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import pandas as pd
@@ -27,21 +28,28 @@ OVER_SEEDS: Any = ("pi", 100)  # from the smallest to the largest
 def report(
     cells: Rows | Cells, published: str = "", out: str = "", shown: str = "", against: str = ""
 ) -> tables.Table:
-    """Write records.jsonl, table.{md,html,tex} and pictures of a table into the folder `out`, and display them.
+    """Write the report of a table into the folder `out`, relative to the project's root, and display it; see `write`."""
+    made, pictures = write(cells, records.folder(out), published, shown, against)
+    display(made, *pictures.values())
+    return made
+
+
+def write(
+    cells: Rows | Cells, folder: Path, published: str = "", shown: str = "", against: str = ""
+) -> tuple[tables.Table, dict[str, Picture]]:
+    """Write records.jsonl, table.{md,html,tex} and the pictures of a table into a folder; return table and pictures.
 
     published  the paper's table to stand beside: a file of published/ without its ending
-    out        relative to the project's root
     shown      column whose pictures are drawn, default the first; against: row that the IoU of classes is counted from
     """
-    folder, runs = records.folder(out), records.frame(cells)
+    runs = records.frame(cells)
     made = tables.table(cells, tables.published(published) if published else None)
     records.dump(cells, folder / "records.jsonl")
     tables.save(made, folder)
-    display(made)
-    for name, picture in of_table(runs, shown or runs.column.cat.categories[0], against).items():
+    pictures = of_table(runs, shown or runs.column.cat.categories[0], against)
+    for name, picture in pictures.items():
         figures.save(picture, folder / f"{name}.png")
-        display(picture)
-    return made
+    return made, pictures
 
 
 def look(cells: Runs) -> tuple[pd.DataFrame, dict[str, Any]]:

@@ -1,0 +1,135 @@
+"""A person's folder of photos and masks: which mask belongs to which photo, told by the names of files and folders."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from .base import DataError, some
+from .pictures import PICTURES, absolute, find_pictures
+
+IMAGE_FOLDERS = "images image imgs img photos jpegimages leftimg8bit rgb frames inputs"
+MASK_FOLDERS = (
+    "masks mask ann anns annotations annotation labels label gts gt gtfine targets "
+    "segmentationclass segmentationclasspng segmentations segmentation"
+)
+IMAGE_ENDINGS = "_leftImg8bit _image _img _rgb _photo"
+# The first are taken where a photo has several.
+MASK_ENDINGS = (
+    "_gtFine_labelTrainIds _gtFine_labelIds _labelTrainIds _labelIds _masks _mask _labels _label _gt _seg _L"
+)
+# Neither photo nor mask of classes.
+OTHERS = re.compile(r"(_color|_instanceIds)$|(^|/)(SegmentationObject|masks_human|instances)/", re.IGNORECASE)
+PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+PARTS |= {"test": "test", "testing": "test"}
+DONE = "mkd.yaml"  # written last: where it lies, a folder is prepared
+
+
+class Pair(NamedTuple):
+    """A photo, its mask (None: unlabeled), a name for both, and the part that a folder calls it ("" where none does)."""
+
+    name: str
+    image: Path
+    mask: Path | None
+    part: str
+
+
+class _File(NamedTuple):
+    path: Path
+    is_mask: bool
+    place: tuple[str, ...]  # its folders, without those that say images or masks
+    stems: tuple[str, str]  # as it is, and without its ending
+    rank: int  # of several masks the lowest counts
+
+
+def find_pairs(root: Path, out: Path, images: str = "", masks: str = "") -> tuple[list[Pair], list[str]]:
+    """Pair the photos below `root` with their masks; returns also what was left out and why.
+
+    images/a.jpg + masks/a.png, train/img/a.jpg + train/ann/a.jpg.png, JPEGImages + SegmentationClass,
+    leftImg8bit/.../a_leftImg8bit.png + gtFine/.../a_gtFine_labelIds.png, a.jpg + a_mask.png, and the like.
+    images, masks: folders below root, where their names tell nothing. DataError where two of one name are found.
+    """
+    pictures, left_out = find_pictures([root], out)
+    prepared = {path.parent for path in root.rglob(DONE)}
+    pictures = [path for path in pictures if not prepared.intersection(path.parents)]
+    names = {path: path.relative_to(root).as_posix() for path in pictures}
+    others = [path for path in pictures if OTHERS.search(names[path].removesuffix(path.suffix))]
+    _tell(left_out, "colours, instances or objects, no classes", root, others)
+    own = [(absolute(root / masks), True)] * bool(masks) + [(absolute(root / images), False)] * bool(images)
+    files = [_look(path, root, own) for path in pictures if path not in set(others)]
+    photos = [file for file in files if not file.is_mask]
+    known: dict[tuple[tuple[str, ...], str], _File] = {}
+    for file in photos:
+        if (twin := known.setdefault((file.place, file.stems[0]), file)) is not file:
+            raise DataError(f"{twin.path} and {file.path} are photos of one name: move one away")
+    for file in photos:
+        known.setdefault((file.place, file.stems[1]), file)
+    by_stem: dict[str, set[_File]] = defaultdict(set)
+    for (_, stem), file in known.items():
+        by_stem[stem].add(file)
+    masks_of, alone, spare = defaultdict(list), [], []
+    for file in (file for file in files if file.is_mask):
+        near = [known[file.place, stem] for stem in file.stems if (file.place, stem) in known]
+        # Masks in another tree of folders: by the name, where it is the only one.
+        far = [photo for stem in file.stems if len(by_stem[stem]) == 1 for photo in by_stem[stem]]
+        if near or far:
+            masks_of[(near or far)[0].path].append(file)
+        else:
+            alone.append(file.path)
+    chosen = {}
+    for photo, same in masks_of.items():
+        same.sort(key=lambda file: file.rank)
+        if twins := [file.path for file in same if file.rank == same[0].rank][1:]:
+            raise DataError(f"{photo} has several masks, {same[0].path} and {twins[0]}: move one away")
+        chosen[photo] = same[0].path
+        spare += [file.path for file in same[1:]]
+    _tell(left_out, "another form of a mask", root, spare)
+    _tell(left_out, "a mask without a photo of its name", root, alone)
+    if not chosen:
+        where = f"folders called {MASK_FOLDERS.replace(' ', ', ')}, or names that end in _mask, _gt, _labelIds ..."
+        how = "name yours: --masks FOLDER, and --images FOLDER"
+        raise DataError(
+            "\n".join(
+                [f"{root}: no photo has a mask of its name. Masks are sought in {where}; {how}", *left_out]
+            )
+        )
+    pairs = [
+        Pair("/".join((*file.place, file.stems[0])), file.path, chosen.get(file.path), _part(file.place))
+        for file in photos
+    ]
+    return sorted(pairs), left_out
+
+
+def _look(path: Path, root: Path, own: list[tuple[Path, bool]]) -> _File:
+    folders = path.parent.relative_to(root).parts
+    kinds = {name: False for name in IMAGE_FOLDERS.split()} | {name: True for name in MASK_FOLDERS.split()}
+    said = [kinds[name.lower()] for name in folders if name.lower() in kinds]
+    said += [is_mask for folder, is_mask in own if path.is_relative_to(folder)]
+    inner = Path(path.stem)  # a.jpg.png is a mask of a.jpg
+    stem = unicodedata.normalize("NFC", inner.stem if inner.suffix.lower() in PICTURES.split() else path.stem)
+    is_mask = said[-1] if said else bool(_ending(stem, MASK_ENDINGS))
+    endings = MASK_ENDINGS if is_mask else IMAGE_ENDINGS
+    ending = _ending(stem, endings)
+    rank = [*endings.split(), ""].index(ending)
+    mine = {
+        part for folder, _ in own for part in folder.relative_to(root).parts if path.is_relative_to(folder)
+    }
+    place = tuple(name for name in folders if name.lower() not in kinds and name not in mine)
+    return _File(path, is_mask, place, (stem, stem[: len(stem) - len(ending)]), rank)
+
+
+def _ending(stem: str, endings: str) -> str:
+    """The first of the endings that a name has, "" for none."""
+    return next((ending for ending in endings.split() if stem.lower().endswith(ending.lower())), "")
+
+
+def _part(place: tuple[str, ...]) -> str:
+    return next((PARTS[name.lower()] for name in place if name.lower() in PARTS), "")
+
+
+def _tell(lines: list[str], why: str, root: Path, paths: list[Path]) -> None:
+    if paths:
+        lines.append(f"Left out, {why}: {some((path.relative_to(root) for path in sorted(paths)), 'files')}")
