@@ -143,7 +143,10 @@ class RunConfig(Checked):
             own = [self.dataset_options["train"], self.dataset_options["val"], "classes.txt"]
             files = [root / name for name in (*own, f"{split}/labeled.txt", f"{split}/unlabeled.txt") if name]
             # `mkd prepare` writes its lists into <photos>/mkd
-            identity |= {"root": root.parent.name if root.name == "mkd" else root.name, "lists": [file_sha256(path) for path in files if path.is_file()]}
+            identity |= {
+                "root": root.parent.name if root.name == "mkd" else root.name,
+                "lists": [file_sha256(path) for path in files if path.is_file()],
+            }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
         name = f"{identity.get('root') or self.dataset}-{self.split}-{self.method}-s{self.seed}-{digest}"
         return name.replace("/", "_").replace(" ", "_")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import inspect
-import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-Words = argparse.Namespace
+from .commands import Words, add_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         return added.add_argument
 
     _add_notebooks(command)
-    _add_others(command)
+    add_commands(command)
     return parser
 
 
@@ -79,49 +78,6 @@ def _add_notebooks(command: Callable[..., Any]) -> None:
     add("--resources", type=Path, help="YAML file of a Slurm job's resources (parameters/cluster/slurm.yaml)")
     add("-o", "--out", type=Path, help="folder of the executed table notebook")
     add("--html", action="store_true", help="write the table notebook as HTML too")
-
-
-def _add_others(command: Callable[..., Any]) -> None:
-    add = command(_check, "voc_aug --root VOCdevkit/VOC2012 --split cps/1_16")
-    add("dataset", help="shapes, folder, voc, voc_aug, cityscapes, coco")
-    add("pairs", nargs="*", metavar="key=value", help="options of the data set: classes=11 val=test.txt")
-    add("--root", default="", help="folder of the data set")
-    add("--split", default="random/1_16", help="labeled images (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of a random split")
-    add("--quick", action="store_true", help="lists and file names only, open nothing")
-    add("--download", action="store_true", help="fetch and verify the data first (voc, voc_aug)")
-    add = command(_predict, "runs/my_run photos/ --out predictions")
-    _add_predictor(add)
-    add("images", nargs="*", metavar="IMAGE", help="files of any size, or folders with pictures below them")
-    _add_output(add)
-    add = command(_pseudo_label, "runs/my_run --threshold 0.95 --out labels")
-    _add_predictor(add)
-    add("images", nargs="*", metavar="IMAGE", help="files or folders (default: the run's unlabeled images)")
-    add("--threshold", type=float, default=0.95, help="least confidence that is kept (default: %(default)s)")
-    add("--with-labeled", action="store_true", help="the run's labeled images join, with their true masks")
-    add("--val", action="store_true", help="write a val.txt of the run's evaluated images")
-    _add_output(add)
-    add = command(_export, "runs/my_run --predictor 'student 1' --out exported")
-    _add_predictor(add)
-    add("-o", "--out", default="", metavar="DIR", help="folder of both files (default: that of the run)")
-    add("--overwrite", action="store_true", help="replace files that exist")
-    add("--onnx", action="store_true", help="write an .onnx file instead (needs the extra onnx)")
-    add("--licence", default="", help="of the data, for the model card")
-    command(_methods, "mkd")("name", nargs="?", help="of the method")
-    command(_runs, "")
-
-
-def _add_predictor(add: Any) -> None:
-    add("run", metavar="RUN", help="a run folder, or the id of one under runs/")
-    add("--predictor", default="", metavar="NAME", help="'student 1', 'mean' ... (default: the reported one)")
-    add("--step", help="best (chosen on val), or that of a checkpoint-STEP.pt that was kept (default: last)")
-
-
-def _add_output(add: Any) -> None:
-    add("-o", "--out", required=True, metavar="DIR", help="folder to write to")
-    add("--overwrite", action="store_true", help="replace files that exist (default: refuse at the start)")
-    add("--protocol", default="", help="whole, long512, sliding (default: the run's; sliding if huge)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
 
 
 def _run(words: Words) -> int:
@@ -198,99 +154,6 @@ def _batch(words: Words) -> int:
     if failed or not table.is_file() or not all(run.record for run in every):
         return bool(failed)
     return _execute(words, table, parameters, ready.results)
-
-
-def _check(words: Words) -> int:
-    """Look for faults in a data set and a split before training.
-
-    Counts, hashes, class shares, and every missing, damaged or mismatched file. Status 1 where
-    there is a problem.
-    """
-    from ..data import check, load_split, open_dataset
-    from ..parameters import parse_values
-    from ..progress import Progress
-
-    if words.download:
-        from ..data.voc import download
-
-        download(words.dataset, words.root)
-    dataset = open_dataset(words.dataset, words.root, **parse_values(words.pairs))
-    split, say = load_split(dataset, words.split, words.seed), Progress("check")
-    report = check(dataset, split, not words.quick, lambda done, of: say(f"{done:,} of {of:,} files"))
-    print(report)
-    return 1 if report.problems else 0
-
-
-def _predict(words: Words) -> int:
-    """Predict images by a trained run.
-
-    Writes OUT/masks, OUT/overlays and OUT/confidence as PNG, under the images' paths below the
-    folder that holds them all.
-    """
-    from .predict import predict
-
-    masks = predict(words.run, words.images, words.out, **_options(words))
-    print(f"Masks, overlays and confidence of {len(masks):,} images: {words.out}")
-    return 0
-
-
-def _pseudo_label(words: Words) -> int:
-    """Label images by a trained run, as a data set for training.
-
-    Writes OUT/masks (PNG, 255 where the confidence is below the threshold), OUT/classes.txt and
-    OUT/train.txt for the data set `folder`. Prints what was kept, how much of it is right, and the
-    next command.
-    """
-    from .predict import pseudo_label
-
-    parts = {"with_labeled": words.with_labeled, "val": words.val}
-    pseudo_label(words.run, words.out, words.images, threshold=words.threshold, **parts, **_options(words))
-    return 0
-
-
-def _options(words: Words) -> dict[str, Any]:
-    return {name: getattr(words, name) for name in ("predictor", "step", "protocol", "device", "overwrite")}
-
-
-def _export(words: Words) -> int:
-    """Write a trained network as a torch.export file.
-
-    Writes <predictor>.pt2, checked to give the same labels, and <predictor>.json: preprocessing,
-    classes and colours.
-    """
-    from .export import export
-
-    options = {name: getattr(words, name) for name in ("predictor", "step", "overwrite", "onnx", "licence")}
-    written = export(words.run, words.out, **options)
-    print("Written:", *written, sep="\n  ")
-    return 0
-
-
-def _methods(words: Words) -> int:
-    """List the methods, or one with its equation and options."""
-    from ..choices import choose
-    from ..methods import METHODS
-
-    for name in [choose("method", words.name, METHODS)] if words.name else METHODS:
-        about = inspect.getdoc(sys.modules[METHODS[name].__module__]) or ""
-        options = inspect.getdoc(METHODS[name])
-        print(f"{about}\n\n{options}" if words.name else f"{name:16} {about.splitlines()[0]}")
-    return 0
-
-
-def _runs(words: Words) -> int:
-    """List the runs under runs/: method, data, step, mIoU in percent, size."""
-    from .. import records
-
-    for folder in sorted(path.parent for path in records.RUNS.glob("*/config.json")):
-        config, record = json.loads((folder / "config.json").read_bytes()), records.load(folder)
-        step = (records.history(folder) or [{"step": 0}])[-1]["step"]
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
-        found = f"{record.miou:.1f}" if record else "-"
-        print(
-            f"{folder.name}  {config['method']}  {config['dataset']} {config['split']}  step {step:,}  mIoU {found}  {size:.0f} MB"
-        )
-    return 0
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from .. import records
 from ..choices import choose
 from ..config import PARAMETERS, Grid, RunConfig
 from ..data import DataError, SegDataset, check, load_split, open_dataset
-from ..data.base import local, picture_size, read_text, some
+from ..data.base import local, picture_size, read_text
 from ..data.layouts import DONE, Pair, find_pairs
 from ..data.masks import Meaning, read_table, sizes, understand
 from ..data.pictures import absolute
@@ -71,9 +71,18 @@ def prepare_folder(
     table = _found(root, TABLE_FILES) if not colours else local(colours)
     listed = _found(root, CLASS_FILES) if classes is None else None
     names = read_text(listed).splitlines() if listed else classes
-    names = [name.strip() for name in names if name.strip() and name.strip() != "__ignore__"] if isinstance(names, list | tuple) else names
-    meaning = understand([pair.mask for pair in pairs if pair.mask], names, read_table(table) if table else {})
-    say(f"Masks: {'; '.join(meaning.notes)}; " + ("read as they lie" if meaning.as_is else f"converted to {out}/masks"))
+    names = (
+        [name.strip() for name in names if name.strip() and name.strip() != "__ignore__"]
+        if isinstance(names, list | tuple)
+        else names
+    )
+    meaning = understand(
+        [pair.mask for pair in pairs if pair.mask], names, read_table(table) if table else {}
+    )
+    say(
+        f"Masks: {'; '.join(meaning.notes)}; "
+        + ("read as they lie" if meaning.as_is else f"converted to {out}/masks")
+    )
     parts, apart = _parts(pairs, val, test, group_by, seed)
     say(*apart)
     values = _write(out, parts, meaning) | {"seed": seed}
@@ -102,7 +111,9 @@ def _fitting(pairs: list[Pair]) -> tuple[list[Pair], list[str]]:
         try:
             found = picture_size(pair.image)
             if pair.mask in size and size[pair.mask] != found:
-                faults[pair.mask] = f"{pair.mask}: a mask of {size[pair.mask]} pixels, its photo (upright) has {found}"
+                faults[pair.mask] = (
+                    f"{pair.mask}: a mask of {size[pair.mask]} pixels, its photo (upright) has {found}"
+                )
         except DataError as error:
             faults[pair.mask or pair.image] = str(error)
     kept = [pair for pair in pairs if pair.mask not in faults and pair.image not in faults]
@@ -140,7 +151,9 @@ def _parts(
             parts["train"] = [pair for pair in parts["train"] if pair not in drawn]
     if not parts["train"] or not parts["val"]:
         counts = ", ".join(f"{part} {len(of)}" for part, of in parts.items())
-        raise DataError(f"photos with masks: {counts}; train and val need some. Are there enough, and enough groups?")
+        raise DataError(
+            f"photos with masks: {counts}; train and val need some. Are there enough, and enough groups?"
+        )
     held = {group(pair) for pair in parts["val"] + parts["test"]} if pattern else set()
     bare = [pair for pair in pairs if not pair.mask]
     parts[""] = [pair for pair in bare if group(pair) not in held]
@@ -158,8 +171,12 @@ def _write(out: Path, parts: dict[str, list[Pair]], meaning: Meaning) -> dict[st
             if mask and not meaning.as_is:
                 mask = out / "masks" / f"{pair.name}.png"
                 mask.parent.mkdir(parents=True, exist_ok=True)
-                save_png(mask, meaning.read(pair.mask), meaning.palette and np.array(meaning.palette, np.uint8))
-            lines[part or "train"].append("\t".join(relative(file, out) for file in (pair.image, mask) if file))
+                save_png(
+                    mask, meaning.read(pair.mask), meaning.palette and np.array(meaning.palette, np.uint8)
+                )
+            lines[part or "train"].append(
+                "\t".join(relative(file, out) for file in (pair.image, mask) if file)
+            )
     for part, text in lines.items():
         if text or part != "test":
             records.write_atomically(out / f"{part}.txt", "".join(f"{line}\n" for line in text))
@@ -169,7 +186,12 @@ def _write(out: Path, parts: dict[str, list[Pair]], meaning: Meaning) -> dict[st
     large = max(height, width) > 768  # native crops would show too little of it
     factor = 512 / max(height, width) if large else 1
     crop = [int(min(320, max(32, side * factor // 16 * 16))) for side in (height, width)]
-    values = {"dataset": "folder", "root": str(out), "dataset_options": {"palette": meaning.palette}, "split": "labeled"}
+    values = {
+        "dataset": "folder",
+        "root": str(out),
+        "dataset_options": {"palette": meaning.palette},
+        "split": "labeled",
+    }
     return values | {"crop": crop, "base": 512 if large else 0, "protocol": "long512" if large else "whole"}
 
 
@@ -210,10 +232,11 @@ def _sheet(dataset: SegDataset, ids: Sequence[str]) -> figures.Picture:
 
 def train_folder(
     folder: str | Path, methods: Sequence[str] = ("supervised", "mkd"), *, quick: bool = False,
-    out: str | Path | None = None, **keys: Any,
+    out: str | Path | None = None, classes: Sequence[str] | int | None = None, **keys: Any,
 ) -> Table:  # fmt: skip
-    """Train methods on a prepared folder (see `prepare_folder`), write their report, return their records by row and column.
+    """Train methods on one's own photos, write their report, return their records by row and column.
 
+    The folder is prepared where that was not done; `classes`, and all else about that: `prepare_folder`.
     out       where the folder was prepared, default <folder>/mkd; the report lies in <out>/report
     quick     few steps, minutes on two cores
     keys      of RunConfig over <out>/mkd.yaml; "options.alpha": 2.0 reaches into MKD's options
@@ -221,13 +244,19 @@ def train_folder(
     Where there is a test.txt, the trained runs are evaluated on it too.
     """
     out = absolute(out or absolute(folder) / "mkd")
+    if not (out / DONE).exists():
+        prepare_folder(folder, out, classes=classes)
+    elif classes:
+        raise ValueError(f"{out} is prepared already; give the classes to mkd prepare --overwrite")
     values = merge(read_parameters(out / DONE, TEXT), (QUICK if quick else {}) | keys)
     own, options, seed = values.pop("method"), values.pop("options"), values.pop("seed")
     for name in methods:
         choose("method", name, METHODS)
     if own not in methods and any(key.startswith("options") for key in keys):
         raise ValueError(f"options are {own}'s, which is not among the methods")
-    rows = {METHODS[name].label: {"method": name, "options": options if name == own else {}} for name in methods}
+    rows = {
+        METHODS[name].label: {"method": name, "options": options if name == own else {}} for name in methods
+    }
     grid = Grid(common=values, rows=rows, seeds=[seed])
     cells = run_table(grid)
     place = out / ("report-quick" if quick else "report")
@@ -251,7 +280,9 @@ def _comparison(cells: Table, dataset: SegDataset) -> figures.Picture:
         found[name] = [model.label(image)[0] for image in images]
     if len(found) > 1:
         return figures.figure2(images, truth, found, dataset.palette, dataset.classes)
-    rows = {"photo": [*map(figures.to_image, images[:8])], "mask": truth[:8]} | {n: of[:8] for n, of in found.items()}
+    rows = {"photo": [*map(figures.to_image, images[:8])], "mask": truth[:8]} | {
+        n: of[:8] for n, of in found.items()
+    }
     return figures.sheet(rows, palette=dataset.palette, classes=dataset.classes)
 
 

@@ -1,0 +1,227 @@
+"""Commands that run no notebook: one's own photos, the check of data, trained runs at work, lists of what there is."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+Words = argparse.Namespace
+
+
+def add_commands(command: Callable[..., Any]) -> None:
+    add = command(_prepare, "my_photos --classes wall,window,door --group-by 8")
+    _add_folder(add)
+    add("--test", type=float, default=0.0, metavar="SHARE", help="of the photos with masks, for test.txt")
+    add(
+        "--labeled",
+        default="",
+        help="1/4, 40 or all of the photos with masks (default: all; 1/4 where all have one)",
+    )
+    add(
+        "--group-by",
+        default="",
+        metavar="N|REGEX",
+        help="photos of equal first N letters, or match, stay together",
+    )
+    add("--colours", default="", metavar="FILE", help="lines 'r g b name' (default: a table in the folder)")
+    add("--images", default="", metavar="DIR", help="folder of the photos, where its name does not tell")
+    add("--masks", default="", metavar="DIR", help="folder of the masks, where its name does not tell")
+    add("--val", type=float, default=0.2, metavar="SHARE", help="for val.txt (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the draws")
+    add("--overwrite", action="store_true", help="prepare anew what is prepared")
+    add = command(_train, "my_photos --quick")
+    _add_folder(add)
+    add("--methods", default="supervised,mkd", help="default: %(default)s; mkd methods lists all")
+    add("--quick", action="store_true", help="few steps, to see that all works")
+    add = command(_check, "voc_aug --root VOCdevkit/VOC2012 --split cps/1_16")
+    add("dataset", help="shapes, folder, voc, voc_aug, cityscapes, coco")
+    add("pairs", nargs="*", metavar="key=value", help="options of the data set: classes=11 val=test.txt")
+    add("--root", default="", help="folder of the data set")
+    add("--split", default="random/1_16", help="labeled images (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of a random split")
+    add("--quick", action="store_true", help="lists and file names only, open nothing")
+    add("--download", action="store_true", help="fetch and verify the data first (voc, voc_aug)")
+    add = command(_predict, "runs/my_run photos/ --out predictions")
+    _add_predictor(add)
+    add("images", nargs="*", metavar="IMAGE", help="files of any size, or folders with pictures below them")
+    _add_output(add)
+    add = command(_pseudo_label, "runs/my_run --threshold 0.95 --out labels")
+    _add_predictor(add)
+    add("images", nargs="*", metavar="IMAGE", help="files or folders (default: the run's unlabeled images)")
+    add("--threshold", type=float, default=0.95, help="least confidence that is kept (default: %(default)s)")
+    add("--with-labeled", action="store_true", help="the run's labeled images join, with their true masks")
+    add("--val", action="store_true", help="write a val.txt of the run's evaluated images")
+    _add_output(add)
+    add = command(_export, "runs/my_run --predictor 'student 1' --out exported")
+    _add_predictor(add)
+    add("-o", "--out", default="", metavar="DIR", help="folder of both files (default: that of the run)")
+    add("--overwrite", action="store_true", help="replace files that exist")
+    add("--onnx", action="store_true", help="write an .onnx file instead (needs the extra onnx)")
+    add("--licence", default="", help="of the data, for the model card")
+    command(_methods, "mkd")("name", nargs="?", help="of the method")
+    command(_runs, "")
+
+
+def _add_folder(add: Any) -> None:
+    add(
+        "folder", metavar="FOLDER", help="photos and masks, in folders or with names that tell which is which"
+    )
+    add("pairs", nargs="*", metavar="key=value", help="parameters of the runs: weights=FILE, steps=5000")
+    add("-o", "--out", metavar="DIR", help="folder of lists and report (default: FOLDER/mkd)")
+    add("--classes", help="names in the order of the values in the masks, a,b,c; or their number")
+
+
+def _add_predictor(add: Any) -> None:
+    add("run", metavar="RUN", help="a run folder, or the id of one under runs/")
+    add("--predictor", default="", metavar="NAME", help="'student 1', 'mean' ... (default: the reported one)")
+    add("--step", help="best (chosen on val), or that of a checkpoint-STEP.pt that was kept (default: last)")
+
+
+def _add_output(add: Any) -> None:
+    add("-o", "--out", required=True, metavar="DIR", help="folder to write to")
+    add("--overwrite", action="store_true", help="replace files that exist (default: refuse at the start)")
+    add("--protocol", default="", help="whole, long512, sliding (default: the run's; sliding if huge)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
+
+
+def _prepare(words: Words) -> int:
+    """Make a data set of one's own photos and masks.
+
+    Pairs them by name, says what the masks mean, draws val and labeled photos, writes lists into
+    FOLDER/mkd, checks all, and draws a sheet to look at. No photo and no mask is changed.
+    """
+    from ..parameters import parse_values
+    from .own_images import TEXT, prepare_folder
+
+    names = ["val", "test", "labeled", "group_by", "colours", "images", "masks", "seed", "overwrite"]
+    options = {name: getattr(words, name) for name in names}
+    prepare_folder(
+        words.folder, words.out, classes=_classes(words), **options, **parse_values(words.pairs, TEXT)
+    )
+    return 0
+
+
+def _train(words: Words) -> int:
+    """Train methods on one's own photos and report.
+
+    Prepares the folder where that was not done. Writes table, curves and predictions into
+    FOLDER/mkd/report. What is trained already is not trained again, and what was killed goes on.
+    """
+    from ..parameters import parse_values
+    from .own_images import TEXT, train_folder
+
+    keys = parse_values(words.pairs, TEXT)
+    train_folder(
+        words.folder,
+        words.methods.split(","),
+        quick=words.quick,
+        out=words.out,
+        classes=_classes(words),
+        **keys,
+    )
+    return 0
+
+
+def _classes(words: Words) -> list[str] | int | None:
+    if not words.classes:
+        return None
+    return (
+        int(words.classes) if words.classes.isdigit() else [name.strip() for name in words.classes.split(",")]
+    )
+
+
+def _check(words: Words) -> int:
+    """Look for faults in a data set and a split before training.
+
+    Counts, hashes, class shares, and every missing, damaged or mismatched file. Status 1 where
+    there is a problem.
+    """
+    from ..data import check, load_split, open_dataset
+    from ..parameters import parse_values
+    from ..progress import Progress
+
+    if words.download:
+        from ..data.voc import download
+
+        download(words.dataset, words.root)
+    dataset = open_dataset(words.dataset, words.root, **parse_values(words.pairs))
+    split, say = load_split(dataset, words.split, words.seed), Progress("check")
+    report = check(dataset, split, not words.quick, lambda done, of: say(f"{done:,} of {of:,} files"))
+    print(report)
+    return 1 if report.problems else 0
+
+
+def _predict(words: Words) -> int:
+    """Predict images by a trained run.
+
+    Writes OUT/masks, OUT/overlays and OUT/confidence as PNG, under the images' paths below the
+    folder that holds them all.
+    """
+    from .predict import predict
+
+    masks = predict(words.run, words.images, words.out, **_options(words))
+    print(f"Masks, overlays and confidence of {len(masks):,} images: {words.out}")
+    return 0
+
+
+def _pseudo_label(words: Words) -> int:
+    """Label images by a trained run, as a data set for training.
+
+    Writes OUT/masks (PNG, 255 where the confidence is below the threshold), OUT/classes.txt and
+    OUT/train.txt for the data set `folder`. Prints what was kept, how much of it is right, and the
+    next command.
+    """
+    from .predict import pseudo_label
+
+    parts = {"with_labeled": words.with_labeled, "val": words.val}
+    pseudo_label(words.run, words.out, words.images, threshold=words.threshold, **parts, **_options(words))
+    return 0
+
+
+def _options(words: Words) -> dict[str, Any]:
+    return {name: getattr(words, name) for name in ("predictor", "step", "protocol", "device", "overwrite")}
+
+
+def _export(words: Words) -> int:
+    """Write a trained network as a torch.export file.
+
+    Writes <predictor>.pt2, checked to give the same labels, and <predictor>.json: preprocessing,
+    classes and colours.
+    """
+    from .export import export
+
+    options = {name: getattr(words, name) for name in ("predictor", "step", "overwrite", "onnx", "licence")}
+    written = export(words.run, words.out, **options)
+    print("Written:", *written, sep="\n  ")
+    return 0
+
+
+def _methods(words: Words) -> int:
+    """List the methods, or one with its equation and options."""
+    from ..choices import choose
+    from ..methods import METHODS
+
+    for name in [choose("method", words.name, METHODS)] if words.name else METHODS:
+        about = inspect.getdoc(sys.modules[METHODS[name].__module__]) or ""
+        options = inspect.getdoc(METHODS[name])
+        print(f"{about}\n\n{options}" if words.name else f"{name:16} {about.splitlines()[0]}")
+    return 0
+
+
+def _runs(words: Words) -> int:
+    """List the runs under runs/: method, data, step, mIoU in percent, size."""
+    from .. import records
+
+    for folder in sorted(path.parent for path in records.RUNS.glob("*/config.json")):
+        config, record = json.loads((folder / "config.json").read_bytes()), records.load(folder)
+        step = (records.history(folder) or [{"step": 0}])[-1]["step"]
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+        found = f"{record.miou:.1f}" if record else "-"
+        print(
+            f"{folder.name}  {config['method']}  {config['dataset']} {config['split']}  step {step:,}  mIoU {found}  {size:.0f} MB"
+        )
+    return 0
