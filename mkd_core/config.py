@@ -19,7 +19,7 @@ from .choices import Checked, choose, complete_options
 from .data import DATASETS
 from .data.base import local
 from .methods import METHODS
-from .models import ARCHITECTURES, file_sha256
+from .models import ARCHITECTURES, file_sha256, imagenet_file
 from .parameters import read_parameters
 from .records import ROOT
 
@@ -64,7 +64,7 @@ class RunConfig(Checked):
     arch: Literal[ARCHITECTURES] = "deeplabv3plus"  # type: ignore[valid-type]
     encoder: Encoder = "resnet50"
     encoder_depth: int = Field(5, ge=3, le=5, description="stages that run; 4: a ResNet ends after layer3")
-    weights: str = Field("", description="local file of the encoder's ImageNet weights; '': random ones")
+    weights: str = Field("", description="file of the encoder's weights; imagenet: fetched; '': random ones")
     channels: int = Field(256, gt=0, le=4096, description="of the decoder")
     dropout: float = Field(0.0, ge=0, lt=1)
     norm: Literal["batch", "group"] = "batch"
@@ -98,6 +98,15 @@ class RunConfig(Checked):
     checkpoint_every: int = Field(1_000, gt=0)
     keep_every: int = Field(0, ge=0, description="steps between checkpoints that stay; 0: the last alone")
     log_every: int = Field(50, gt=0)
+
+    @field_validator("weights")
+    @classmethod
+    def _by_name(cls, weights: str, info: ValidationInfo) -> str:
+        return (
+            imagenet_file(info.data["encoder"])
+            if weights == "imagenet" and "encoder" in info.data
+            else weights
+        )
 
     @field_validator("options", "dataset_options")
     @classmethod

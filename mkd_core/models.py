@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import pooch
 import segmentation_models_pytorch as smp
+import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from safetensors.torch import load_file
 from segmentation_models_pytorch.encoders.timm_universal import TimmUniversalEncoder
 from torch import Tensor, nn
@@ -145,7 +150,10 @@ def load_encoder(net: SegNet, weights: str) -> None:
     try:
         if isinstance(net.encoder, TimmUniversalEncoder):
             state = _from_timm(list(net.encoder.state_dict()), state)
-        net.encoder.load_state_dict(state)
+        idle = tuple(f"{n}." for n, module in net.encoder.named_modules() if isinstance(module, nn.Identity))
+        net.encoder.load_state_dict(
+            {k: v for k, v in state.items() if not k.startswith(idle)} if idle else state
+        )
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         why = " ".join(str(error).split())[:600]
         raise ValueError(f"{weights} does not fit the encoder: {why}") from error
@@ -163,6 +171,34 @@ def _from_timm(own: list[str], state: dict[str, Tensor]) -> dict[str, Tensor]:
         names.get(key.removeprefix("model.").replace(".", "_"), key): tensor for key, tensor in state.items()
     }
     return {key: state[key] for key in own} if state.keys() >= set(own) else state
+
+
+@cache
+def imagenet_file(encoder: str) -> str:
+    """The file of an encoder's ImageNet weights in the cache, fetched once, verified; its path alone where it cannot be.
+
+    Address and hash are those that smp, or timm for "tu-...", name. ValueError where they name none.
+    """
+    path = Path(pooch.os_cache("mkd")) / f"{encoder}_imagenet.safetensors"
+    url = _address(encoder)
+    if not path.exists():
+        with suppress(Exception):  # a dozen types without a network; `weights_file` says what to do then
+            found = get_hf_file_metadata(url, timeout=10)  # the tag of a large file is its sha256
+            pooch.retrieve(url, f"sha256:{found.etag}", fname=path.name, path=path.parent)
+    return str(path)
+
+
+def _address(encoder: str) -> str:
+    if encoder.startswith("tu-"):
+        about: Any = timm.get_pretrained_cfg(encoder[3:])
+        place = {"repo_id": about.hf_hub_id} if about and about.hf_hub_id else None
+    else:
+        place = smp.encoders.encoders[encoder]["pretrained_settings"].get("imagenet")
+    if not place:
+        raise ValueError(
+            f"neither smp nor timm names ImageNet weights of {encoder}; give a file, or '' for random"
+        )
+    return hf_hub_url(filename="model.safetensors", **place)
 
 
 def file_sha256(path: str | Path) -> str:
@@ -184,5 +220,8 @@ def weights_file(path: str | Path) -> Path:
     if not (found := local(path)).is_file():
         state = "is no file" if found.exists() else "does not exist"
         how = "give a local .pth or .safetensors file of the encoder, or '' for random weights"
+        if found.parent == Path(pooch.os_cache("mkd")):
+            url = _address(found.name.removesuffix("_imagenet.safetensors"))
+            how = f"they could not be fetched. Put {url} there, or {how}"
         raise ValueError(f"weights file {path} {state}; {how}")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 from collections import defaultdict
@@ -101,6 +102,47 @@ def find_pairs(root: Path, out: Path, images: str = "", masks: str = "") -> tupl
         for file in photos
     ]
     return sorted(pairs), left_out
+
+
+def draw_parts(
+    pairs: list[Pair], val: float, test: float, group_by: str, seed: int
+) -> tuple[dict[str, list[Pair]], list[str]]:
+    """The pairs of train, val, test and "" (photos without mask), and what is left out for the sake of groups.
+
+    val, test: shares of the photos with masks, drawn from `seed` where no folder is called so. group_by: a regular
+    expression of a file's name, or a number of letters from its start; photos that are alike in it stay together.
+    """
+    pattern = f"^.{{{group_by}}}" if group_by.isdigit() else group_by
+
+    def group(pair: Pair) -> str:
+        found = re.search(pattern, pair.image.name) if pattern else None
+        return found[0] if found else pair.name
+
+    parts: dict[str, list[Pair]] = {"train": [], "val": [], "test": []}
+    for pair in pairs:
+        if pair.mask:
+            parts[pair.part or "train"].append(pair)
+    every = sum(map(len, parts.values()))
+    for part, share in (("test", test), ("val", val)):
+        if not parts[part] and share:
+            groups = defaultdict(list)
+            for pair in parts["train"]:
+                groups[group(pair)].append(pair)
+            for name in sorted(groups, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest()):
+                if len(parts[part]) < max(1, round(share * every)):
+                    parts[part] += groups[name]
+            drawn = set(parts[part])
+            parts["train"] = [pair for pair in parts["train"] if pair not in drawn]
+    if not parts["train"] or not parts["val"]:
+        counts = ", ".join(f"{part} {len(of)}" for part, of in parts.items())
+        raise DataError(
+            f"photos with masks: {counts}; train and val need some. Are there enough, and enough groups?"
+        )
+    held = {group(pair) for pair in parts["val"] + parts["test"]} if pattern else set()
+    bare = [pair for pair in pairs if not pair.mask]
+    parts[""] = [pair for pair in bare if group(pair) not in held]
+    lost = len(bare) - len(parts[""])
+    return parts, [f"Left out, of a group in val or test: {lost} photos without mask"] * bool(lost)
 
 
 def _look(path: Path, root: Path, own: list[tuple[Path, bool]]) -> _File:

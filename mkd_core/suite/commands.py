@@ -112,7 +112,7 @@ def _train(words: Words) -> int:
     FOLDER/mkd/report. What is trained already is not trained again, and what was killed goes on.
     """
     from ..parameters import parse_values
-    from .own_images import TEXT, train_folder
+    from .own_training import TEXT, train_folder
 
     keys = parse_values(words.pairs, TEXT)
     train_folder(

@@ -1,0 +1,350 @@
+"""A person's folder made a data set: layouts, what masks mean, draws, originals untouched, and what is trained on it."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import mkd_core
+from mkd_core import load_split, models, open_dataset, records
+from mkd_core.data import DataError
+from mkd_core.data.layouts import find_pairs
+from mkd_core.data.masks import read_table, understand
+from mkd_core.metrics import confusion_matrix, miou
+from mkd_core.suite.cli import main
+from mkd_core.suite.own_images import prepare_folder
+from mkd_core.train import build_net
+
+COLOURS = np.array([(9, 9, 9), (200, 30, 30), (30, 200, 30)], np.uint8)
+
+
+def save(path, array, **how):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.ascontiguousarray(array)).save(path, **how)
+    return path
+
+
+def truth(k, size=(48, 40)):
+    """Three classes in every mask, in places that k moves."""
+    label = np.zeros(size, np.uint8)
+    label[4 + k % 8 : 20 + k % 8, 5:20] = 1
+    label[25:40, 10 + k % 8 : 30] = 2
+    return label
+
+
+def photo(k, size=(48, 40)):
+    noise = np.random.default_rng(k).integers(0, 60, (*size, 3))
+    return (COLOURS[truth(k, size)] * 0.7 + noise).astype(np.uint8)
+
+
+def folder(root, form, n=12, photos=0, names="images/{}.png masks/{}.png", first=0):
+    """n photos with masks made by `form` from class indices 0..2, and some photos without."""
+    image, mask = names.split()
+    for k in range(n + photos):
+        save(root / image.format(f"{k:02}"), photo(first + k))
+        if k < n:
+            save(root / mask.format(f"{k:02}"), form(truth(first + k)))
+    return root
+
+
+def places(root):
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in root.rglob("*")
+        if path.is_file()
+    }
+
+
+# Which mask belongs to which photo.
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "images/{}.jpg masks/{}.png", "img/{}.jpg ann/{}.jpg.png", "JPEGImages/{}.jpg SegmentationClass/{}.png",
+        "leftImg8bit/train/city/{}_leftImg8bit.png gtFine/train/city/{}_gtFine_labelIds.png", "{}.jpg {}_mask.png",
+        "train/images/{}.jpg train/labels/{}.png", "imgs/{}_img.jpg gts/{}_gt.png", "photos/a/{}.jpg masks/{}.png",
+        "images/{}_l.jpg masks/{}_l.png", "images/{}.JPG masks/{}_L.png",
+    ],
+)  # fmt: skip
+def test_layouts_that_people_have(tmp_path, names):
+    folder(tmp_path, lambda y: y, 3, 1, names)
+    pairs, left_out = find_pairs(tmp_path, tmp_path / "mkd")
+    image, mask = (name.format for name in names.split())
+    found = {str(p.image.relative_to(tmp_path)): p.mask and str(p.mask.relative_to(tmp_path)) for p in pairs}
+    assert found == {image(f"{k:02}"): mask(f"{k:02}") if k < 3 else None for k in range(4)} and not left_out
+
+
+def test_of_several_masks_the_class_ids_count_and_the_rest_is_told(tmp_path):
+    names = "leftImg8bit/val/x/{}_leftImg8bit.png gtFine/val/x/{}_gtFine_labelTrainIds.png"
+    folder(tmp_path, lambda y: y, 2, names=names)
+    for kind in ("labelIds", "color", "instanceIds"):
+        save(tmp_path / f"gtFine/val/x/00_gtFine_{kind}.png", truth(0))
+    save(tmp_path / "gtFine/val/x/zz_gtFine_labelIds.png", truth(0))
+    (tmp_path / "notes.docx").touch()
+    pairs, left_out = find_pairs(tmp_path, tmp_path / "mkd")
+    assert {p.mask.name for p in pairs} == {f"0{k}_gtFine_labelTrainIds.png" for k in range(2)}
+    assert {p.part for p in pairs} == {"val"}
+    told = "\n".join(left_out)
+    assert all(
+        name in told for name in ("00_gtFine_labelIds", "_color", "_instanceIds", "zz_gtFine", "notes.docx")
+    )
+
+
+def test_what_cannot_be_paired_is_refused(tmp_path):
+    folder(tmp_path, lambda y: y, 2, names="a/{}.png b/{}.png")
+    with pytest.raises(DataError, match="photo has a mask"):
+        find_pairs(tmp_path / "a", tmp_path / "mkd")
+    pairs, _ = find_pairs(tmp_path, tmp_path / "mkd", images="a", masks="b")
+    assert [p.mask.parent.name for p in pairs] == ["b", "b"]
+    save(tmp_path / "a/00.jpg", photo(0))
+    with pytest.raises(DataError, match="photos of one name"):
+        find_pairs(tmp_path, tmp_path / "mkd", images="a", masks="b")
+
+
+# What masks mean.
+
+
+def palette(y, order=(0, 1, 2)):
+    picture = Image.fromarray(np.argsort(order)[y].astype(np.uint8))
+    picture.putpalette(COLOURS[list(order)].tobytes())
+    return picture
+
+
+FORMS = {
+    "index": (lambda y: y, "a,b,c"),
+    "colour": (lambda y: COLOURS[y], "a,c,b"),  # sorted by red
+    "from 1": (lambda y: y + 1, "a,b,c"),
+    "16 bit": (lambda y: y.astype(np.uint16), "a,b,c"),
+    "grey levels": (lambda y: y * 100, "a,b,c"),
+    "grey as RGB": (lambda y: np.stack([y] * 3, 2), "a,b,c"),
+    "levels with 255": (lambda y: np.array([0, 128, 255], np.uint8)[y], "a,b,c"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_mask_becomes_the_same_classes(tmp_path, form):
+    make, classes = FORMS[form]
+    folder(tmp_path, make)
+    before = places(tmp_path)
+    config = prepare_folder(tmp_path, classes=classes.split(","), quiet=True, weights="")
+    data = open_dataset("folder", config.root, **config.dataset_options)
+    assert len(data.train) + len(data.val) == 12
+    names = {name: k for k, name in enumerate(data.classes)}
+    for id in (*data.train, *data.val):
+        want = np.array([names[name] for name in "abc"])[truth(int(Path(id).stem))]
+        assert (data.label(id).numpy() == want).all()
+    assert {k: v for k, v in places(tmp_path).items() if not k.startswith("mkd/")} == before
+    assert (tmp_path / "mkd/masks").exists() == (form != "index")
+
+
+def test_black_and_white_needs_no_names_and_255_beside_classes_is_ignored(tmp_path):
+    for name, form, classes in (("bw", lambda y: (y > 0) * np.uint8(255), None), ("one bit", lambda y: y > 0, None),
+                                ("void", lambda y: np.where(y == 2, 255, y).astype(np.uint8), ["x", "y"])):  # fmt: skip
+        masks = [save(tmp_path / name / f"{k}.png", form(truth(k))) for k in range(3)]
+        meaning = understand(masks, classes, {})
+        assert meaning.classes == (("background", "foreground") if classes is None else ("x", "y"))
+        want = np.where(truth(1) == 2, 255, truth(1)) if name == "void" else truth(1) > 0
+        if name == "void":  # two numbers and 255: the same file may be black and white only without a 1
+            assert meaning.as_is
+        assert (meaning.read(masks[1]) == want).all()
+
+
+def test_palettes_that_disagree_are_read_as_colours(tmp_path):
+    masks = []
+    for k in range(4):
+        path = tmp_path / f"{k}.png"
+        palette(truth(k), (0, 1, 2) if k % 2 else (2, 0, 1)).save(path)
+        masks.append(path)
+    meaning = understand(masks, ["a", "c", "b"], {})
+    assert meaning.colours and all(
+        (meaning.read(m) == np.array([0, 2, 1])[truth(k)]).all() for k, m in enumerate(masks)
+    )
+    assert understand([masks[1], masks[3]], ["a", "b", "c"], {}).as_is
+
+
+@pytest.mark.parametrize(
+    "lines",
+    ["9 9 9 ground\n200 30 30\tred thing\n30 200 30 void\n", "# label:color_rgb:parts:actions\nground:9,9,9::\nred thing:200,30,30::\nvoid:30,200,30::\n",
+     "name,r,g,b\nground,9,9,9\nred thing,200,30,30\nvoid,30,200,30\n", "0 9 9 9 ground\n1 200 30 30 red thing\n2 30 200 30 void\n"],
+)  # fmt: skip
+def test_colour_tables_of_several_programs(tmp_path, lines):
+    (tmp_path / "t.txt").write_text(lines)
+    table = read_table(tmp_path / "t.txt")
+    assert table == {(9, 9, 9): "ground", (200, 30, 30): "red thing", (30, 200, 30): "void"}
+    mask = save(tmp_path / "m.png", COLOURS[truth(0)])
+    meaning = understand([mask], None, table)
+    assert meaning.classes == ("ground", "red thing") and "ignored: void" in meaning.notes
+    assert (meaning.read(mask) == np.array([0, 1, 255])[truth(0)]).all()
+    with pytest.raises(DataError, match=r"\(9, 9, 9\) in m.png.* not in the colour table"):
+        understand([mask], None, {(200, 30, 30): "red", (30, 200, 30): "green"})
+
+
+@pytest.mark.parametrize(
+    ("form", "classes", "said"),
+    [
+        (lambda y: y, None, "(?s)0  .*2  .*which classes are they.*--classes a,b,c"),
+        (lambda y: y * 100, ["a", "b"], "2 class names do not fit"),
+        (lambda y: COLOURS[y], None, r"(?s)\(200, 30, 30\).*--colours FILE"),
+        (
+            lambda y: np.random.default_rng(0).integers(0, 200, (48, 40, 3), np.uint8),
+            None,
+            "classes are 64 at most",
+        ),
+    ],
+)
+def test_what_masks_do_not_tell_is_asked_for(tmp_path, form, classes, said):
+    with pytest.raises(DataError, match=said):
+        prepare_folder(folder(tmp_path, form, 4), classes=classes, quiet=True)
+    assert not (tmp_path / "mkd").exists()
+
+
+# The data set.
+
+
+def test_photos_without_masks_are_unlabeled_and_what_is_left_out_is_told(tmp_path, capsys):
+    folder(tmp_path, lambda y: y, 12, 5)
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    save(tmp_path / "masks/03.png", truth(3)[:20])
+    (tmp_path / "masks/04.png").write_bytes(b"no picture")
+    save(tmp_path / "masks/05.jpg", truth(5))
+    (tmp_path / "masks/05.png").unlink()
+    save(tmp_path / "masks/nobody.png", truth(5))
+    assert main(["prepare", str(tmp_path), "weights=", "--test", "0.2"]) == 0
+    text = capsys.readouterr().out
+    for name in (
+        "(20, 40) pixels",
+        "04.png: not a readable mask",
+        "05.jpg: a mask must be a lossless",
+        "nobody.png",
+    ):
+        assert name in text
+    assert f"Next: mkd train {tmp_path}" in text and (tmp_path / "mkd/sheet.png").is_file()
+    data = open_dataset("folder", str(tmp_path / "mkd"))
+    split = load_split(data, "labeled")
+    test = open_dataset("folder", str(tmp_path / "mkd"), val="test.txt").val
+    assert len(split.unlabeled) == 5 and len(test) == 2 and len(data.val) == 2 and len(split.labeled) == 5
+    assert not set(data.val) & set(test) and not {*data.val, *test} & set(data.train)
+    assert main(["prepare", str(tmp_path)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_draws_repeat_keep_groups_together_and_know_folders_called_val(tmp_path):
+    folder(tmp_path / "a", lambda y: y, 20, 6, "images/{}.png masks/{}.png")
+
+    def parts(**how):
+        config = prepare_folder(
+            tmp_path / "a", tmp_path / "out", classes=3, quiet=True, overwrite=True, weights="", **how
+        )
+        data = open_dataset("folder", config.root)
+        return data, load_split(data, "labeled")
+
+    first, second, other = parts(), parts(), parts(seed=1)
+    assert first[0].val == second[0].val and first[1] == second[1] and first[0].val != other[0].val
+    data, split = parts(group_by="1")  # 00 .. 09, 10 .. 19, 20 ..: by the first letter
+    val = {Path(id).name[0] for id in data.val}
+    assert (
+        len(val) == 1
+        and len(data.val) == 10
+        and not val & {Path(id).name[0] for id in (*data.train, *split.unlabeled)}
+    )
+    assert len(parts(labeled="6")[1].labeled) == 6 and len(parts(labeled="1/4")[1].labeled) == 4
+    folder(tmp_path / "b", lambda y: y, 9, 0, "train/img/{}.png train/ann/{}.png")
+    folder(tmp_path / "b", lambda y: y, 2, 0, "val/img/x{}.png val/ann/x{}.png", 50)
+    config = prepare_folder(tmp_path / "b", classes=3, quiet=True, weights="")
+    assert [Path(id).name for id in open_dataset("folder", config.root).val] == ["x00.png", "x01.png"]
+
+
+# Training.
+
+SMALL = dict(
+    weights="", encoder="tu-test_resnet", channels=16, crop=[32, 32], steps=4, batch=2, evaluate_every=2, quality_images=2,
+    log_every=2, device="cpu", threads=1,
+)  # fmt: skip
+
+
+def test_one_command_trains_evaluates_on_val_and_test_and_reports(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(records, "RUNS", tmp_path / "runs")
+    folder(tmp_path / "p", lambda y: y, 16, 3)
+    prepare_folder(tmp_path / "p", classes=3, test=0.2, quiet=True, **SMALL)
+    assert main(["train", str(tmp_path / "p"), "--methods", "supervised,mkd", "options.alpha=2"]) == 0
+    text = capsys.readouterr().out
+    place = tmp_path / "p/mkd/report"
+    assert {"table.md", "records.jsonl", "curves.png", "predictions.png"} <= {
+        path.name for path in place.iterdir()
+    }
+    cells = records.read_cells(place / "records.jsonl")
+    assert {name: of[""][0].config["options"].get("alpha") for name, of in cells.items()} == {
+        "SupOnly": None,
+        "MKD": 2.0,
+    }
+    best = max((of[""][0] for of in cells.values()), key=lambda record: record.miou)
+    assert f"Next: mkd predict {best.id} PHOTOS" in text and "3 images of test.txt" in text
+    opened = mkd_core.open_run(best.id)
+    data = open_dataset("folder", str(tmp_path / "p/mkd"), val="test.txt")
+    counts, model = torch.zeros(3, 3, dtype=torch.int64), opened.predictor()
+    for id in data.val:
+        counts += confusion_matrix(model.label(data.image(id))[0].long(), data.label(id), 3)
+    name = next(name for name, of in cells.items() if of[""][0].id == best.id)
+    assert f"  {name}: {miou(counts):.1f}" in text
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("record.json")}
+    mkd_core.train_folder(tmp_path / "p", **{"options.alpha": 2.0})  # nothing is trained again
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("record.json")}
+    with pytest.raises(ValueError, match="options are mkd's"):
+        mkd_core.train_folder(tmp_path / "p", ["supervised"], **{"options.alpha": 1.0})
+
+
+def test_the_five_lines_of_the_readme(tmp_path, monkeypatch):
+    """They run as they stand there, but for the small network."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    lines = next(part for part in readme.split("```python\n")[1:] if "prepare_folder" in part).split("```")[0]
+    monkeypatch.setattr(records, "RUNS", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "my_photos", lambda y: (y > 0) * np.uint8(255), 12, 3)
+    shown = []
+    monkeypatch.setattr(Image.Image, "show", lambda picture: shown.append(picture))
+    save(tmp_path / "new.jpg", photo(99))
+    small = ", ".join(f"{key}={value!r}" for key, value in SMALL.items())
+    exec(lines.replace('"my_photos"', f'"my_photos", {small}'), {})
+    assert [picture.size for picture in shown] == [(40, 48)]
+    assert len([line for line in lines.splitlines() if line and not line.startswith(("import", "from"))]) == 5
+
+
+def test_imagenet_weights_by_name(tmp_path, monkeypatch):
+    """A file in the cache is taken; without it and without a network, the error names file and address of smp's and timm's tables."""
+    monkeypatch.setattr("pooch.os_cache", lambda name: tmp_path / name)
+    monkeypatch.setattr(
+        "mkd_core.models.get_hf_file_metadata",
+        lambda *args, **how: (_ for _ in ()).throw(OSError("no network")),
+    )
+    models.imagenet_file.cache_clear()
+    for encoder, owner in (("resnet18", "smp-hub/resnet18.imagenet"), ("tu-test_resnet", "timm/test_resnet")):
+        path = tmp_path / f"mkd/{encoder}_imagenet.safetensors"
+        config = mkd_core.RunConfig(encoder=encoder, weights="imagenet")
+        assert config.weights == str(path) and not config.named
+        with pytest.raises(ValueError, match=f"{path} does not exist.*Put https://.*{owner}.*there"):
+            models.weights_file(config.weights)
+    path.parent.mkdir()
+    net = models.SegNet(3, encoder="tu-test_resnet")
+    save_file(net.encoder.state_dict(), path)
+    with_file = mkd_core.RunConfig(encoder="tu-test_resnet", weights="imagenet")
+    assert with_file.id == mkd_core.RunConfig(encoder="tu-test_resnet", weights=str(path)).id
+    assert with_file.id != mkd_core.RunConfig(encoder="tu-test_resnet").id
+    other = build_net(with_file, 3)
+    assert all(
+        (a == b).all()
+        for a, b in zip(net.encoder.state_dict().values(), other.encoder.state_dict().values(), strict=True)
+    )
+    with pytest.raises(ValueError, match="neither smp nor timm"):
+        mkd_core.RunConfig(encoder="resnext101_32x32d", weights="imagenet")
+
+
+def test_a_whole_file_serves_an_encoder_of_fewer_stages(tmp_path):
+    whole, short = models.SegNet(3, encoder="resnet18"), models.SegNet(3, encoder="resnet18", encoder_depth=4)
+    save_file({k: v.contiguous() for k, v in whole.encoder.state_dict().items()}, tmp_path / "w.safetensors")
+    models.load_encoder(short, str(tmp_path / "w.safetensors"))
+    assert (short.encoder.layer3[0].conv1.weight == whole.encoder.layer3[0].conv1.weight).all()
