@@ -206,20 +206,22 @@ def labeler(names: Sequence[str]) -> str:
 def evaluations(runs: pd.DataFrame) -> pd.DataFrame:
     """Lay out the evaluations of the runs of a `frame`, a line an evaluated predictor.
 
-    row, column, seed, step, predictor; miou, kept, accuracy, accuracy_all in percent, NaN where not measured.
+    row, column, seed, step, predictor; miou, kept, accuracy, accuracy_all in percent, NaN where not measured;
+    classes, kept_per_class, accuracy_per_class (of the class that is predicted): C of each, to `explode`.
     reported marks the predictor whose mIoU counts, the first; labeler the one that labels (`labeler`).
     A run whose record holds no evaluations has no lines.
     """
     numbers, lines = ("miou", "kept", "accuracy", "accuracy_all"), []
+    measured = (*numbers, "kept_per_class", "accuracy_per_class")
     for run in runs.itertuples():
         for found in run.evaluations:
             quality = found.get("pseudo_labels", {})
             names = list(dict.fromkeys([*found["miou"], *quality]))
             for name in names:
                 of = {"miou": found["miou"].get(name)} | quality.get(name, {})
-                place = [run.row, run.column, run.seed, found["step"], name, name == names[0]]
-                lines.append([*place, name == labeler(names), *map(of.get, numbers)])
-    keys = ["row", "column", "seed", "step", "predictor", "reported", "labeler", *numbers]
+                place = [run.row, run.column, run.seed, found["step"], name, run.classes, name == names[0]]
+                lines.append([*place, name == labeler(names), *map(of.get, measured)])
+    keys = ["row", "column", "seed", "step", "predictor", "classes", "reported", "labeler", *measured]
     kinds = dict.fromkeys(numbers, float) | {"row": runs.row.dtype, "reported": bool, "labeler": bool}
     return pd.DataFrame(lines, columns=keys).astype(kinds)
 
