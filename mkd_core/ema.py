@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class EMA(nn.Module):
     """A teacher: at first an exact copy, then teacher <- m teacher + (1 - m) student.
 
-    m = min(1 - 1 / (step + 1), decay), the warm start of MKD (Eq. (1)) and U2PL.
+    m = min(1 - 1 / (step + 1), decay), the warm start of MKD's code and of U2PL.
 
     decay    the cap of m
     warmup   False: m = decay from the first step on

@@ -24,7 +24,7 @@ QUALITY_THRESHOLD = 0.95  # MKD's T: pseudo-label quality is reported at it and 
 
 
 def whole(net: nn.Module, images: Tensor, window: tuple[int, int]) -> Tensor:
-    """The image at its own size, padded at the bottom and right where a side is no multiple of 16.
+    """The image at its own size, padded below and right to multiples of 32 unless both sides are multiples of 16.
 
     Our choice for VOC and COCO. `Predictor.label` takes `sliding` for images above LARGE pixels.
     """
@@ -136,7 +136,7 @@ class Predictor:
         """
         image, name = as_tensor(image), choose("predictor", name or self.names[0], self.names)
         size, protocol = image.shape[1:], self.protocol
-        if protocol == "whole" and math.prod(size) > LARGE:  # of pictures; scores are made as they are named
+        if protocol == "whole" and math.prod(size) > LARGE:  # pictures only: scores keep their protocol
             protocol = "sliding"
         if protocol == "long512" and (factor := (LARGE / math.prod(size)) ** 0.5) < 1:
             small = resize(image[None].float(), torch.Size(max(1, int(side * factor)) for side in size))

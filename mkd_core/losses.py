@@ -25,7 +25,7 @@ def pseudo_label(logits: Tensor, threshold: float = 0.0, valid: Tensor | None = 
     """Take the class of the largest logit: (B, C, H, W) -> (B, H, W) int64.
 
     A pixel is IGNORE where its confidence is below the threshold or valid (B, H, W) is False.
-    Threshold 0 keeps every pixel (MKD Eq. (2)); 0.95 is MKD's knowledge selection (Eq. (3)).
+    Threshold 0 keeps every pixel (MKD Eq. (7)); 0.95 is MKD's knowledge selection (Eq. (3)).
     """
     label = logits.max(1).indices  # argmax(1) takes five times as long on a CPU
     if threshold > 0:

@@ -187,7 +187,7 @@ def make_batch(crops: Crops, config: RunConfig, views: int, device: torch.device
     """Send the crops of a step to the device, draw the colour views there, normalise."""
     x, y, u, valid, label = (t.to(device, non_blocking=True) for t in crops)
     x, u = x.float() / 255, u.float() / 255
-    # From the geometric view alone, as released.
+    # Before the weak distortion, as released.
     strong = tuple(normalise(STRONG[config.strong](u)) for _ in range(views if len(u) else 0))
     if config.weak_photometric:
         x, u = distort(x), distort(u)
@@ -206,7 +206,7 @@ def streams(
     unlabeled: Sequence[str],
     stage: Path | None,
 ) -> Steps:
-    """The training steps of a stage: unlabeled images carry the pseudo-labels of the folder `stage`, or none; no unlabeled ones: ()."""
+    """Make the training steps of a stage. stage: folder of the unlabeled images' pseudo-labels, or None; unlabeled may be ()."""
     make = partial(Stream, seed=config.seed, crop=config.crop, scale=config.scale, base=config.base)
     first = make(dataset, labeled, name="labeled", labeled=True)
     if not unlabeled:

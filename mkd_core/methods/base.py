@@ -51,7 +51,7 @@ class Method(nn.Module):
     stages: tuple[float, ...] = ()  # shares of training at which a further stage begins, see relabel
 
     def forward(self, batch: Batch, progress: float) -> tuple[Terms, Terms]:
-        """(terms, stats): weighted loss terms, which the loop only sums, and scalars that are only logged."""
+        """progress 0..1 -> weighted loss terms, which the loop only sums; scalars, which it only logs."""
         raise NotImplementedError
 
     def update(self, step: int) -> None:

@@ -1,7 +1,7 @@
 """MKD: two students teach each other, and the mean teacher of each one teaches the other.
 
-Yuan et al. 2023, arXiv:2208.11499. Students s_1, s_2, their teachers t_1, t_2; x, y labeled images; u_w, u_s
-weak and strong views of unlabeled ones; mix: CutMix, by one mask of a few boxes; j != i in sums over i.
+Yuan et al. 2023, arXiv:2208.11499. Students s_1, s_2, teachers t_1, t_2; x, y labeled images; u_w, u_s weak
+and strong views of unlabeled ones; mix: CutMix by one mask; j != i. No gradient into y_si, y_ti, t_i, w, Sigma.
 
 p_si = s_i(mix(u_s)),   p_ti = mix(t_i(u_w))                                                        logits
 y_si = argmax p_si,     y_ti = argmax p_ti  where max softmax p_ti >= T                            Eq. (3)
@@ -23,7 +23,7 @@ from .base import Batch, Build, Count, EMABuffers, Method, Share, Terms, Weight
 
 
 class MKD(Method):
-    """The recipe of the paper. Other rows of its ablations and the released code's recipe: mkd_ablation.py.
+    """The paper's recipe, FDA off as in Table 4's last row. Ablations, the released recipe: mkd_ablation.py.
 
     threshold    T (paper), on the teacher as text and Table 5 say; Eq. (3) prints the student. 0 keeps all
     fda          lambda at the end of training, reached by a cosine (released code 1.5); 0: no FDA
@@ -41,7 +41,7 @@ class MKD(Method):
         self.students = nn.ModuleList([build(), build()])
         self.teachers = nn.ModuleList([EMA(s, decay, buffers=ema_buffers) for s in self.students])
         sizes = self.students[0].classifier.out_channels, self.students[0].classifier.in_channels
-        self.moments = nn.ModuleList([ClassMoments(*sizes) for _ in self.students if fda])
+        self.moments = nn.ModuleList([ClassMoments(*sizes) for _ in (self.students if fda else ())])
         self.alpha, self.beta, self.threshold, self.fda, self.rampup = alpha, beta, threshold, fda, rampup
         self.boxes, self.min_batch = boxes, 2 if boxes else 1
 
@@ -49,7 +49,7 @@ class MKD(Method):
         mask = xor_boxes(len(batch.weak), batch.weak.shape[-2:], batch.weak.device, self.boxes)
         mixed, inside = mix(batch.strong[0], mask), mix(batch.valid, mask)
         f = [(s.features(batch.x), s.features(mixed)) for s in self.students]
-        p_x = [resize(s.classifier(x), mask.shape[1:]) for s, (x, _) in zip(self.students, f, strict=True)]
+        p_x = [resize(s.classifier(a), mask.shape[1:]) for s, (a, _) in zip(self.students, f, strict=True)]
         p_s = [resize(s.classifier(u), mask.shape[1:]) for s, (_, u) in zip(self.students, f, strict=True)]
         p_t = [mix(t(batch.weak), mask) for t in self.teachers]
         y_s = [pseudo_label(p, valid=inside) for p in p_s]

@@ -1,6 +1,6 @@
 """MKD with every switch of the paper's Tables 4 to 6, of our own ablations and of the released code.
 
-Equations and notation: mkd.py, which this is at its defaults, bit for bit.
+Equations and notation: mkd.py, this equals it at its defaults, bit for bit.
 Table 4: alpha 0 removes the mean teachers, threshold 0 knowledge selection, fda 0 FDA; boxes 0 with
 the run's strong "none" removes SDA. Table 5: threshold, threshold_ss. Table 6: arch2.
 Released code: parameters/recipes/released.yaml.
@@ -28,8 +28,7 @@ class MKDAblation(Method):
     fda_ramp       how lambda grows: "cosine" (released), "linear" (ISDA), "constant"; the paper does not say
     fda_detach     no gradient of FDA's shift to the classifier's weights (released); False: as in ISDA
     fda_own        False: the class of a pixel in Eq. (4) is the target of the loss. True (released): it is
-                   the network's own prediction, or the truth; teachers are shifted too, targets taken after
-                   it
+                   the network's own label, or the truth; teachers shift too; targets come after the shift
     mutual         False: each teacher labels for its own student, the paper's "naive MT"
     arch2          architecture of the second branch, student and teacher; None: that of the first
     law            of the CutMix mask: "xor" of the boxes (CPS, released), or one box as U2PL ("half" the
@@ -65,6 +64,7 @@ class MKDAblation(Method):
         students = [build(), build(arch=arch2) if arch2 else build()]
         teachers = [EMA(s, decay, buffers=ema_buffers, mode=teacher_mode) for s in students if alpha]
         self.students, self.teachers = nn.ModuleList(students), nn.ModuleList(teachers)
+        # Networks 0 and 1 are the students, 2 and 3 their teachers.
         last = [net.classifier for net in [*students, *(t.module for t in teachers)][: 4 if fda_own else 2]]
         self.moments = nn.ModuleList([ClassMoments(c.out_channels, c.in_channels) for c in last if fda])
         self.labeler = ([3, 2] if mutual else [2, 3]) if alpha else [1, 0]  # who labels for student 0 and 1
@@ -82,7 +82,7 @@ class MKDAblation(Method):
         mask = law(len(batch.weak), size, batch.weak.device)
         mixed = mix(batch.strong[0], mask)
 
-        # Networks 0 and 1 are the students, 2 and 3 their teachers, who see labeled images where these count.
+        # Teachers see labeled images where these count.
         nets = [*self.students, *(t.module for t in self.teachers)]
         looks = [self._look(s, batch.x, mixed) for s in self.students]
         with torch.no_grad():
