@@ -1,7 +1,5 @@
 """Checkpoints: written whole or not at all, read without unpickling."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil
@@ -41,22 +39,14 @@ def read(path: Path, device: torch.device | str) -> dict[str, Any]:
     """Read the state that a run left; nothing is unpickled. ValueError where there is none or it is damaged."""
     if not path.exists():
         raise ValueError(
-            f"there is no checkpoint {path}: the run has not come that far, or did not keep it (keep_every)"
+            f"there is no checkpoint {path}: the run has not come so far, or kept none (keep_every)"
         )
+    keys = ("step", "method", "optimizers", "history", "data", "seconds", "seconds_training")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        return {
-            key: state[key]
-            for key in ("step", "method", "optimizers", "history", "data", "seconds", "seconds_training")
-        }
-    except (
-        PermissionError,
-        IsADirectoryError,
-        MemoryError,
-        torch.OutOfMemoryError,
-    ):  # not the file's fault: nothing to delete
+        return {key: state[key] for key in keys}
+    except (OSError, MemoryError, torch.OutOfMemoryError):  # not the file's fault: nothing to delete
         raise
     except Exception as error:  # torch raises half a dozen unrelated classes here, with advice to unpickle
-        raise ValueError(
-            f"{path} is damaged, or no checkpoint of this suite ({type(error).__name__}); delete it and the run starts anew"
-        ) from error
+        what = f"damaged, or no checkpoint of this suite ({type(error).__name__})"
+        raise ValueError(f"{path} is {what}; delete it and the run starts anew") from error

@@ -1,7 +1,5 @@
 """Errors that restate what was asked for, guess what was meant, and list what there is."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
@@ -44,9 +42,7 @@ class Checked(BaseModel):
         return value
 
 
-def complete_options(
-    owner: str, make: Callable[..., Any], options: Mapping[str, Any], skip: str
-) -> dict[str, Any]:
+def complete_options(owner: str, make: Callable, options: Mapping[str, Any], skip: str) -> dict[str, Any]:
     """Fill in the constructor's defaults and check options against its type hints.
 
     owner: its name in errors; skip: the parameter that is no option.
@@ -59,12 +55,9 @@ def complete_options(
 def _model(owner: str, make: Callable[..., Any], skip: str) -> type[Checked]:
     """Make the options of a constructor a pydantic model, once: a table asks hundreds of times."""
     hints = get_type_hints(make.__init__, include_extras=True)  # type: ignore[misc]
-    parameters = inspect.signature(make).parameters.values()
-    fields: dict[str, Any] = {
-        p.name: (hints[p.name], ... if p.default is p.empty else p.default)
-        for p in parameters
-        if p.name != skip
-    }
+    known = {name: p.default for name, p in inspect.signature(make).parameters.items() if name != skip}
+    required = inspect.Parameter.empty
+    fields: Any = {name: (hints[name], ... if of is required else of) for name, of in known.items()}
     return create_model(owner, __base__=Checked, **fields)
 
 
@@ -78,9 +71,8 @@ def _spell_out(error: Any, model: type[BaseModel]) -> str:
         return f"{model.__name__} needs the option {place!r}. {has}"
     if "error" in error.get("ctx", {}):  # one of ours
         return str(error["ctx"]["error"])
-    hint = "; in YAML, text that reads as a number, a date or null needs quotes" * (
-        error["type"] == "string_type"
-    )
+    hint = "; in YAML, text that reads as a number, a date or null needs quotes"
+    hint = hint if error["type"] == "string_type" else ""
     return f"{model.__name__}, {place!r}: {error['msg'].lower()}; got {error['input']!r}{hint}"
 
 

@@ -1,14 +1,12 @@
 """RunConfig: one run; Grid: one table. Both are checked before anything starts. Equal runs have equal ids."""
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import json
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import segmentation_models_pytorch as smp
 import timm
@@ -70,9 +68,7 @@ class RunConfig(Checked):
     norm: Literal["batch", "group"] = "batch"
     bn_momentum: float = Field(0.1, gt=0, le=1)
     # Views.
-    crop: tuple[Side, Side] = Field(
-        (512, 512), description="height, width; multiples of the encoder's stride"
-    )
+    crop: tuple[Side, Side] = Field((512, 512), description="height, width; multiples of the encoder stride")
     scale: tuple[Zoom, Zoom] = Field((0.5, 2.0), description="range of the random scale")
     base: int = Field(0, ge=0, le=16_384, description="0: native size; else the long side is scale * base")
     strong: Literal[tuple(STRONG)] = "one_of"  # type: ignore[valid-type]
@@ -118,20 +114,20 @@ class RunConfig(Checked):
         return options  # of a name that is refused already
 
     @model_validator(mode="after")
-    def _consistent(self) -> RunConfig:
+    def _consistent(self) -> Self:
         if self.scale[0] > self.scale[1]:
             raise ValueError(f"scale is (low, high); got {self.scale}")
         if 0 < self.base < 16:
             raise ValueError(f"base must be 0 or the long side of an image, from 16 on; got {self.base}")
         if self.batch < 2 and self.norm == "batch":
             raise ValueError(
-                "batch must be at least 2, BatchNorm cannot normalise one image; or norm='group'"
+                "batch must be at least 2: BatchNorm cannot normalise one image, norm='group' can"
             )
         if self.keep_every % self.checkpoint_every:
             raise ValueError(f"keep_every must be a multiple of checkpoint_every, {self.checkpoint_every}")
         return self
 
-    def absolute(self) -> RunConfig:
+    def absolute(self) -> Self:
         """Return this run with absolute places of data and weights, which hold from anywhere."""
         given = {key: local(place).absolute() for key in PLACES if (place := getattr(self, key))}
         return self.model_copy(update={key: str(place) for key, place in given.items()})
@@ -207,7 +203,7 @@ class Grid(Checked):
             raise ValueError(f"{', '.join(filter(None, (row, column)))}, seed {seed}: {error}") from None
 
     @model_validator(mode="after")
-    def _no_run_twice(self) -> Grid:
+    def _no_run_twice(self) -> Self:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} hold the same run twice")
         found: dict[str, str] = {}

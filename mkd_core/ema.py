@@ -1,8 +1,7 @@
 """EMA: the one moving average of the suite, a teacher that follows a student."""
 
-from __future__ import annotations
-
 import copy
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ class EMA(nn.Module):
         self.decay, self.buffers_of, self.mode, self.warmup = decay, buffers, mode, warmup
         self.train()
 
-    def train(self, mode: bool = True) -> EMA:
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         self.module.train(mode and self.mode == "train")
         return self

@@ -1,7 +1,5 @@
 """Confusion matrix, IoU, and how good pseudo-labels are. Counts stay on the device until the end."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -18,9 +16,8 @@ def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Ten
     """
     ignored = num_classes**2
     index = torch.where(label == IGNORE, ignored, label.long() * num_classes + prediction.long())
-    counts = torch.zeros(ignored + 1, dtype=torch.int64, device=label.device).scatter_add_(
-        0, index.flatten(), torch.ones_like(index).flatten()
-    )
+    counts, index = torch.zeros(ignored + 1, dtype=torch.int64, device=label.device), index.flatten()
+    counts.scatter_add_(0, index, torch.ones_like(index))
     return counts[:ignored].view(num_classes, num_classes)
 
 
@@ -49,19 +46,16 @@ class PseudoLabelQuality:
         confidence, prediction = prob.max(1)
         classes = len(self.all)
         self.all += confusion_matrix(prediction, label, classes)
-        self.kept += confusion_matrix(
-            prediction, torch.where(confidence >= self.threshold, label, IGNORE), classes
-        )
+        kept = torch.where(confidence >= self.threshold, label, IGNORE)
+        self.kept += confusion_matrix(prediction, kept, classes)
 
     def summary(self) -> dict[str, Any]:
         """Return kept and accuracy in percent, accuracy_all at threshold 0, and both per predicted class."""
         everything, kept = self.all.double(), self.kept.double()
 
         def share(part: Tensor, whole: Tensor) -> list[float | None]:
-            return [
-                round(100 * p / w, 3) if w else None
-                for p, w in zip(part.tolist(), whole.tolist(), strict=True)
-            ]
+            pairs = zip(part.tolist(), whole.tolist(), strict=True)
+            return [round(100 * p / w, 3) if w else None for p, w in pairs]
 
         return {
             "threshold": self.threshold,

@@ -3,8 +3,6 @@
 PyYAML reads YAML 1.1, in which 1_16 is 116, 2024-01-05 is a date, on and no are booleans, and 1e-3 is text.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Collection, Sequence

@@ -1,7 +1,5 @@
 """What must be right before a run begins: data, split and method; and which data it began with."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +19,7 @@ Report = Callable[[int, int], None]  # (files looked at, of so many)
 def prepare(
     config: RunConfig, deep: bool = False, report: Report | None = None
 ) -> tuple[SegDataset, Split, Method]:
-    """Open the data and build the method of a run. DataError, ValueError for all that is wrong; deep: opens every file."""
+    """Open the data and build the method of a run. DataError, ValueError for all that is wrong; deep: opens all files."""
     dataset, split = open_data(config)
     method = build_method(config, len(dataset.classes))
     check_data(config, dataset, split, method.min_batch, deep, report)
@@ -42,10 +40,8 @@ def check_data(
         raise DataError(f"data set {config.dataset!r} names no images to evaluate. {dataset.where}")
     found = len(split.unlabeled)
     if min_batch > 1 and found < config.batch:
-        raise DataError(
-            f"{config.method} pairs the images of a batch: split {config.split} has {found} unlabeled ones, "
-            f"batch is {config.batch}"
-        )
+        has = f"split {config.split} has {found} unlabeled ones, batch is {config.batch}"
+        raise DataError(f"{config.method} pairs the images of a batch: {has}")
     if not found and config.method != "supervised":
         raise DataError(f"{config.method} needs unlabeled images: split {config.split} has none")
     result = check(dataset, split, deep, report)
@@ -65,19 +61,15 @@ def data_identity(dataset: SegDataset, split: Split) -> dict[str, Any]:
         for file in filter(None, dataset.files(id)):
             complete = complete and file.is_file()
             digest.update(f"{file.stat().st_size if file.is_file() else ''}\n".encode())
-    hashes = {
-        "sha256": split.sha256,
-        "sha256_unlabeled": split.sha256_unlabeled,
-        "sha256_val": set_hash(dataset.val),
-    }
-    counts = {"labeled": len(split.labeled), "unlabeled": len(split.unlabeled)}
-    return {"name": split.name} | hashes | counts | {"files": digest.hexdigest() if complete else ""}
+    return {
+        "name": split.name, "sha256": split.sha256, "sha256_unlabeled": split.sha256_unlabeled,
+        "sha256_val": set_hash(dataset.val), "labeled": len(split.labeled), "unlabeled": len(split.unlabeled),
+        "files": digest.hexdigest() if complete else "",
+    }  # fmt: skip
 
 
 def refuse_other_data(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     """ValueError where two identities differ in what both know."""
     if changed := [key for key, value in then.items() if value and now.get(key) and now[key] != value]:
-        raise ValueError(
-            f"{folder} holds a run on other data than there is now (different: {', '.join(changed)}); "
-            "delete it, or keep the new runs apart (MKD_RUNS)"
-        )
+        what = f"{folder} holds a run on other data than there is now (different: {', '.join(changed)})"
+        raise ValueError(f"{what}; delete it, or keep the new runs apart (MKD_RUNS)")

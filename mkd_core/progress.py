@@ -1,7 +1,5 @@
 """One line about the work under way, printed now and then."""
 
-from __future__ import annotations
-
 import time
 
 

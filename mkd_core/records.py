@@ -1,7 +1,5 @@
 """What a run leaves: runs/<id>/{config.json, history.jsonl, record.json, checkpoint.pt}; and files of many records."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -125,9 +123,8 @@ def commit() -> str:
     """The project's git commit, with "+changes" where the working tree differs; "unknown" outside a checkout."""
 
     def git(*words: str) -> str:
-        return subprocess.check_output(
-            ["git", "-C", str(ROOT), *words], text=True, stderr=subprocess.PIPE
-        ).strip()
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.check_output(command, text=True, stderr=subprocess.PIPE).strip()
 
     try:
         changed = git("status", "--porcelain", "--", "mkd_core")
@@ -184,18 +181,14 @@ def frame(cells: Rows | Cells | pd.DataFrame) -> pd.DataFrame:
         return cells
     cells = as_cells(cells)
     titles = dict.fromkeys(title for of in cells.values() for title in of)
-    lines = [
-        {"row": row, "column": title, **describe(record.config, record)}
-        for row, of in cells.items()
-        for title, found in of.items()
-        for record in found
-    ]
+    places = [(row, title, record) for row, of in cells.items() for title in of for record in of[title]]
+    lines = [{"row": row, "column": title, **describe(r.config, r)} for row, title, r in places]
     table = pd.DataFrame(lines, columns=list(COLUMNS)).astype({"all_labels": bool})
-    places = {
-        "row": pd.Categorical(table.row, list(cells)),
-        "column": pd.Categorical(table.column, list(titles)),
-    }
-    return table.assign(**places)
+    table["row"], table["column"] = (
+        pd.Categorical(table.row, list(cells)),
+        pd.Categorical(table.column, list(titles)),
+    )
+    return table
 
 
 def labeler(names: Sequence[str]) -> str:
@@ -251,9 +244,8 @@ def read_cells(path: str | Path) -> dict[str, dict[str, list[Record]]]:
             found += [Record(**line)] if line else []
         except (ValueError, KeyError) as error:
             place = f"{path}, line {number}"
-            raise ValueError(
-                f"{place} is not a record with its row and column: {str(error)[:300]}"
-            ) from error
+            reason = str(error)[:300]
+            raise ValueError(f"{place} is not a record with its row and column: {reason}") from error
     return cells
 
 

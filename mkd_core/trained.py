@@ -1,7 +1,5 @@
 """What a run has trained, at hand: its method with the weights of a checkpoint, its classes and colours, a Predictor of its networks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,10 +74,6 @@ def _classes(config: RunConfig, folder: Path) -> tuple[list[str], NDArray[np.uin
     if config.dataset != "folder":
         made: Any = DATASETS[config.dataset]
         return list(made.classes), made.palette
-    record, colours = records.load(folder), config.dataset_options["palette"]
-    names = (
-        record.classes
-        if record
-        else open_dataset(config.dataset, config.root, **config.dataset_options).classes
-    )
+    colours, known = config.dataset_options["palette"], records.load(folder)
+    names = (known or open_dataset(config.dataset, config.root, **config.dataset_options)).classes
     return list(names), colormap(len(names)) if colours is None else np.array(colours, np.uint8)

@@ -8,8 +8,6 @@ Its other logs are slower for the same passes and pixels: 1.1 times (Cityscapes,
 Xception-65 is taken for a ResNet-101, MobileNetV2 for a ResNet-50, which is several times its size.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from functools import cache

@@ -1,7 +1,5 @@
 """What the tests of the methods share: slow references written from the specification, confident networks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 
@@ -52,9 +50,8 @@ def mixed(tensor: Tensor, mask: Tensor) -> Tensor:
     out = []
     for i in range(len(tensor)):
         own, other, m = tensor[i], tensor[(i + 1) % len(tensor)], mask[i].to(tensor.dtype)
-        out.append(
-            m * own + (1 - m) * other if tensor.is_floating_point() else torch.where(mask[i], own, other)
-        )
+        smooth = tensor.is_floating_point()
+        out.append(m * own + (1 - m) * other if smooth else torch.where(mask[i], own, other))
     return torch.stack(out)
 
 
@@ -84,13 +81,10 @@ def same(
     """Terms, and the gradient of each up to `rtol` of its length, the terms up to a 20th of it."""
     assert ours.keys() == theirs.keys()
     for key in ours:
-        torch.testing.assert_close(
-            ours[key], theirs[key], rtol=rtol / 20, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
-        )
-        a, b = (
-            torch.autograd.grad(t[key], [*net.parameters()], retain_graph=True, allow_unused=True)
-            for t, net in ((ours, mine), (theirs, other))
-        )
+        close(ours[key], theirs[key], rtol=rtol / 20, msg=lambda m, k=key: f"{k}: {m}")
+        how = {"retain_graph": True, "allow_unused": True}
+        pairs = ((ours, mine), (theirs, other))
+        a, b = (torch.autograd.grad(t[key], [*net.parameters()], **how) for t, net in pairs)
         pairs = [(g, h) for g, h in zip(a, b, strict=True) if g is not None or h is not None]
         norm = torch.stack([h.square().sum() for _, h in pairs]).sum().sqrt()
         assert torch.stack([(g - h).square().sum() for g, h in pairs]).sum().sqrt() < rtol * norm, key

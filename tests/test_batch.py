@@ -39,8 +39,8 @@ MEASURED = {
     "pseudo_labels",
     "evaluations",
     "confusion",
-    "split",
 }
+MEASURED.add("split")
 
 
 def keys(**more):
@@ -52,11 +52,8 @@ def keys(**more):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with a parameters file of two rows and two seeds, and runs that begin from nothing."""
-    values = {
-        "common": keys(steps=60, checkpoint_every=2),
-        "rows": {"MKD": {"method": "mkd"}, "SupOnly": {"method": "supervised"}},
-        "seeds": [0, 1],
-    }
+    rows = {"MKD": {"method": "mkd"}, "SupOnly": {"method": "supervised"}}
+    values = {"common": keys(steps=60, checkpoint_every=2), "rows": rows, "seeds": [0, 1]}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
     monkeypatch.setattr(records, "RUNS", tmp_path / "runs")
     return tmp_path
@@ -133,9 +130,8 @@ def hold(process, *runs):
 
 def opens(pid, path):
     try:
-        return any(
-            os.path.samefile(file, path) for file in Path(f"/proc/{pid}/fd").iterdir() if file.exists()
-        )
+        files = [file for file in Path(f"/proc/{pid}/fd").iterdir() if file.exists()]
+        return any(os.path.samefile(file, path) for file in files)
     except OSError:
         return False
 
@@ -179,9 +175,8 @@ def test_an_interrupted_batch_ends_with_its_runs_and_one_line(place, how, status
     hold(process, expect(place, "MKD")[0])
     os.kill(process.pid, how)
     text = process.finish(status)
-    assert "Traceback" not in text and ("mkd batch: interrupted; the same command goes on" in text) == (
-        status == 130
-    )
+    assert "Traceback" not in text
+    assert ("mkd batch: interrupted; the same command goes on" in text) == (status == 130)
     until(lambda: not processes(place), "nothing is left running", 30)
 
 
@@ -189,10 +184,8 @@ def test_a_full_disk_fails_the_run_that_meets_it_and_no_other(place):
     large, small = expect(place, "MKD")[0], expect(place, "SupOnly")[0]
     process = Batch(place, "--only", "seed=0", "--retries", "0", "--slots", "cpu,cpu", limit=8_000_000)
     text = process.finish(1)
-    assert (
-        "1 of 2 runs are done, 1 failed" in text
-        and f"MKD, seed 0 failed; its folder is {large.folder}" in text
-    )
+    assert "1 of 2 runs are done, 1 failed" in text
+    assert f"MKD, seed 0 failed; its folder is {large.folder}" in text
     assert "File too large" in text or "no space" in text
     assert small.record and not large.record
     assert "1 done, 0 running now, 1 to run" in Batch(place, "--only", "seed=0", "--slots", "cpu").finish()
@@ -203,9 +196,8 @@ def test_a_dask_worker_is_lost_and_the_other_takes_its_run(place):
     Client = pytest.importorskip("distributed").Client
     runs, command = expect(place, "SupOnly"), [*TIED, sys.executable, "-m"]
     file = place / "scheduler.json"
-    common = dict(
-        cwd=place, env=os.environ | environment(place), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    common = {"cwd": place, "env": os.environ | environment(place), **quiet}
     scheduler = ["distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
     started = [subprocess.Popen([*command, *scheduler, "--scheduler-file", str(file)], **common)]
     try:
@@ -213,20 +205,16 @@ def test_a_dask_worker_is_lost_and_the_other_takes_its_run(place):
         address = yaml.safe_load(file.read_text())["address"]
         for nanny in ([], ["--no-nanny"]):
             worker = ["distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard", *nanny]
-            started.append(
-                subprocess.Popen([*command, *worker, "--local-directory", str(place / "dask")], **common)
-            )
+            worker += ["--local-directory", str(place / "dask")]
+            started.append(subprocess.Popen([*command, *worker], **common))
         with Client(address) as client:
             client.wait_for_workers(2, timeout=120)
-        process = Batch(
-            place, "--only", "row=SupOnly", "--engine", "dask", "--address", address, "--retries", "0"
-        )
+        words = ["--engine", "dask", "--address", address, "--retries", "0"]
+        process = Batch(place, "--only", "row=SupOnly", *words)
         pids = hold(process, *runs)
         started[2].kill()
-        until(
-            lambda: len([p for p in pids if Path(f"/proc/{p}").exists()]) == 1,
-            "a run is lost with its worker",
-        )
+        left = lambda: [p for p in pids if Path(f"/proc/{p}").exists()]  # noqa: E731
+        until(lambda: len(left()) == 1, "a run is lost with its worker")
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
@@ -243,9 +231,8 @@ def slurm(place, monkeypatch):
     """A Slurm of one node and two cores, of Debian's packages, that ends with the test."""
     programs = {name: shutil.which(name) for name in ("munged", "slurmctld", "slurmd", "sbatch")}
     if missing := [name for name, path in programs.items() if path is None]:
-        pytest.skip(
-            f"needs Slurm (apt-get install slurmctld slurmd slurm-client munge): no {', '.join(missing)}"
-        )
+        packages = "apt-get install slurmctld slurmd slurm-client munge"
+        pytest.skip(f"needs Slurm ({packages}): no {', '.join(missing)}")
     if os.geteuid():
         pytest.skip("starts slurmd, which must be root")
     folder = place / "slurm"
@@ -267,29 +254,20 @@ def slurm(place, monkeypatch):
         "NodeName=localhost NodeAddr=127.0.0.1 CPUs=2 RealMemory=1000 State=UNKNOWN\nPartitionName=main Nodes=localhost Default=YES State=UP\n"
     )
     monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-    munge = [
-        f"--{what}={folder}/munge.{what.split('-')[0]}"
-        for what in ("socket", "pid-file", "log-file", "seed-file")
-    ]
+    files = ("socket", "pid-file", "log-file", "seed-file")
+    munge = [f"--{what}={folder}/munge.{what.split('-')[0]}" for what in files]
+    munged = ["munged", "-F", "--force", f"--key-file={folder}/key", *munge]
     started = []
     try:
-        for command in (
-            ["munged", "-F", "--force", f"--key-file={folder}/key", *munge],
-            ["slurmctld", "-D", "-i"],
-            ["slurmd", "-D", "-N", "localhost"],
-        ):
+        for command in (munged, ["slurmctld", "-D", "-i"], ["slurmd", "-D", "-N", "localhost"]):
             with open(folder / f"{command[0]}.out", "w") as out:
                 started.append(subprocess.Popen([*TIED, *command], stdout=out, stderr=out))
             time.sleep(1)
-        end = time.monotonic() + 30
-        while (
-            "idle" not in subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True).stdout
-        ):
+        end, sinfo = time.monotonic() + 30, ["sinfo", "-h", "-o", "%T"]
+        while "idle" not in subprocess.run(sinfo, capture_output=True, text=True).stdout:
             if time.monotonic() > end:
-                pytest.skip(
-                    "Slurm does not start here: "
-                    + " ".join(path.read_text()[-300:] for path in folder.glob("*.out"))
-                )
+                said = " ".join(path.read_text()[-300:] for path in folder.glob("*.out"))
+                pytest.skip(f"Slurm does not start here: {said}")
             time.sleep(0.2)
         yield place
     finally:
@@ -302,22 +280,16 @@ def test_slurm_jobs_that_are_cancelled_are_replaced(slurm):
     place, runs = slurm, expect(slurm, "SupOnly")
     resources = yaml.safe_load((ROOT / "parameters/cluster/slurm.yaml").read_text())
     # What the example asks of a GPU node is more than this one has.
-    resources |= {
-        "jobs": 2,
-        "job_cpu": 1,
-        "interface": "lo",
-        "log_directory": str(place),
-        "local_directory": str(place),
-    }
+    resources |= dict.fromkeys(("log_directory", "local_directory"), str(place))
+    resources |= {"jobs": 2, "job_cpu": 1, "interface": "lo"}
     without = ("queue", "account", "job_extra_directives", "walltime", "job_script_prologue")
     small = {key: value for key, value in resources.items() if key not in without} | {"job_mem": "100M"}
     (place / "slurm.yaml").write_text(yaml.safe_dump(small | {"queue": "nowhere"}))
-    text = Batch(place, "--engine", "slurm", "--resources", str(place / "slurm.yaml")).finish(2)
+    words = ["--engine", "slurm", "--resources", str(place / "slurm.yaml")]
+    text = Batch(place, *words).finish(2)
     assert "Slurm refuses these resources" in text and "partition" in text
     (place / "slurm.yaml").write_text(yaml.safe_dump(small))
-    process = Batch(
-        place, "--only", "row=SupOnly", "--engine", "slurm", "--resources", str(place / "slurm.yaml")
-    )
+    process = Batch(place, "--only", "row=SupOnly", *words)
     hold(process, *runs)
     jobs = subprocess.run(["squeue", "-h", "-o", "%A"], capture_output=True, text=True).stdout.split()
     assert len(jobs) == 2
@@ -338,10 +310,8 @@ def test_the_plan_says_what_is_done_running_and_to_run_and_how_long(place, capsy
     other = made.config | {"options": made.config["options"] | {"alpha": 0.5}}
     for name, options, hours in (("a", other, 2), ("b", made.config, 4), ("c", made.config, 3)):
         (records.RUNS / name).mkdir()
-        records.save(
-            made.model_copy(update={"id": name, "config": options, "seconds": hours * 3600.0}),
-            records.RUNS / name,
-        )
+        keys = {"id": name, "config": options, "seconds": hours * 3600.0}
+        records.save(made.model_copy(update=keys), records.RUNS / name)
     (records.RUNS / "damaged").mkdir()
     (records.RUNS / "damaged/record.json").write_text("{")
     second.folder.mkdir()
@@ -352,22 +322,15 @@ def test_the_plan_says_what_is_done_running_and_to_run_and_how_long(place, capsy
         assert main(["batch", str(place / "tiny.yaml"), "--dry-run", "--slots", "cpu,cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["done", "running", "to", "to"]
-    assert (
-        lines[4].startswith("1 done, 1 running now, 2 to run; expected hours unknown")
-        and "unknown time" in lines[3]
-    )
+    assert lines[4].startswith("1 done, 1 running now, 2 to run; expected hours unknown")
+    assert "unknown time" in lines[3]
     assert not any(run.folder.exists() for run in rest)
 
 
 def test_a_dry_run_needs_neither_weights_nor_data_to_show_its_plan(place, capsys):
     """What is missing is said below it, each fault once; a real batch stops there too."""
-    command = [
-        "batch",
-        str(place / "tiny.yaml"),
-        "common.weights=no.pth",
-        "common.dataset=voc",
-        "common.dataset_options={}",
-    ]
+    absent = ["common.weights=no.pth", "common.dataset=voc", "common.dataset_options={}"]
+    command = ["batch", str(place / "tiny.yaml"), *absent]
     for words in (["--dry-run"], []):
         assert main([*command, *words]) == 2
         out, err = capsys.readouterr()
@@ -399,11 +362,8 @@ def test_the_runs_that_only_chooses(place):
     assert batch.select(every, ["column=large # 2", "row=MKD"]) == chosen
     chosen = batch.select(every, ["seed=1", "column=1_16", "lr=1e-3", "crop=[32,32]"])
     assert [str(run) for run in chosen] == ["MKD, 1_16, seed 1", "SupOnly, 1_16, seed 1"]
-    for only, said in (
-        ("rows=MKD", "did you mean 'row'"),
-        ("row=MKDD", "did you mean 'MKD'"),
-        ("seed=7", "There are: 0, 1"),
-    ):
+    wrong = {"rows=MKD": "did you mean 'row'", "row=MKDD": "did you mean 'MKD'", "seed=7": "There are: 0, 1"}
+    for only, said in wrong.items():
         with pytest.raises(ValueError, match=said):
             batch.select(every, [only])
 
@@ -442,14 +402,10 @@ def test_refused_before_anything_runs(place, monkeypatch, capsys, words, said):
         (["published=table4", "columns={1/16 (662): {}}"], "give it another title"),
     ],
 )
-def test_what_the_tables_notebook_would_refuse_is_told_before_anything_runs(
-    place, monkeypatch, capsys, words, said
-):
+def test_what_the_tables_notebook_would_refuse_is_told_first(place, monkeypatch, capsys, words, said):
     monkeypatch.setattr(batch, "execute", lambda *args: pytest.fail("it ran"))
-    values = yaml.safe_load((place / "tiny.yaml").read_text()) | {
-        "columns": {"small": {}},
-        "out": str(place / "out"),
-    }
+    values = yaml.safe_load((place / "tiny.yaml").read_text())
+    values |= {"columns": {"small": {}}, "out": str(place / "out")}
     (place / "30_table4_components.yaml").write_text(yaml.safe_dump(values))
     assert main(["batch", str(place / "30_table4_components.yaml"), "--dry-run"]) == 0
     assert main(["batch", str(place / "30_table4_components.yaml"), *words]) == 2
@@ -466,10 +422,13 @@ def test_a_runs_folder_that_cannot_be_made_is_refused(place, monkeypatch, capsys
 # What is executed.
 
 
-def test_each_slot_has_its_device_failures_are_tried_again_and_what_others_hold_is_waited_for(
-    place, monkeypatch, capsys
-):
-    """The queue alone: processes are played by a function."""
+def here(config, *rest):
+    """`batch.execute` in this process."""
+    runner.run(RunConfig(**config), quiet=True)
+
+
+def test_the_queue(place, monkeypatch, capsys):
+    """Each slot has its device, failures are tried again, what others hold is waited for; a function plays it."""
     runs, calls, at_once, most = expect(place, "MKD", "SupOnly"), [], [], []
 
     def play(config, folder, where, threads):
@@ -508,11 +467,8 @@ def test_a_process_of_its_own_trains_tells_its_error_and_whom_it_waits_for(place
 def test_run_table_runs_what_is_missing_and_returns_rows_of_columns_of_records(place, monkeypatch):
     values = yaml.safe_load((place / "tiny.yaml").read_text())
     values["common"]["steps"] = 2
-    values["rows"]["all labels"] = {
-        "method": "supervised",
-        "split": "full",
-        "lr": 0.03,
-    }  # equal in both columns
+    # equal in both columns
+    values["rows"]["all labels"] = {"method": "supervised", "split": "full", "lr": 0.03}
     grid = Grid(**values | {"columns": {"a": {}, "b": {"lr": 0.02}}, "seeds": [0]})
     nothing = {"a": [], "b": []}
     assert batch.run_table(grid, train=False) == dict.fromkeys(["MKD", "SupOnly", "all labels"], nothing)
@@ -526,9 +482,7 @@ def test_run_table_runs_what_is_missing_and_returns_rows_of_columns_of_records(p
         row: {c: [config.id for config in of] for c, of in columns.items()}
         for row, columns in grid.cells.items()
     }
-    monkeypatch.setattr(
-        batch, "execute", lambda config, *rest: runner.run(RunConfig(**config), quiet=True) and None
-    )
+    monkeypatch.setattr(batch, "execute", here)
     del values["rows"]["all labels"]
     more = Grid(**values)
     assert all(len(of[""]) == 2 for of in batch.run_table(more, slots=2).values())
@@ -543,43 +497,28 @@ def test_the_tables_notebook_follows_when_all_is_done(place, monkeypatch, capsys
     (place / "notebooks").mkdir()
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     parameters = "common: dict = {}\nrows: dict = {}\nseeds: list = []\ntitle: str = ''\nout: str = ''"
-    cells = [
-        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell("print(title, *rows, seeds)"),
-    ]
+    first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    cells = [first, nbformat.v4.new_code_cell("print(title, *rows, seeds)")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), place / "notebooks/tiny.ipynb")
     monkeypatch.setattr(records, "ROOT", place)
-    words = [
-        "title=Table # 1",
-        f"out={place / 'results'}",
-        "common.steps=1",
-        "--seeds",
-        "0",
-        "--slots",
-        "cpu",
-        "-o",
-        str(place / "o"),
-    ]
+    words = ["title=Table # 1", f"out={place / 'results'}", "common.steps=1"]
+    words += ["--seeds", "0", "--slots", "cpu", "-o", str(place / "o")]
     command = ["batch", str(place / "tiny.yaml"), *words]
-    monkeypatch.setattr(
-        batch, "execute", lambda config, *rest: runner.run(RunConfig(**config), quiet=True) and None
-    )
+    monkeypatch.setattr(batch, "execute", here)
     assert main([*command, "--only", "row=SupOnly"]) == 0
     assert not (place / "o").exists()
     assert main(command) == 0
     assert capsys.readouterr().out.endswith(f"Written:\n  {place / 'o/tiny.ipynb'}\n  {place / 'results'}/\n")
-    text = "".join(
-        o.text for c in nbformat.read(place / "o/tiny.ipynb", 4).cells for o in c.get("outputs", [])
-    )
+    made = nbformat.read(place / "o/tiny.ipynb", 4).cells
+    text = "".join(output.text for cell in made for output in cell.get("outputs", []))
     assert text == "Table # 1 MKD SupOnly [0]\n"
     assert main([*command, "tilte=x"]) == 2
 
 
 def test_without_a_gpu_the_files_slots_are_on_the_cpu(monkeypatch):
     monkeypatch.setattr(batch.torch.cuda, "device_count", lambda: 0)
-    assert batch.pick_slots("", 2) == ["cpu", "cpu"] and batch.pick_slots("cpu", 2) == [
-        "cpu"
-    ] == batch.pick_slots("")
+    assert batch.pick_slots("", 2) == ["cpu", "cpu"]
+    assert batch.pick_slots("cpu", 2) == ["cpu"] == batch.pick_slots("")
 
 
 def test_progress_is_a_line_now_and_then_and_ever_more_rarely(monkeypatch, capsys):

@@ -62,9 +62,8 @@ def make_data(root):
         id = data.train[k]
         image, label = data.image(id).permute(1, 2, 0).numpy(), data.label(id).numpy()
         tall, wide = (200, 300) if k == 6 else (512, 512)
-        picture = Image.fromarray(
-            np.tile(image, (11, 11, 1))[:tall, :wide]
-        )  # textures as the networks know them
+        # textures as the networks know them
+        picture = Image.fromarray(np.tile(image, (11, 11, 1))[:tall, :wide])
         picture.convert("L" if k == 6 else "RGB").save(place, quality=90)
         Image.fromarray(np.tile(label, (11, 11))[:tall, :wide]).save(mask)
         if k == 7:
@@ -249,9 +248,8 @@ class Seen:
         self.page.wait_for_function(STRIP, timeout=20_000 * SLACK)
 
     def rows(self):
-        rows = [
-            row.locator("td").all_inner_texts() for row in self.page.locator(".mkd-legend tbody tr").all()
-        ]
+        found = self.page.locator(".mkd-legend tbody tr").all()
+        rows = [row.locator("td").all_inner_texts() for row in found]
         return {name.strip(): [cell.strip() for cell in cells] for name, *cells in rows}
 
 
@@ -278,10 +276,8 @@ def seen(browser, lab, place):
     page.get_by_text("| Idle").wait_for(timeout=20_000 * SLACK)  # anything earlier loses the run
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.locator('li[data-command="runmenu:run-all"]').click()
-    done, failed = (
-        page.get_by_text("ALL RAN", exact=True),
-        page.get_by_text("Traceback (most recent call last)"),
-    )
+    done = page.get_by_text("ALL RAN", exact=True)
+    failed = page.get_by_text("Traceback (most recent call last)")
     done.or_(failed).first.wait_for(state="attached", timeout=30_000 * SLACK)
     assert not failed.count(), page.locator(".jp-Notebook").inner_text()
     page.wait_for_function(STRIP, timeout=20_000 * SLACK)
@@ -550,9 +546,8 @@ def test_voila_serves_the_explorer_alone(browser, place):
             assert listening <= {"127.0.0.1"}
         page = browser.new_context(viewport={"width": 1300, "height": 1000}).new_page()
         page.goto(server.url)
-        assert "token" in page.content().lower() and not page.locator(".mkd-explorer").count(), (
-            "it asks for it"
-        )
+        assert "token" in page.content().lower(), "it asks for it"
+        assert not page.locator(".mkd-explorer").count()
         seen = Seen(page)
         seen.open_voila(server)
         assert page.locator("h1").count() and not page.locator("h1").first.is_visible(), "alone"

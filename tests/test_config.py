@@ -1,7 +1,5 @@
 """Configurations: what is unknown or out of range is refused with the list of what there is; equal runs have equal ids."""
 
-from __future__ import annotations
-
 import inspect
 import json
 from pathlib import Path
@@ -13,7 +11,6 @@ from tiny import config
 from mkd_core import config as module
 from mkd_core.config import NOT_IDENTITY, Grid, RunConfig, drop_foreign_options, lay_over, with_bases
 from mkd_core.methods import METHODS
-from mkd_core.train import build_method
 
 INF, SEEDS = float("inf"), {"seeds": [0]}
 
@@ -104,17 +101,6 @@ def test_all_faults_are_told_at_once():
         RunConfig(lr=-1, steps=0, crop=(5, 5))
     for words in ("'lr': input should be greater than 0; got -1", "'steps'", "'crop.1'"):
         assert words in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"law": "half", "boxes": 0}, {"fda_ramp": "linear"}, {"fda_detach": False}, {"fda_own": True}],
-    ids=str,
-)
-def test_options_without_effect_are_refused(options):
-    """They would only give the same run another id."""
-    with pytest.raises(ValueError, match=next(iter(options))):
-        build_method(config("mkd_ablation", options=options), 5)
 
 
 def test_true_and_false_are_values_where_the_hint_says_so():

@@ -1,7 +1,5 @@
 """Data sets in their real layouts, label maps against independent tables, and every way in which files can be wrong."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -355,14 +353,8 @@ def test_folder_reads_street_scenes(shared):
 def test_folder_line_syntax(own):
     save(own / "my photo.png", np.dstack([grey(9)] * 3))
     save(own / "my mask.png", grey(1))
-    lines = [
-        "\ufeffa.png a_.png",
-        "./b.png\tb_.png",
-        "my photo.png my mask.png",
-        "u.png",
-        "",
-        "far/x.png far/x_.png",
-    ]
+    lines = ["\ufeffa.png a_.png", "./b.png\tb_.png", "my photo.png my mask.png"]
+    lines += ["u.png", "", "far/x.png far/x_.png"]
     (own / "train.txt").write_bytes("\r\n".join(lines).encode())
     data = open_dataset("folder", str(own))
     assert data.train == ("a.png", "b.png", "my photo.png", "u.png", "far/x.png")

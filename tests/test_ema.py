@@ -1,7 +1,5 @@
 """The one moving average against its closed form; modes, buffers, storage."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny import make
@@ -51,9 +49,8 @@ def test_warm_start_is_the_plain_mean_of_all_weights_so_far():
     for t, w in enumerate(weights, 1):
         student.layer.weight.data.copy_(w)
         teacher.update(student, t)
-    torch.testing.assert_close(
-        teacher.module.layer.weight, torch.stack([start, *weights]).mean(0), rtol=1e-5, atol=1e-6
-    )
+    mean = torch.stack([start, *weights]).mean(0)
+    torch.testing.assert_close(teacher.module.layer.weight, mean, rtol=1e-5, atol=1e-6)
 
 
 def test_a_teacher_starts_as_an_exact_copy_without_shared_storage_or_gradient():
@@ -61,12 +58,10 @@ def test_a_teacher_starts_as_an_exact_copy_without_shared_storage_or_gradient():
     teacher = EMA(student, 0.9)
     mine, theirs = teacher.module.state_dict(), student.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
-    assert not {t.untyped_storage().data_ptr() for t in mine.values()} & {
-        t.untyped_storage().data_ptr() for t in theirs.values()
-    }
-    assert not any(p.requires_grad for p in teacher.parameters()) and all(
-        p.requires_grad for p in student.parameters()
-    )
+    places = [{t.untyped_storage().data_ptr() for t in of.values()} for of in (mine, theirs)]
+    assert not places[0] & places[1]
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert all(p.requires_grad for p in student.parameters())
     before = {k: v.clone() for k, v in mine.items()}
     student.layer.weight.data.add_(1)
     assert all(torch.equal(before[k], teacher.module.state_dict()[k]) for k in before)

@@ -14,18 +14,8 @@ from tiny import config
 from mkd_core import runner, trained
 from mkd_core.config import read_config
 from mkd_core.data.base import read_label
-from mkd_core.explorer import Explorer, explore
-from mkd_core.explorer.panes import (
-    LAYERS,
-    Shown,
-    accuracy_curve,
-    by_class,
-    image_bytes,
-    layer,
-    mask_png,
-    side_by_side,
-    write_new,
-)  # fmt: skip
+from mkd_core.explorer import Explorer, explore, panes
+from mkd_core.explorer.panes import LAYERS, Shown, accuracy_curve, by_class, layer, write_new
 from mkd_core.explorer.study import VIEWS, Prediction, Study, newest_runs, tell_apart
 
 OPTIONS = {"mkd": {}, "cps": {"boxes": 3}, "cutmix_seg": {}, "supervised": {}}
@@ -35,10 +25,8 @@ OPTIONS = {"mkd": {}, "cps": {"boxes": 3}, "cutmix_seg": {}, "supervised": {}}
 def runs(tmp_path_factory):
     """Method -> folder of a run of six steps, checkpoints kept after 2 and 4."""
     place = tmp_path_factory.mktemp("runs")
-    made = {
-        name: config(name, keep_every=2, quality_images=0, options=options)
-        for name, options in OPTIONS.items()
-    }
+    how = {"keep_every": 2, "quality_images": 0}
+    made = {name: config(name, options=options, **how) for name, options in OPTIONS.items()}
     for c in made.values():
         runner.run(c, place, quiet=True)
     return {name: place / c.id for name, c in made.items()}
@@ -105,9 +93,8 @@ def test_layers_mark_the_pixels_that_they_name(threshold):
         assert masks["A ≠ B"][at] == (255 if other[at] == label else 0)
         assert abs(masks["confidence"][at] / 254 - confidence) < 1 / 254
     for name in ("errors", "A ≠ B"):
-        assert (layer(name, found, None, None, threshold, palette)[0] == 255).all(), (
-            "there is nothing to compare with"
-        )
+        alone = layer(name, found, None, None, threshold, palette)[0]  # there is nothing to compare with
+        assert (alone == 255).all()
 
 
 def test_masks_and_images_arrive_as_they_are():
@@ -116,12 +103,13 @@ def test_masks_and_images_arrive_as_they_are():
     palette, image = (rng.integers(0, 256, size).astype(np.uint8) for size in ((150, 3), (40, 40, 3)))
     mask = found.pseudo_label(0.5)
     shown = Shown(image, mask, palette, [], found, found.label)
-    picture = Image.open(io.BytesIO(mask_png(shown)))
+    picture = Image.open(io.BytesIO(panes.mask_png(shown)))
     assert np.array_equal(np.array(picture), mask)
     rgba, free = np.array(picture.convert("RGBA")), mask == 255
     assert ((rgba[..., 3] == 0) == free).all() and (rgba[~free, :3] == palette[mask[~free]]).all()
-    assert np.array_equal(np.array(Image.open(io.BytesIO(image_bytes(image)))), image)
-    both = np.array(side_by_side([shown, Shown(image[:20], None, palette, [], None, None)], 0.4))[::12, ::12]
+    assert np.array_equal(np.array(Image.open(io.BytesIO(panes.image_bytes(image)))), image)
+    small = Shown(image[:20], None, palette, [], None, None)
+    both = np.array(panes.side_by_side([shown, small], 0.4))[::12, ::12]
     expected = np.where(free[..., None], image, 0.6 * image + 0.4 * palette[np.minimum(mask, 149)])
     assert both.shape == (40, 81, 3) and np.abs(both[:, :40] - expected).max() <= 1
     assert (both[:20, 41:] == image[:20]).all() and (both[20:, 41:] == 255).all()
@@ -264,15 +252,10 @@ def test_after_a_failure_nothing_of_before_is_seen_or_saved(runs, tmp_path, faul
 
 
 @pytest.mark.parametrize(
-    "name, options, expected",
-    [
-        ("mkd", {"threshold": 0.0}, 0.0),
-        ("fixmatch", {"threshold": 0.8}, 0.8),
-        ("gct", {}, 0.95),
-        ("supervised", {}, 0.95),
-    ],
+    "name, own, expected", [("mkd", 0.0, 0.0), ("fixmatch", 0.8, 0.8), ("gct", None, 0.95)]
 )
-def test_the_threshold_begins_at_the_methods_own(tmp_path, name, options, expected):
+def test_the_threshold_begins_at_the_methods_own(tmp_path, name, own, expected):
+    options = {} if own is None else {"threshold": own}
     c = config(name, steps=2, quality_images=0, options=options)
     runner.run(c, tmp_path, quiet=True)
     assert explore(tmp_path / c.id).threshold.value == expected
@@ -282,9 +265,8 @@ def test_a_threshold_that_keeps_nothing_says_so(runs):
     shown = explore(runs["mkd"])
     shown.threshold.value = 1.0
     highest = shown.shown[0].found.confidence.max()
-    assert shown.canvas.state["panes"][0]["key"] == [
-        ("", f"T keeps nothing: the highest confidence is {highest:.2f}")
-    ]
+    said = f"T keeps nothing: the highest confidence is {highest:.2f}"
+    assert shown.canvas.state["panes"][0]["key"] == [("", said)]
     shown.threshold.value = 0.0
     assert "untinted" in shown.canvas.state["panes"][0]["key"][0][1]
 
@@ -295,11 +277,8 @@ def test_what_cannot_be_opened_is_refused(runs, tmp_path):
     values = json.loads((other / "config.json").read_text())
     values["dataset_options"]["size"] = 64
     (other / "config.json").write_text(json.dumps(values))
-    for named, message in (
-        (tmp_path / "empty", "empty"),
-        ([], "no run to explore"),
-        ([runs["cps"], other], "other has other data than the first"),
-    ):
+    unlike = ([runs["cps"], other], "other has other data than the first")
+    for named, message in ((tmp_path / "empty", "empty"), ([], "no run to explore"), unlike):
         with pytest.raises(ValueError, match=message):
             explore(named)
 

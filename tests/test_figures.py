@@ -23,8 +23,7 @@ def trained(values, accuracy=80.0, **keys):
     quality = {"kept": 10.0, "accuracy": accuracy, "accuracy_all": 50.0}
     labels = {"student 1": {}, "teacher 1": quality}
     found = [
-        {"step": 10 * i, "miou": {"student 1": value}, "pseudo_labels": labels}
-        for i, value in enumerate(values, 1)
+        {"step": 10 * i, "miou": {"student 1": v}, "pseudo_labels": labels} for i, v in enumerate(values, 1)
     ]
     return record(evaluations=found, **keys)
 
@@ -41,18 +40,6 @@ def test_colours_are_the_palette_and_ignored_pixels_are_grey():
     np.testing.assert_array_equal(colours[0], [[0, 0, 0], [1, 0, 0]])
     np.testing.assert_array_equal(colours[1, 0], [0, 0, 1])
     assert np.ptp(colours[1, 1]) == 0 and 0.5 < colours[1, 1, 0] < 1  # a light grey, in no palette
-
-
-def test_overlay_blends_classes_and_leaves_ignored_pixels():
-    image = np.full((1, 2, 3), 0.5)
-    expected = [[[0.7, 0.3, 0.3], [0.5, 0.5, 0.5]]]
-    np.testing.assert_allclose(figures.overlay(image, np.array([[1, 255]]), PALETTE, alpha=0.4), expected)
-    for classes, tinted in (
-        (("background", "red", "blue"), False),
-        (CLASSES, True),
-    ):  # the data set says what is one
-        shown = figures.overlay(image, np.array([[0, 1]]), PALETTE, classes, alpha=0.4)
-        assert (shown[0, 0] != image[0, 0]).any() == tinted and (shown[0, 1] != image[0, 1]).any()
 
 
 def test_columns_are_gains_losses_and_a_seeded_draw():
@@ -72,9 +59,8 @@ def test_columns_are_gains_losses_and_a_seeded_draw():
 def test_figure2_has_the_papers_rows_and_states_its_rule(columns):
     truth = [np.random.default_rng(i).integers(0, 3, (6, 6)) for i in range(5)]
     images = [torch.zeros(3, 6, 6, dtype=torch.uint8)] * 5
-    figure = figures.figure2(
-        images, truth, {"co-training": truth, "MKD": truth[::-1]}, PALETTE, CLASSES, columns=columns
-    )
+    maps = {"co-training": truth, "MKD": truth[::-1]}
+    figure = figures.figure2(images, truth, maps, PALETTE, CLASSES, columns=columns)
     shown = min(columns, 5)
     assert [ax.get_ylabel() for ax in figure.axes[::shown]] == ["input", "ground truth", "co-training", "MKD"]
     caption = figure.legends[0].get_title().get_text()
@@ -96,14 +82,10 @@ def legend(figure):
 
 
 def test_curves_show_every_method_with_its_band():
-    figure = report.curves(
-        {"CPS": [trained([40, 50])], "MKD": [trained([40, 60]), trained([50, 70], seed=1)]}
-    )
-    assert [ax.get_title() for ax in figure.axes] == [
-        "mIoU (%)",
-        "pixels kept (%)",
-        "accuracy of kept pixels (%)",
-    ]
+    rows = {"CPS": [trained([40, 50])], "MKD": [trained([40, 60]), trained([50, 70], seed=1)]}
+    figure = report.curves(rows)
+    titles = ["mIoU (%)", "pixels kept (%)", "accuracy of kept pixels (%)"]
+    assert [ax.get_title() for ax in figure.axes] == titles
     drawn = [c for c in figure.axes[0].collections if isinstance(c, LineCollection)]
     assert sorted(tuple(line[:, 1]) for c in drawn for line in c.get_segments()) == [(40, 50), (45, 65)]
     bands = [band.get_xy()[:, 1] for band in figure.axes[0].patches]
@@ -122,12 +104,10 @@ def test_all_labels_are_the_upper_line():
 
 
 def test_curves_draw_what_was_measured():
-    assert (
-        len(report.curves({"MKD": [record(evaluations=[{"step": 1, "miou": {"student 1": 3.0}}])]}).axes) == 1
-    )
-    assert (
-        len(report.curves({"MKD": [trained([40, 50], accuracy=None)]}).axes) == 2
-    )  # nothing kept: no accuracy
+    once = record(evaluations=[{"step": 1, "miou": {"student 1": 3.0}}])
+    assert len(report.curves({"MKD": [once]}).axes) == 1
+    # nothing kept: no accuracy
+    assert len(report.curves({"MKD": [trained([40, 50], accuracy=None)]}).axes) == 2
     assert legend(report.curves({"MKD": [trained([40, 50]), record(seed=1)], "CPS": [record()]})) == ["MKD"]
 
 
@@ -149,14 +129,11 @@ def test_a_table_has_the_pictures_that_its_records_allow():
     pictures = report.of_table(cells, "92", against="SupOnly")
     assert [*pictures] == ["classes", "confusion", "labels"]
     assert "minus SupOnly" in pictures["classes"].axes[0].get_xlabel()
-    assert "12" in [
-        t.get_text() for t in pictures["confusion"].axes[0].texts
-    ]  # of both runs: 1 of 8 pixels of x
+    # of both runs: 1 of 8 pixels of x
+    assert "12" in [t.get_text() for t in pictures["confusion"].axes[0].texts]
     assert [*pictures["labels"].axes[0].get_xticks()] == [92, 183]
-    assert [*report.of_table(cells | {"MKD": cells["MKD"] | {"92": [trained([40, 50])]}}, "92")] == [
-        "curves",
-        "classes",
-    ]
+    with_curves = cells | {"MKD": cells["MKD"] | {"92": [trained([40, 50])]}}
+    assert [*report.of_table(with_curves, "92")] == ["curves", "classes"]
     # Other families of lists and other encoders are not joined to a line; a column without runs has no picture.
     assert [*report.of_table(cells, "183 ‡")] == ["classes"]
     assert [*report.of_table({"MKD": {"92": [at(92)], "183": [at(183, "resnet101")]}}, "92")] == ["classes"]
@@ -166,13 +143,8 @@ def test_a_table_has_the_pictures_that_its_records_allow():
 def test_a_row_has_its_methods_colour_and_no_two_rows_share_one(monkeypatch):
     for name, colour in {"mkd": "#0072b2", "cps": "#d55e00", "supervised": "#8a8a8a"}.items():
         monkeypatch.setattr(METHODS[name], "colour", colour, raising=False)
-    rows = {
-        "CPS": "cps",
-        "CPS with CutMix": "cps",
-        "MKD": "mkd",
-        "MKD (released)": "mkd",
-        "SupOnly": "supervised",
-    }
+    rows = {"CPS": "cps", "CPS with CutMix": "cps", "MKD": "mkd", "MKD (released)": "mkd"}
+    rows["SupOnly"] = "supervised"
     cells = {row: [record(config=of(method))] for row, method in rows.items()}
     _, colours = report.look(cells | {"all labels": [record(config=of("supervised", "full"))]})
     own = {"CPS": "#d55e00", "MKD": "#0072b2", "SupOnly": "#8a8a8a", "all labels": figures.INK}
@@ -183,13 +155,8 @@ def test_a_row_has_its_methods_colour_and_no_two_rows_share_one(monkeypatch):
 
 
 def test_label_counts_joins_means_over_columns():
-    cells = {
-        "MKD": {
-            f"1/{n}": runs((0, 40 + n), (1, 44 + n), split={"labeled": n, "sha256": "a"}) for n in (8, 16)
-        },
-        "not run": {"1/8": []},
-    }
-    figure = report.label_counts(cells)
+    at = {n: runs((0, 40 + n), (1, 44 + n), split={"labeled": n, "sha256": "a"}) for n in (8, 16)}
+    figure = report.label_counts({"MKD": {"1/8": at[8], "1/16": at[16]}, "not run": {"1/8": []}})
     ax = figure.axes[0]
     (drawn,) = [line.get_xydata() for line in ax.lines if len(line.get_xydata()) == 2]
     np.testing.assert_allclose(drawn, [[8, 50], [16, 58]])
@@ -236,22 +203,16 @@ def test_gains_of_a_class_are_paired_by_seed():
     assert {20, 50, 27.5} <= {*dots(report.class_iou(rows))}
     more = {f"other {k}": rows["MKD"] for k in range(8)} | {"not run": []}
     many = report.class_iou(rows | more, over="SupOnly").axes[0]  # so many can be told apart as a table alone
-    assert [t.get_text() for t in many.texts[:2]] == ["7.5", "-10.0"] and many.get_yticklabels()[
-        0
-    ].get_text() == "MKD"
+    assert [t.get_text() for t in many.texts[:2]] == ["7.5", "-10.0"]
+    assert many.get_yticklabels()[0].get_text() == "MKD"
 
 
 def test_names_of_data_are_escaped_and_own_labels_are_mathematics():
-    rows = {
-        r"MKD $\nope$": runs((0, 40), (1, 44), iou=[1.0, 2.0], classes=["a_$b^$", "y"]),
-        "b": runs((0, 3), iou=[1.0, 2.0], classes=["a_$b^$", "y"]),
-    }
-    names = []
-    for figure in (
-        report.seeds(rows),
-        report.class_iou(rows),
-        figures.confusion([[1, 2], [3, 4]], ["a_$b^$", "y"]),
-    ):
+    names, classes = [], ["a_$b^$", "y"]
+    about = {"iou": [1.0, 2.0], "classes": classes}
+    rows = {r"MKD $\nope$": runs((0, 40), (1, 44), **about), "b": runs((0, 3), **about)}
+    drawn = (report.seeds(rows), report.class_iou(rows), figures.confusion([[1, 2], [3, 4]], classes))
+    for figure in drawn:
         FigureCanvasAgg(figure).draw()
         names += [t.get_text() for t in figure.axes[0].get_yticklabels()]
     assert r"MKD \$\nope\$" in names and names.count(r"a_\$b^\$") == 2
@@ -298,19 +259,14 @@ def test_long_row_names_and_legends_keep_clear_of_each_other():
     palette, classes = np.zeros((11, 3), np.uint8), [f"class {k}" for k in range(11)]
     maps = {"CPS with CutMix": truth, "MKD (released)": truth}
     for columns in (3, 8):
-        figure = figures.figure2(
-            [torch.zeros(3, 9, 12, dtype=torch.uint8)] * 8, truth, maps, palette, classes, columns=columns
-        )
+        images = [torch.zeros(3, 9, 12, dtype=torch.uint8)] * 8
+        figure = figures.figure2(images, truth, maps, palette, classes, columns=columns)
         FigureCanvasAgg(figure).draw()
         names = [ax.yaxis.label.get_window_extent() for ax in figure.axes[::columns]]
-        assert (
-            all(upper.y0 > lower.y1 for upper, lower in pairwise(names)) and min(box.x0 for box in names) > 0
-        )
-        legend, pictures = (
-            figure.legends[0].get_window_extent(),
-            min(ax.get_window_extent().y0 for ax in figure.axes),
-        )
-        assert pictures > legend.y1 > legend.y0 >= 0
+        assert all(upper.y0 > lower.y1 for upper, lower in pairwise(names))
+        assert min(box.x0 for box in names) > 0
+        legend = figure.legends[0].get_window_extent()
+        assert min(ax.get_window_extent().y0 for ax in figure.axes) > legend.y1 > legend.y0 >= 0
 
 
 def test_tables_are_annotated():
@@ -324,24 +280,14 @@ def test_tables_are_annotated():
 def test_figure1_names_every_loss_and_network():
     root = ElementTree.parse(records.ROOT / "figures/figure1.svg").getroot()
     found = ["".join(text.itertext()) for text in root.iter("{http://www.w3.org/2000/svg}text")]
-    names = {
-        "teacher 1",
-        "teacher 2",
-        "student 1",
-        "student 2",
-        "ℓs",
-        "EMA, Eq. (1)",
-        "= Ls",
-        "+ α Lst",
-        "+ β Lss",
-    }
-    assert names | {f"ℓθ{k}{kind}" for k in "12" for kind in ("st", "ss")} <= {*found}
+    names = {"ℓs", "EMA, Eq. (1)", "= Ls", "+ α Lst", "+ β Lss"}
+    for k in "12":
+        names |= {f"teacher {k}", f"student {k}", f"ℓθ{k}st", f"ℓθ{k}ss"}
+    assert names <= {*found}
 
 
 def test_files_are_whole_and_reproducible(tmp_path):
-    first, second = (
-        figures.save(figures.terms([{"step": 1, "loss": 2.0, "term/sup": 2.0}]), tmp_path / n)
-        for n in ("a.png", "new/b.png")
-    )
+    history = [{"step": 1, "loss": 2.0, "term/sup": 2.0}]
+    first, second = (figures.save(figures.terms(history), tmp_path / n) for n in ("a.png", "new/b.png"))
     assert first.read_bytes() == second.read_bytes() and first.read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.rglob("*.tmp")] == []

@@ -1,7 +1,5 @@
 """Cross-entropy, pseudo-labels, distances and ramps against torch and against slow loops."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -89,9 +87,8 @@ def test_cross_entropy_over_another_denominator():
 def test_pseudo_label_keeps_all_at_zero_and_only_the_confident_above():
     logits, _ = case()
     prob = logits.softmax(1)
-    assert torch.equal(
-        pseudo_label(logits), prob.argmax(1)
-    )  # Eq. (2): one-hot of the argmax, no pixel left out
+    # Eq. (2): one-hot of the argmax, no pixel left out
+    assert torch.equal(pseudo_label(logits), prob.argmax(1))
     torch.testing.assert_close(confidence(logits), prob.amax(1))
     q = prob.amax(1)
     threshold = q.median().item() + 1e-9
@@ -137,29 +134,19 @@ def test_masked_mean():
 
 
 def test_ramps_begin_and_end_where_they_should():
-    assert (
-        ramp(0.0, 0.2) == 0
-        and ramp(0.1, 0.2) == pytest.approx(0.25)
-        and ramp(0.2, 0.2) == 1
-        and ramp(0.9, 0.2) == 1
-    )
+    assert [ramp(at, 0.2) for at in (0.0, 0.1, 0.2, 0.9)] == pytest.approx([0, 0.25, 1, 1])
     assert ramp(0.0, 0.0) == 1  # no ramp: as published, constant from the first step on
     for progress in (0.0, 0.2, 0.5, 0.99):
-        assert cosine(progress) == pytest.approx(
-            1 - (math.cos(math.pi * progress) + 1) / 2
-        )  # released code, ratio / 1.5
+        # released code, ratio / 1.5
+        assert cosine(progress) == pytest.approx(1 - (math.cos(math.pi * progress) + 1) / 2)
     assert cosine(0) == 0 and cosine(0.5) == pytest.approx(0.5) and cosine(1) == pytest.approx(1)
 
 
 def test_percentiles_are_numpys():
     g = torch.Generator().manual_seed(0)
     values = torch.rand(3, 20, 20, generator=g)
-    for mask in (
-        torch.rand(values.shape, generator=g) < 0.7,
-        values < 0.001,
-        torch.ones_like(values) > 0,
-        values == values[1, 2, 3],
-    ):
+    some, every = torch.rand(values.shape, generator=g) < 0.7, torch.ones_like(values) > 0
+    for mask in (some, values < 0.001, every, values == values[1, 2, 3]):
         for share in (0.0, 0.013, 0.2, 0.5, 0.8, 1.0):
             expected = np.percentile(values[mask].numpy(), 100 * share) if mask.any() else math.inf
             assert math.isclose(percentiles(values, mask, (0.5, share))[1].item(), expected, rel_tol=1e-6)
@@ -171,16 +158,10 @@ def test_draw_is_a_random_subset():
     counts = torch.zeros(6)
     for _ in range(300):
         place, found = draw(mask, 2)
-        assert (
-            found.sum(1).tolist() == [2, 0, 1]
-            and place[2, 0] == 3
-            and place[0, 0] != place[0, 1]
-            and mask[0, place[0]].all()
-        )
+        assert found.sum(1).tolist() == [2, 0, 1] and place[2, 0] == 3
+        assert place[0, 0] != place[0, 1] and mask[0, place[0]].all()
         counts[place[0]] += 1
     assert (counts[mask[0]] > 110).all()  # 150 each
     place, found = draw(mask, 100)
-    assert (
-        place.shape == (3, 6)
-        and (found == torch.tensor([[1] * 4 + [0] * 2, [0] * 6, [1] + [0] * 5]).bool()).all()
-    )
+    expected = torch.tensor([[1] * 4 + [0] * 2, [0] * 6, [1] + [0] * 5]).bool()
+    assert place.shape == (3, 6) and torch.equal(found, expected)

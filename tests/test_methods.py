@@ -3,14 +3,12 @@
 A method is in all of these tests at its defaults as soon as it is in METHODS.
 """
 
-from __future__ import annotations
-
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from slow import IGNORE, ce, fix, mixed
+from slow import IGNORE, ce, close, fix, mixed
 from tiny import CLASSES, batch, gradients, make
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,9 +58,8 @@ VARIANTS: dict[str, dict] = {  # a method's name and what is special
     "pseudoseg all": {"background": False},
     "simple_baseline one norm": {"dsbn": False},
 }
-CASES = {name: (name, AT_WORK.get(name, {})) for name in METHODS} | {
-    name: (name.split()[0], options) for name, options in VARIANTS.items()
-}
+CASES = {name: (name, AT_WORK.get(name, {})) for name in METHODS}
+CASES |= {name: (name.split()[0], options) for name, options in VARIANTS.items()}
 every_case = pytest.mark.parametrize("name", CASES)
 
 # Parts of the network that a term leaves alone by definition.
@@ -94,9 +91,8 @@ def test_every_term_reaches_every_student_and_no_teacher(name):
     for teacher in teachers(method):
         teacher.requires_grad_(True)  # even a teacher that could learn must not
         for p in teacher.parameters():
-            p.data.mul_(
-                1.2
-            )  # an exact copy that sees the same image agrees, and nothing is to be learnt from it
+            # an exact copy that sees the same image agrees, and nothing is to be learnt from it
+            p.data.mul_(1.2)
     judge = [method.critic[0]] if method.critic else []
     for module in judge:
         list(module.modules())[-1].weight.data.mul_(20)  # one that has an opinion
@@ -128,9 +124,8 @@ def test_teachers_start_as_copies_follow_their_student_and_are_not_optimised(nam
     method = case(name)
     pairs = list(zip(students(method), teachers(method), strict=False))
     for student, teacher in pairs:
-        for (key, a), b in zip(
-            student.state_dict().items(), teacher.module.state_dict().values(), strict=True
-        ):
+        theirs = teacher.module.state_dict()
+        for (key, a), b in zip(student.state_dict().items(), theirs.values(), strict=True):
             assert torch.equal(a, b) and a.data_ptr() != b.data_ptr(), key
         assert not any(p.requires_grad for p in teacher.parameters())
     starts = [copy.deepcopy(t.module) for _, t in pairs]
@@ -266,9 +261,8 @@ def test_weight_zero_is_supervised(name):
         for step in range(3):
             torch.manual_seed(step)
             terms, _ = method(batch(step, size=64 if name == "pseudoseg" else 32), step / 3)
-            terms = {
-                k: t for k, t in terms.items() if k not in ("attention", "image")
-            }  # PseudoSeg's own losses on labels
+            # PseudoSeg's own losses on labels
+            terms = {k: t for k, t in terms.items() if k not in ("attention", "image")}
             assert all(t == 0 for k, t in terms.items() if k not in ("sup", "critic"))
             optimizer.zero_grad()
             torch.stack([*terms.values()]).sum().backward()
@@ -314,7 +308,7 @@ def test_joint_forward_shares_batch_statistics():
     joint = make("mean_teacher", joint=True)
     net, b = copy.deepcopy(joint.net), batch()
     sup = ce(net(torch.cat([b.x, b.weak]))[:3], b.y)
-    torch.testing.assert_close(joint(b, 0.5)[0]["sup"], sup, rtol=1e-5, atol=1e-6)
+    close(joint(b, 0.5)[0]["sup"], sup)
 
 
 class Pointwise(nn.Module):
@@ -366,8 +360,8 @@ def test_cps_is_the_reference(ignore):
     inside = torch.cat([b.y != IGNORE, b.valid]) if ignore else torch.ones(6, 32, 32, dtype=torch.bool)
     y = [torch.where(inside, k.argmax(1), IGNORE) for k in z]
     ours = method(b, 0.5)[0]
-    torch.testing.assert_close(ours["cross"], 6.0 * (ce(z[0], y[1]) + ce(z[1], y[0])), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours["sup"], ce(z[0][:3], b.y) + ce(z[1][:3], b.y), rtol=1e-5, atol=1e-6)
+    close(ours["cross"], 6.0 * (ce(z[0], y[1]) + ce(z[1], y[0])))
+    close(ours["sup"], ce(z[0][:3], b.y) + ce(z[1][:3], b.y))
 
 
 def test_cps_with_cutmix_is_the_reference(monkeypatch):
@@ -377,9 +371,7 @@ def test_cps_with_cutmix_is_the_reference(monkeypatch):
     f, v = copy.deepcopy(method.students), mixed(b.valid, mask)
     y = [torch.where(v, mixed(net(b.weak), mask).argmax(1), IGNORE) for net in f]
     z = [net(mixed(b.weak, mask)) for net in f]
-    torch.testing.assert_close(
-        method(b, 0.5)[0]["cross"], ce(z[0], y[1]) + ce(z[1], y[0]), rtol=1e-5, atol=1e-6
-    )
+    close(method(b, 0.5)[0]["cross"], ce(z[0], y[1]) + ce(z[1], y[0]))
     assert method.min_batch == 2 and make("cps").min_batch == 1
 
 
@@ -388,10 +380,9 @@ def test_mean_teacher_is_the_reference():
     for p in method.teacher.parameters():
         p.data.mul_(1.2)
     s, t = copy.deepcopy(method.net), copy.deepcopy(method.teacher.module)
-    expected = 100 * F.mse_loss(
-        s(b.weak).softmax(1), t(b.weak).softmax(1)
-    )  # 100, mean over pixels and classes
-    torch.testing.assert_close(method(b, 0.5)[0]["consistency"], expected, rtol=1e-5, atol=1e-6)
+    # 100, mean over pixels and classes
+    expected = 100 * F.mse_loss(s(b.weak).softmax(1), t(b.weak).softmax(1))
+    close(method(b, 0.5)[0]["consistency"], expected)
 
 
 def test_cutmix_seg_is_the_reference(monkeypatch):
@@ -405,4 +396,4 @@ def test_cutmix_seg_is_the_reference(monkeypatch):
     conf = (target.amax(1) >= 0.35).float().mean()
     assert 0.05 < conf < 0.95
     expected = 3.0 * conf * (s(mixed(b.strong[0], mask)).softmax(1) - target).square().sum(1).mean()
-    torch.testing.assert_close(method(b, 0.5)[0]["consistency"], expected, rtol=1e-5, atol=1e-6)
+    close(method(b, 0.5)[0]["consistency"], expected)

@@ -1,7 +1,5 @@
 """Methods with a critic or a contrastive term, against slow loops: AdvSemSeg, GCT, U2PL, PC2Seg."""
 
-from __future__ import annotations
-
 import copy
 import math
 from itertools import product
@@ -153,9 +151,8 @@ def slow_blur(image: np.ndarray, side: int) -> np.ndarray:
     sigma, half, n = 0.3 * ((side - 1) * 0.5 - 1) + 0.8, side // 2, len(image)
     weight = np.array([math.exp(-((k - half) ** 2) / (2 * sigma**2)) for k in range(side)])
     kernel, padded = np.outer(weight, weight) / weight.sum() ** 2, np.pad(image, half, mode="reflect")
-    return np.array(
-        [[(kernel * padded[r : r + side, c : c + side]).sum() for c in range(n)] for r in range(n)]
-    )
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (side, side))
+    return np.array([[(kernel * windows[r, c]).sum() for c in range(n)] for r in range(n)])
 
 
 def slow_scaled(image: np.ndarray) -> Tensor:
@@ -430,11 +427,8 @@ def test_u2pl_pseudo_labels_are_the_reference(progress, monkeypatch):
     assert abs(stats["kept"].item() - (1 - drop)) < 0.01
     own, theirs, _, *maps, labeled = given
     known = b.y != IGNORE
-    expected = [
-        (b.y, label.masked_fill(~valid, IGNORE)),
-        (known, valid & (entropies <= low)),
-        (known, valid & (entropies >= high)),
-    ]
+    sure, doubtful = valid & (entropies <= low), valid & (entropies >= high)
+    expected = [(b.y, label.masked_fill(~valid, IGNORE)), (known, sure), (known, doubtful)]
     for found, pair in zip(maps, expected, strict=True):  # on the grid of the features: pixel (4 i, 4 j)
         assert torch.equal(found, torch.cat(pair)[:, ::4, ::4])
     assert labeled == 3 and not theirs.requires_grad and own.requires_grad

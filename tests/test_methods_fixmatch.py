@@ -1,7 +1,5 @@
 """FixMatch, UniMatch, SPEED, VAT, PS-MT: special cases, and whole losses against slow references."""
 
-from __future__ import annotations
-
 import copy
 import math
 from itertools import product
@@ -282,9 +280,8 @@ def test_vat_is_the_reference(monkeypatch):
         kl = sum((target[i, c] * (target[i, c].log() - q[c]))[v].sum() for c in range(4))
         (g,) = torch.autograd.grad(kl, d)
         rows = sum((image[k, r + 2] - image[k, r]).square().sum() for k in range(3) for r in range(30))
-        columns = sum(
-            (image[k, :, c + 2] - image[k, :, c]).square().sum() for k, c in product(range(3), range(30))
-        )
+        places = product(range(3), range(30))
+        columns = sum((image[k, :, c + 2] - image[k, :, c]).square().sum() for k, c in places)
         moved.append(image + 0.8 * 0.5 * (rows + columns).sqrt() * g / g.square().sum().sqrt())
     q = s(torch.stack(moved).float()).log_softmax(1)
     distance = (target.float() * (target.float().log() - q)).sum(1)[b.valid].mean()
@@ -420,10 +417,8 @@ def test_ps_mt_teachers_take_turns():
         before = [[p.clone() for p in t.parameters()] for t in method.teachers]
         method.update(5)
         now = [[*t.parameters()] for t in method.teachers]
-        moved = [
-            not all(torch.equal(a, b) for a, b in zip(*pair, strict=True))
-            for pair in zip(before, now, strict=True)
-        ]
+        pairs = zip(before, now, strict=True)
+        moved = [not all(torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in pairs]
         assert moved == [core == 0, core == 1], progress
         a, b = before[core][0], next(method.teachers[core].parameters())
         torch.testing.assert_close(b, 0.996 * a + 0.004 * next(method.net.parameters()))

@@ -1,14 +1,12 @@
 """MKD and its ablations: equal at the defaults, the paper's tables as options, slow references."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import math
 
 import pytest
 import torch
-from slow import IGNORE, bilinear, blocks, ce, coarse, fix, mixed
+from slow import IGNORE, bilinear, blocks, ce, close, coarse, fix, mixed
 from test_methods import RELEASED
 from tiny import CLASSES, batch, build, config, make
 from torch import Tensor, nn
@@ -70,9 +68,8 @@ PAPER = {  # row -> ticks besides co-training (mutual MT, SDA, KS on L_st or L_s
 def test_every_row_of_the_papers_ablations_is_a_configuration(row):
     ticks, options = PAPER[row]
     keys = {"strong": "none"} if options.get("boxes") == 0 else {}
-    c = config(
-        "mkd_ablation", options=options, encoder="mobilenet_v2" if "HN" in ticks else "tu-test_resnet", **keys
-    )
+    encoder = "mobilenet_v2" if "HN" in ticks else "tu-test_resnet"
+    c = config("mkd_ablation", options=options, encoder=encoder, **keys)
     method = build_method(c, CLASSES)
     first, second = method.students
     found = {
@@ -84,9 +81,8 @@ def test_every_row_of_the_papers_ablations_is_a_configuration(row):
         "HN": type(first.decoder) is not type(second.decoder),
     }
     assert {name for name, there in found.items() if there} == set(ticks.split())
-    assert [n.stride for n in method.students] == [
-        n.module.stride for n in method.teachers
-    ] or not method.teachers
+    for student, teacher in zip(method.students, method.teachers, strict=False):
+        assert student.stride == teacher.module.stride
     few = {k: v for k, v in options.items() if k in inspect.signature(METHODS["mkd"]).parameters}
     if few == options and few.get("alpha", 1):  # then the clean class has the row too
         assert RunConfig(**c.model_dump() | {"method": "mkd", "options": options}).method == "mkd"
@@ -256,9 +252,7 @@ def sharpen(method: Method, factor: float = 4.0) -> Method:
 def compare(ours: dict[str, Tensor], reference: dict[str, Tensor], method: Method, other: Reference) -> None:
     """Terms and the gradient of their sum."""
     for key in ("sup", "st", "ss"):
-        torch.testing.assert_close(
-            ours[key], reference[key], rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
-        )
+        close(ours[key], reference[key], msg=lambda m, k=key: f"{k}: {m}")
     for mine, theirs in zip(method.students, other.s, strict=True):
         a = torch.autograd.grad(sum(ours.values()), [*mine.parameters()], retain_graph=True)
         b = torch.autograd.grad(sum(reference.values()), [*theirs.parameters()], retain_graph=True)
@@ -287,7 +281,7 @@ def test_the_paper_s_losses_are_the_reference(name, options, monkeypatch):
         assert 0.05 < stats["kept"] < 0.95 or not options["threshold"]
         if "shift" in stats:
             shift = torch.stack(reference.tables).mean()
-            torch.testing.assert_close(stats["shift"].double(), shift, rtol=1e-4, atol=1e-6)
+            close(stats["shift"].double(), shift)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.6])
@@ -317,11 +311,8 @@ def test_the_strength_of_fda_grows_as_asked_for():
         return [term.item() for term in method(batch(), progress)[0].values()]
 
     for progress in (0.3, 0.9):
-        for name, share in (
-            ("linear", progress),
-            ("cosine", (1 - math.cos(math.pi * progress)) / 2),
-            ("constant", 1.0),
-        ):
+        shares = {"linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2, "constant": 1.0}
+        for name, share in shares.items():
             constant = terms(0.1, fda=2.0 * share, fda_ramp="constant")
             assert terms(progress, fda=2.0, fda_ramp=name) == pytest.approx(constant), name
     assert terms(0.3, fda=2.0, fda_ramp="linear") != pytest.approx(terms(0.3, fda=2.0))
@@ -332,12 +323,10 @@ def test_the_law_draws_the_mask_of_images_and_labels(monkeypatch):
     mask = augment.xor_boxes(3, (32, 32))
     drawn: list[str] = []
     for name in ("xor_boxes", "half_box", "ratio_box", "beta_box"):
-        monkeypatch.setattr(
-            f"mkd_core.methods.mkd_ablation.{name}", lambda *a, name=name, **k: drawn.append(name) or mask
-        )
-    methods = [
-        sharpen(make("mkd_ablation", threshold=0.0, law=law)) for law in ("xor", "half", "ratio", "beta")
-    ]
+        law = lambda *a, name=name, **k: drawn.append(name) or mask  # noqa: E731
+        monkeypatch.setattr(f"mkd_core.methods.mkd_ablation.{name}", law)
+    laws = ("xor", "half", "ratio", "beta")
+    methods = [sharpen(make("mkd_ablation", threshold=0.0, law=law)) for law in laws]
     found = [[t.item() for t in method(batch(), 0.5)[0].values()] for method in methods]
     assert drawn == ["xor_boxes", "half_box", "ratio_box", "beta_box"]
     assert found[0] == found[1] == found[2] == found[3]

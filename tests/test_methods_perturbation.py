@@ -1,7 +1,5 @@
 """CCT and PseudoSeg, against slow loops: perturbations, annealed cross-entropy, activation maps, fusion."""
 
-from __future__ import annotations
-
 import copy
 import math
 from functools import partial
@@ -92,11 +90,9 @@ def test_annealed_cross_entropy_grows_over_its_share_of_training():
         found = make("cct", bootstrap=bootstrap)(b, progress)[0]["sup"]
         logits = net(b.x)
         net.load_state_dict(make("cct").net.state_dict())
-        expected = (
-            cct.annealed_cross_entropy(logits, b.y, progress / bootstrap)
-            if bootstrap
-            else F.cross_entropy(logits, b.y, ignore_index=IGNORE)
-        )
+        expected = F.cross_entropy(logits, b.y, ignore_index=IGNORE)
+        if bootstrap:
+            expected = cct.annealed_cross_entropy(logits, b.y, progress / bootstrap)
         torch.testing.assert_close(found, expected)
     sure = torch.zeros(1, CLASSES, 4, 4)
     sure[:, 1] = 20
@@ -115,9 +111,8 @@ def test_perturbations():
     torch.testing.assert_close(noise, noise[:1].expand_as(noise))
     assert -0.3001 < noise.min() < -0.29 and 0.29 < noise.max() < 0.3001
     assert torch.equal(cct.context(f, label, CLASSES) + cct.objects(f, label, CLASSES), f)
-    assert (cct.context(f, label, CLASSES)[0, :, label[0] == 0] == 0).all() and (
-        cct.objects(f, label, CLASSES)[0, :, label[0] > 0] == 0
-    ).all()
+    assert (cct.context(f, label, CLASSES)[0, :, label[0] == 0] == 0).all()
+    assert (cct.objects(f, label, CLASSES)[0, :, label[0] > 0] == 0).all()
     cuts = set()
     f = torch.rand(1, 3, 30, 30)
     attention = f[0].mean(0)
@@ -144,9 +139,8 @@ def test_guided_cutout_erases_a_part_of_each_predicted_box():
         for name, (rows, columns), size in boxes:
             found = erased[rows, columns].nonzero()
             first, last = found.amin(0), found.amax(0)
-            assert (last - first + 1).tolist() == size and len(found) == size[0] * size[
-                1
-            ]  # one full rectangle
+            # one full rectangle
+            assert (last - first + 1).tolist() == size and len(found) == size[0] * size[1]
             places[name].add(tuple(first.tolist()))
         assert erased.sum() == 4 * 8 + 2 * 3
     for name, room in ((1, (6, 12)), (3, (3, 5))):  # anywhere in the box: floor(0.6 span) + 1 places a side
@@ -267,12 +261,8 @@ def test_pseudoseg_terms_reach_what_they_should():
     parts = {name: getattr(net, name) for name in ("encoder", "decoder", "classifier")}
     parts |= {name: getattr(method, name) for name in ("image_classifier", "query", "key", "calibrate")}
     network = {"encoder", "decoder", "classifier"}
-    for key, reached in {
-        "sup": network,
-        "consistency": network,
-        "image": {"encoder", "image_classifier"},
-        "attention": {"query", "key", "calibrate"},
-    }.items():
+    own = {"image": {"encoder", "image_classifier"}, "attention": {"query", "key", "calibrate"}}
+    for key, reached in {"sup": network, "consistency": network, **own}.items():
         assert {name for name, part in parts.items() if gradients(terms[key], part) > 0} == reached, key
     assert sum(len([*part.parameters()]) for part in parts.values()) == len([*method.parameters()])
 
@@ -280,10 +270,8 @@ def test_pseudoseg_terms_reach_what_they_should():
 def test_square():
     masks = square(500, (40, 60), share=0.2)
     erased = ~masks
-    assert all(
-        (count == n).all()
-        for count, n in ((erased.sum((1, 2)), 64), (erased.any(2).sum(1), 8), (erased.any(1).sum(1), 8))
-    )
+    assert (erased.sum((1, 2)) == 64).all()
+    assert (erased.any(2).sum(1) == 8).all() and (erased.any(1).sum(1) == 8).all()
     tops, lefts = erased.any(2).float().argmax(1), erased.any(1).float().argmax(1)
     assert set(tops.tolist()) == set(range(33)) and set(lefts.tolist()) == set(range(53))
     assert square(3, (32, 32), share=0.0).all()

@@ -1,7 +1,5 @@
 """ST++ and SimpleBaseline: their losses, what they label and in which order, what they keep."""
 
-from __future__ import annotations
-
 import copy
 import math
 from dataclasses import replace
@@ -125,13 +123,8 @@ def test_st_plus_plus_labels_the_reliable_half_first_and_then_the_rest():
 
     last = maps[id(method.net)]
     scores = [sum(agreement(maps[id(c)][i], last[i]) for c in method.checkpoints) / 2 for i in range(n)]
-    zeros = [
-        sum(
-            agreement(maps[id(c)][i], last[i]) * len(set([*maps[id(c)][i].flat, *last[i].flat]))
-            for c in method.checkpoints
-        )
-        for i in range(n)
-    ]
+    pairs = [[(maps[id(c)][i], last[i]) for c in method.checkpoints] for i in range(n)]
+    zeros = [sum(agreement(a, b) * len({*a.flat, *b.flat}) for a, b in of) for of in pairs]
     best = sorted(range(n), key=lambda i: -scores[i])[:5]
     others = sorted(range(n), key=lambda i: -zeros[i])[:5]
     assert set(best) != set(others)  # which counting an absent class as 0 would choose
@@ -281,12 +274,8 @@ def test_simple_baseline_goes_on_from_the_network_that_labeled():
 def test_operations_are_applied_in_their_order():
     operations = (lambda x: x + 1, lambda x: 3 * x, lambda x: x - 5, lambda x: x * 0)
     choice = torch.tensor([[0, 1], [1, 0], [2, 1], [3, 2]])
-    assert apply_chosen(operations, choice, torch.full((4, 3, 1, 1), 2.0))[:, 0, 0, 0].tolist() == [
-        9,
-        9,
-        1,
-        0,
-    ]
+    out = apply_chosen(operations, choice, torch.full((4, 3, 1, 1), 2.0))
+    assert out[:, 0, 0, 0].tolist() == [9, 9, 1, 0]
 
 
 def test_three_of_draws_three_different_operators_of_seventeen(monkeypatch):
@@ -306,13 +295,8 @@ def test_three_of_draws_three_different_operators_of_seventeen(monkeypatch):
     images = torch.rand(64, 3, 24, 24)
     kept = images.clone()
     out = noise.three_of(images)
-    assert (
-        out.shape == images.shape
-        and out.min() >= 0
-        and out.max() <= 1
-        and out.isfinite().all()
-        and torch.equal(images, kept)
-    )
+    assert out.shape == images.shape and out.isfinite().all() and torch.equal(images, kept)
+    assert out.min() >= 0 and out.max() <= 1
     changed = (out != images).flatten(1).any(1)
     assert changed.float().mean() > 0.8
     for _ in range(3):
@@ -342,8 +326,6 @@ def test_operators_do_what_they_say():
     coloured = torch.rand(50, 3, 4, 4)
     shuffled = noise.channel_shuffle(coloured)
     assert torch.equal(shuffled.sort(1).values, coloured.sort(1).values)
-    orders = {
-        tuple((s[:, None] == c[None]).all((2, 3)).float().argmax(1).tolist())
-        for s, c in zip(shuffled, coloured, strict=True)
-    }
+    pairs = zip(shuffled, coloured, strict=True)
+    orders = {tuple((s[:, None] == c[None]).all((2, 3)).float().argmax(1).tolist()) for s, c in pairs}
     assert len(orders) == 6

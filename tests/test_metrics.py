@@ -1,7 +1,5 @@
 """Confusion, IoU and pseudo-label quality against loops over pixels."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -46,9 +44,8 @@ def test_iou_is_the_loop_s(case, dtype):
     prediction, label = ([p[i] for p in pixels] for i in (0, 1))
     half = len(pixels) // 2
     shape = (2, half) if half and len(pixels) % 2 == 0 else (len(pixels),)
-    matrix = confusion_matrix(
-        torch.tensor(prediction).view(shape), torch.tensor(label, dtype=dtype).view(shape), classes
-    )
+    label_map = torch.tensor(label, dtype=dtype).view(shape)
+    matrix = confusion_matrix(torch.tensor(prediction).view(shape), label_map, classes)
     assert matrix.dtype == torch.int64 and matrix.sum() == sum(t != IGNORE for t in label)
     for t in range(classes):
         for p in range(classes):
@@ -62,12 +59,10 @@ def test_iou_is_the_loop_s(case, dtype):
 def test_absent_and_spurious_classes():
     """A class that neither occurs nor is predicted leaves the mean; one that is only predicted counts as 0."""
     label = torch.tensor([0, 0, 1, 1, IGNORE])
-    assert iou(confusion_matrix(torch.tensor([0, 0, 1, 1, 2]), label, 4)).tolist() == pytest.approx(
-        [100, 100, math.nan, math.nan], nan_ok=True
-    )
-    assert miou(confusion_matrix(torch.tensor([0, 0, 1, 2, 2]), label, 4)) == pytest.approx(
-        (100 + 50 + 0) / 3
-    )
+    found = iou(confusion_matrix(torch.tensor([0, 0, 1, 1, 2]), label, 4)).tolist()
+    assert found == pytest.approx([100, 100, math.nan, math.nan], nan_ok=True)
+    mean = miou(confusion_matrix(torch.tensor([0, 0, 1, 2, 2]), label, 4))
+    assert mean == pytest.approx((100 + 50 + 0) / 3)
 
 
 def test_confusion_adds_up_over_batches_of_many_classes():
@@ -103,9 +98,8 @@ def test_pseudo_label_quality_is_the_loop_s():
     assert found["threshold"] == threshold
     assert found["kept"] == pytest.approx(100 * len(kept) / len(known), abs=1e-3)
     assert found["accuracy"] == pytest.approx(100 * sum(p == t for p, _, t in kept) / len(kept), abs=1e-3)
-    assert found["accuracy_all"] == pytest.approx(
-        100 * sum(p == t for p, _, t in known) / len(known), abs=1e-3
-    )
+    right = 100 * sum(p == t for p, _, t in known) / len(known)
+    assert found["accuracy_all"] == pytest.approx(right, abs=1e-3)
     for c in range(classes):
         of_known, of_kept = [p for p in known if p[0] == c], [p for p in kept if p[0] == c]
         share = 100 * len(of_kept) / len(of_known) if of_known else None

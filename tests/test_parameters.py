@@ -5,8 +5,6 @@ The whole sweep of the last part takes half an hour or more on a CPU: MKD_SLOW=1
 encoder and layout is trained.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from functools import cache

@@ -1,7 +1,5 @@
 """Records: all or nothing under concurrent writers, collected, and refused in one table where they were not measured alike."""
 
-from __future__ import annotations
-
 import errno
 import json
 import multiprocessing
@@ -121,11 +119,8 @@ def test_a_frame_has_a_line_a_run_and_every_row_and_column_in_order():
     }
     table = records.frame(cells)
     assert [*table.row.cat.categories] == ["b", "a", "c"] and [*table.column.cat.categories] == ["y", "x"]
-    assert table[["row", "column", "seed", "miou"]].values.tolist() == [
-        ["b", "y", 1, 7],
-        ["b", "y", 0, 50],
-        ["a", "x", 0, 50],
-    ]
+    lines = [["b", "y", 1, 7], ["b", "y", 0, 50], ["a", "x", 0, 50]]
+    assert table[["row", "column", "seed", "miou"]].values.tolist() == lines
     assert [*table.columns] == [*records.COLUMNS] and table.notna().all(None) and not table.all_labels.any()
     assert records.frame(table) is table
     assert records.frame({"a": {"x": []}}).empty and records.evaluations(records.frame({"a": []})).empty
@@ -140,11 +135,10 @@ def test_evaluations_have_a_line_a_predictor():
     quality = {"threshold": 0.95, "kept": 10.0, "accuracy": None, "accuracy_all": 50.0}
     found = {"step": 2, "miou": {"student 1": 3.0, "teacher 1": 4.0}, "pseudo_labels": {"teacher 1": quality}}
     table = records.evaluations(records.frame({"a": [record(evaluations=[found])], "b": [record()]}))
-    assert (
-        [*table.predictor] == ["student 1", "teacher 1"]
-        and [*table.miou] == [3, 4]
-        and [*table.row] == ["a", "a"]
-    )
+    assert table[["row", "predictor", "miou"]].values.tolist() == [
+        ["a", "student 1", 3],
+        ["a", "teacher 1", 4],
+    ]
     assert [*table.reported] == [True, False] and [*table.labeler] == [False, True]
     assert table.kept.isna().tolist() == [True, False] and table.accuracy.isna().all()
 

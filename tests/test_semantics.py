@@ -1,21 +1,18 @@
 """FDA: online moments against one-shot ones, the table against its definition, the bound against sampling."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from mkd_core.semantics import ClassMoments
 
 IGNORE = 255
 
 
-def pixels(
-    n: int, classes: int, channels: int, seed: int = 0, ignored: float = 0.2
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pixels(n: int, classes: int, channels: int, seed: int = 0, ignored: float = 0.2) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     label = torch.randint(0, classes, (n,), generator=g)
     features = torch.randn(n, channels, generator=g) * (1 + label[:, None]) + label[:, None]
@@ -23,9 +20,7 @@ def pixels(
     return features, label
 
 
-def one_shot(
-    features: torch.Tensor, label: torch.Tensor, classes: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def one_shot(features: Tensor, label: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Counts, means and population variances of all pixels at once, in float64, class by class."""
     features = features.double()
     counts, means, variances = [], [], []
@@ -33,15 +28,12 @@ def one_shot(
         mine = features[label == c]
         counts.append(float(len(mine)))
         means.append(mine.mean(0) if len(mine) else torch.zeros(features.shape[1]).double())
-        variances.append(
-            mine.var(0, unbiased=False) if len(mine) else torch.zeros(features.shape[1]).double()
-        )
+        none = torch.zeros(features.shape[1]).double()
+        variances.append(mine.var(0, unbiased=False) if len(mine) else none)
     return torch.tensor(counts).double(), torch.stack(means), torch.stack(variances)
 
 
-def per_pixel(
-    logits: torch.Tensor, label: torch.Tensor, weight: torch.Tensor, var: torch.Tensor, strength: float
-) -> torch.Tensor:
+def per_pixel(logits: Tensor, label: Tensor, weight: Tensor, var: Tensor, strength: float) -> Tensor:
     """Eq. (4) pixel by pixel: logits (N, C) + strength/2 (w_j - w_y)^T Sigma_y (w_j - w_y); not at IGNORE."""
     known = label != IGNORE
     y = label.masked_fill(~known, 0)
@@ -131,9 +123,8 @@ def test_table_is_the_per_pixel_definition_with_its_gradient(classes, channels):
     g = torch.Generator().manual_seed(4)
     weight = torch.randn(classes, channels, generator=g)
     logits = torch.randn(400, classes, generator=g)
-    target = torch.randint(
-        0, classes, (400,), generator=g
-    )  # the target of the loss need not be the label of the shift
+    # the target of the loss need not be the label of the shift
+    target = torch.randint(0, classes, (400,), generator=g)
 
     reference_logits = logits.double().requires_grad_()
     reference = per_pixel(reference_logits, label, weight.double(), moments.var.double(), 1.5)
@@ -144,26 +135,20 @@ def test_table_is_the_per_pixel_definition_with_its_gradient(classes, channels):
 
     F.cross_entropy(reference, target).backward()
     F.cross_entropy(ours, target.view(1, 20, 20)).backward()
-    torch.testing.assert_close(
-        ours_logits.grad.permute(0, 2, 3, 1).reshape(400, classes).double(),
-        reference_logits.grad,
-        rtol=1e-4,
-        atol=1e-8,
-    )
+    ours_grad = ours_logits.grad.permute(0, 2, 3, 1).reshape(400, classes).double()
+    torch.testing.assert_close(ours_grad, reference_logits.grad, rtol=1e-4, atol=1e-8)
 
 
 def test_gradient_of_the_table_with_respect_to_the_weight_is_the_per_pixel_one():
     features, label = pixels(200, 3, 5, seed=5)
     moments = ClassMoments(3, 5)
     moments.update(features, label)
-    ours, reference = (
-        torch.randn(3, 5, generator=torch.Generator().manual_seed(6)).requires_grad_() for _ in range(2)
-    )
+    start = torch.randn(3, 5, generator=torch.Generator().manual_seed(6))
+    ours, reference = (start.clone().requires_grad_() for _ in range(2))
     logits = torch.randn(200, 3, generator=torch.Generator().manual_seed(7))
     target = label.masked_fill(label == IGNORE, 0)
-    shifted = ClassMoments.shift(
-        logits.T.reshape(1, 3, 10, 20), label.view(1, 10, 20), moments.table(ours, 0.7)
-    )
+    maps = logits.T.reshape(1, 3, 10, 20), label.view(1, 10, 20)
+    shifted = ClassMoments.shift(*maps, moments.table(ours, 0.7))
     F.cross_entropy(shifted, target.view(1, 10, 20)).backward()
     F.cross_entropy(per_pixel(logits, label, reference, moments.var, 0.7), target).backward()
     torch.testing.assert_close(ours.grad, reference.grad, rtol=1e-4, atol=1e-6)
@@ -205,14 +190,12 @@ def test_equation_4_bounds_the_expected_cross_entropy():
     feature = torch.randn(channels, generator=g)
     noise = torch.randn(50_000, channels, generator=g) * (strength * moments.var[y]).sqrt()
     label = torch.full((1, 1, 1), y)
-    expected = F.cross_entropy(
-        (feature + noise) @ weight.T + bias, torch.full((50_000,), y), reduction="none"
-    )
+    noisy = (feature + noise) @ weight.T + bias
+    expected = F.cross_entropy(noisy, torch.full((50_000,), y), reduction="none")
     logits = (weight @ feature + bias).view(1, -1, 1, 1)
     bound = F.cross_entropy(ClassMoments.shift(logits, label, moments.table(weight, strength)), label).item()
     plain = F.cross_entropy(logits, label).item()
     error = (expected.std() / 50_000**0.5).item()
     assert expected.mean().item() + 5 * error < bound
-    assert (
-        plain < expected.mean().item() - 5 * error
-    )  # convex: the noise only makes it harder, so a shift of 0 is no bound
+    # convex: the noise only makes it harder, so a shift of 0 is no bound
+    assert plain < expected.mean().item() - 5 * error

@@ -8,8 +8,6 @@ compares them (cells tagged nbval-check-output), as text: a repeated execution c
 the pictures are seen by whoever browses the project: outputs stay, but for logs, widgets and what the machine was called.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import sys

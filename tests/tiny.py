@@ -1,7 +1,5 @@
 """Tiny networks, batches and configurations for the tests: seconds on one core. One thread: the tests share the machine."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

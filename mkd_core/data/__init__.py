@@ -1,13 +1,11 @@
 """The data sets by name, and how one is opened."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
 from ..choices import choose, complete_options
 from .base import IGNORE, DataError, SegDataset
-from .check import Report, check
+from .check import check
 from .cityscapes import Cityscapes
 from .coco import COCO
 from .folder import Folder
@@ -15,26 +13,10 @@ from .shapes import Shapes
 from .splits import Split, load_split
 from .voc import VOC, VOCAug
 
-DATASETS: dict[str, Callable[..., SegDataset]] = {
-    "shapes": Shapes,
-    "folder": Folder,
-    "voc": VOC,
-    "voc_aug": VOCAug,
-    "cityscapes": Cityscapes,
-    "coco": COCO,
-}
+KINDS: tuple[type[SegDataset], ...] = (Shapes, Folder, VOC, VOCAug, Cityscapes, COCO)
+DATASETS: dict[str, Callable[..., SegDataset]] = {kind.name: kind for kind in KINDS}
 
-__all__ = [
-    "DATASETS",
-    "IGNORE",
-    "DataError",
-    "Report",
-    "SegDataset",
-    "Split",
-    "check",
-    "load_split",
-    "open_dataset",
-]
+__all__ = ["DATASETS", "IGNORE", "DataError", "SegDataset", "Split", "check", "load_split", "open_dataset"]
 
 
 def open_dataset(name: str, root: str = "", **options: Any) -> SegDataset:

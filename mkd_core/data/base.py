@@ -1,7 +1,5 @@
 """What a data set is to the rest of the suite, and how its files are read."""
 
-from __future__ import annotations
-
 import os
 import re
 from abc import ABC, abstractmethod
@@ -175,9 +173,7 @@ def read_turned(path: Path) -> tuple[Tensor, bool]:
     """Read a picture as `read_image` does, and whether its EXIF orientation turned it."""
     with _open(path, "picture") as picture:
         if picture.mode.startswith(("I", "F")):
-            raise DataError(
-                f"{path}: {picture.mode} pictures have 16 or 32 bits a channel; convert to 8 bits"
-            )
+            raise DataError(f"{path}: {picture.mode} pictures have 16 or 32 bits a channel; convert to 8")
         turned = _orientation(picture) != 1
         ImageOps.exif_transpose(picture, in_place=True)
         return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous(), turned
@@ -198,14 +194,10 @@ def open_mask(path: Path) -> Iterator[Image.Image]:
         kind, packed = picture.format, picture.info.get("compression")
         # JPEG and WebP change pixels, GIF writers renumber colours
         if kind not in ("PNG", "TIFF", "BMP") or packed in ("jpeg", "webp"):
-            raise DataError(
-                f"{path}: a mask must be a lossless PNG, TIFF or BMP; this {kind} may change classes"
-            )
+            raise DataError(f"{path}: a mask is a lossless PNG, TIFF or BMP; this {kind} may change classes")
         yield picture
         if (turned := _orientation(picture)) != 1:
-            raise DataError(
-                f"{path}: a mask with EXIF orientation {turned}; save it upright, without the mark"
-            )
+            raise DataError(f"{path}: a mask with EXIF orientation {turned}; save it upright, unmarked")
 
 
 def stored(picture: Image.Image) -> np.ndarray:
@@ -223,9 +215,7 @@ def read_label(path: Path, classes: int | None = None) -> Tensor:
     """
     with open_mask(path) as picture:
         if (mode := picture.mode) not in ("L", "P", "1"):
-            raise DataError(
-                f"{path}: a mask must be a grey or palette PNG of class indices, not of mode {mode}"
-            )
+            raise DataError(f"{path}: a mask is a grey or palette PNG of class indices, not of mode {mode}")
         label = stored(picture).astype(np.uint8)
     outside = label[(label >= (classes or IGNORE)) & (label != IGNORE)]
     if outside.size:

@@ -1,7 +1,5 @@
 """Look at the data before training: counts, hashes, and everything that is wrong with lists and files."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections import Counter, defaultdict
@@ -169,10 +167,9 @@ def _check_contents(
             if progress:
                 progress(done, len(ids))
     names = {**dict(enumerate(dataset.classes)), IGNORE: "ignored"}
-    report.shares = {
-        part: {name: 100 * int(count[value]) / max(1, int(count.sum())) for value, name in names.items()}
-        for part, count in counts.items()
-    }
+    for part, count in counts.items():
+        percent = (100 * count / max(1, int(count.sum()))).tolist()
+        report.shares[part] = {name: percent[value] for value, name in names.items()}
     if faults:
         first = [f"{len(faults)} faulty files:", *faults[:5], *["..."] * (len(faults) > 5)]
         report.problems.append("\n  ".join(first))

@@ -1,7 +1,5 @@
 """`cityscapes` in the layout of its archives: leftImg8bit and gtFine."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -67,19 +65,16 @@ class Cityscapes(FileDataset):
         for path in (self.root / "leftImg8bit" / part).glob("*/*_leftImg8bit.png"):
             id, place = path.name.removesuffix("_leftImg8bit.png"), Path(part, path.parent.name)
             if self._place.setdefault(id, place) != place:
-                raise DataError(
-                    f"{self.root}: two images are called {id}, in {self._place[id]} and in {place}"
-                )
+                raise DataError(f"{self.root}: two images are called {id}, in {self._place[id]} and {place}")
             ids.append(id)
         return tuple(sorted(ids))
 
     def files(self, id: str) -> tuple[Path, Path]:
         place = self._place.get(id, Path("train/*"))  # an id that is only listed is in no city
-        trained, raw = (
-            self.root / "gtFine" / place / f"{id}_gtFine_{kind}.png" for kind in ("labelTrainIds", "labelIds")
-        )
+        mask = self.root / "gtFine" / place / f"{id}_gtFine_labelTrainIds.png"
+        raw = mask.with_name(f"{id}_gtFine_labelIds.png")
         image = self.root / "leftImg8bit" / place / f"{id}_leftImg8bit.png"
-        return image, trained if trained.is_file() else raw
+        return image, mask if mask.is_file() else raw
 
     def label(self, id: str) -> Tensor:
         mask = self.files(id)[1]

@@ -1,7 +1,5 @@
 """`coco`, COCO 2017 with 81 classes; masks are rendered once from the instance annotations."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -49,10 +47,8 @@ class COCO(FileDataset):
     def __init__(self, root: str, masks: str = "masks"):
         self.root = find_root(self.name, root, ["train2017", "val2017"], self.where)
         self.masks = self.root / masks
-        self.train, self.val = (
-            tuple(sorted(p.stem for p in (self.root / part).glob("*.jpg")))
-            for part in ("train2017", "val2017")
-        )
+        folders = (self.root / "train2017", self.root / "val2017")
+        self.train, self.val = (tuple(sorted(p.stem for p in folder.glob("*.jpg"))) for folder in folders)
         self._val = frozenset(self.val)
 
     def files(self, id: str) -> tuple[Path, Path]:

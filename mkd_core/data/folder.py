@@ -1,7 +1,5 @@
 """`folder`, a person's own images: a root folder and list files."""
 
-from __future__ import annotations
-
 import posixpath
 import re
 import unicodedata
@@ -13,9 +11,7 @@ import numpy as np
 from .base import IGNORE, DataError, FileDataset, checked_ids, colormap, find_root, read_text
 
 # lines of a class list that are no plain name: a header; a value or a colour beside the name
-HEADER = re.compile(
-    r"(id|index|value|names?|class(es)?|labels?|categor(y|ies)|colou?r|[rgb]|[\s,;:_-])+", re.IGNORECASE
-)
+HEADER = re.compile(r"(?i)(id|index|value|names?|class(es)?|labels?|categor(y|ies)|colou?r|[rgb]|[\s,;:_-])+")
 NO_NAME = re.compile(r"^-?\d+\s*[,;:\t]|[,;:\t]\s*\d")
 
 
@@ -56,9 +52,7 @@ class Folder(FileDataset):
         self.train = self.read_list(self.root / train) if (self.root / train).is_file() else ()
         self.val = self.read_list(self.root / val) if val else ()
         if bare := [id for id in self.val if self._masks[id] is None]:
-            raise DataError(
-                f"{self.root / val}, images without mask, first {bare[0]}: evaluated images need one"
-            )
+            raise DataError(f"{self.root / val}: evaluated images need a mask, {bare[0]} has none")
 
     def files(self, id: str) -> tuple[Path, Path | None]:
         mask = self._masks.get(id)
@@ -131,7 +125,5 @@ def _class_names(root: Path, classes: Sequence[str] | int | None) -> tuple[str, 
 def _colours(palette: Sequence[Sequence[int]], classes: int) -> np.ndarray:
     colours = np.asarray(palette) if len({len(colour) for colour in palette}) == 1 else np.zeros(0)
     if colours.shape != (classes, 3) or colours.min() < 0 or colours.max() > 255:
-        raise DataError(
-            f"palette must hold {classes} colours [r, g, b] in 0..255, one a class; got {palette!r}"
-        )
+        raise DataError(f"palette must hold {classes} colours [r, g, b] in 0..255; got {palette!r}")
     return colours.astype(np.uint8)

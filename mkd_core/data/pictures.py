@@ -1,7 +1,5 @@
 """Pictures among the files that a person names: files, and folders with all below them."""
 
-from __future__ import annotations
-
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -29,9 +27,8 @@ def find_pictures(paths: Sequence[str | Path], out: Path) -> tuple[list[Path], l
         for why, others in found.items():
             left_out.append(f"Left out, {why}: {some((file.relative_to(path) for file in others), 'files')}")
         if not pictures:
-            raise DataError(
-                "\n".join([f"{path}: no picture ({PICTURES}) in this folder or below it", *left_out])
-            )
+            nothing = f"{path}: no picture ({PICTURES}) in this folder or below it"
+            raise DataError("\n".join([nothing, *left_out]))
     if not files:
         raise DataError("no images given: name files or folders")
     return list(dict.fromkeys(files)), left_out

@@ -4,8 +4,6 @@ Every region is painted with one of five textures in two random colours. Colour 
 local pattern names the class: few labels overfit and unlabeled images help. Recipe and numbers: our choice.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Labeled and unlabeled images by name: published lists, random draws, one's own folders."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import math
@@ -179,9 +177,7 @@ def _classes_of(dataset: SegDataset, id: str) -> set[int]:
 def _verified(file: str, pattern: str, count: int, sha256: str) -> tuple[str, ...]:
     ids = parse_ids(_fetch(file), pattern, file)
     if len(ids) != count or set_hash(ids) != sha256:
-        raise DataError(
-            f"{file}: {len(ids)} ids with hash {set_hash(ids)}, published are {count} with {sha256}"
-        )
+        raise DataError(f"{file}: {len(ids)} ids of hash {set_hash(ids)}, published are {count} of {sha256}")
     return tuple(sorted(ids))
 
 

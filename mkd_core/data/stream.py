@@ -1,7 +1,5 @@
 """Endless training streams: sample k depends on (seed, stream, k) alone, so any step can be replayed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -82,6 +80,5 @@ class Steps(Dataset):
 
     def batches(self, start: int, stop: int, workers: int, pin: bool) -> Iterator[Crops]:
         """Load steps start .. stop - 1; the number of workers changes nothing but the speed."""
-        return iter(
-            DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin)
-        )
+        order = range(start, stop)
+        return iter(DataLoader(self, batch_size=None, sampler=order, num_workers=workers, pin_memory=pin))

@@ -1,7 +1,5 @@
 """`voc` and `voc_aug`, PASCAL VOC 2012 and its augmented training set, in the layout of the VOC devkit."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ..choices import choose

@@ -1,7 +1,5 @@
 """What the two panes show and say of an image: maps, numbers, and pictures of them."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import re
@@ -92,11 +90,10 @@ def accuracy_curve(found: Prediction, truth: Array) -> Array:
 def describe(shown: Shown, truth: Array | None, threshold: float, classes: int) -> tuple[dict[str, Any], Any]:
     """Return what the browser says of a pane (summary, accuracy curve, its point at T), and `by_class`."""
     says: dict[str, Any] = {"size": shown.image.shape[1::-1], "key": shown.key, "numbers": ""}
-    found, labels, nothing = shown.found, shown.labels, np.full(classes, np.nan)
+    found, nothing = shown.found, np.full(classes, np.nan)
     if found is None:
-        pixels = (
-            nothing if labels is None else percent(np.bincount(labels.ravel(), minlength=256), labels.size)
-        )
+        labels = np.zeros(0, np.uint8) if shown.labels is None else shown.labels
+        pixels = percent(np.bincount(labels.ravel(), minlength=256), labels.size)
         return says, {"pixels": pixels, "kept": nothing, "right": nothing}
     table = by_class(found, truth, threshold, classes)
     says["numbers"] = f"kept {number(table['kept'][-1])} %"
@@ -114,15 +111,10 @@ def legend(study: Study, tables: Sequence[dict[str, Array]]) -> list[dict[str, A
     """Return a row for each class that a pane shows, the largest first."""
     columns = [table[what][: len(study.classes)] for what in ("pixels", "kept", "right") for table in tables]
     size = np.nansum(columns[:2], 0)
-    return [
-        {
-            "name": study.classes[c],
-            "colour": colour(study.palette[c]),
-            "cells": [number(of[c]) for of in columns],
-        }
-        for c in np.argsort(-size, kind="stable")
-        if size[c] > 0
-    ]
+    order = [c for c in np.argsort(-size, kind="stable") if size[c] > 0]
+    cells = [[number(of[c]) for of in columns] for c in order]
+    names = [{"name": study.classes[c], "colour": colour(study.palette[c])} for c in order]
+    return [name | {"cells": of} for name, of in zip(names, cells, strict=True)]
 
 
 def pixel(study: Study, shown: Sequence[Shown], truth: Array | None, x: int, y: int) -> str:
@@ -187,9 +179,8 @@ def show(study: Study, id: str, choices: Sequence[Choice], threshold: float, dra
     """Make what each pane shows. draw: number of the random views."""
     image, truth = study.load(id)
     found = [predicted(study, choice, id) for choice in choices]
-    maps = [
-        f.label if f else truth if c.source == "truth" else None for f, c in zip(found, choices, strict=True)
-    ]
+    pairs = zip(found, choices, strict=True)
+    maps = [one.label if one else truth if choice.source == "truth" else None for one, choice in pairs]
     shown = []
     for choice, one, labels, other in zip(choices, found, maps, maps[::-1], strict=True):
         view = study.views(choice.run, id, draw)[choice.source] if choice.source in VIEWS else image

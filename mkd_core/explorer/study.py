@@ -1,7 +1,5 @@
 """Runs as the explorer sees them: opened read-only, their predictions made when asked for."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,9 +99,8 @@ class Study:
         folder, config = self.folders[run], self.configs[run]
         times = {path.stem: path.stat().st_mtime_ns for path in folder.glob("checkpoint*.pt")}
         steps = sorted(int(m[1]) for name in times if (m := re.fullmatch(r"checkpoint-(\d+)", name)))
-        found = {
-            f"step {step:,}": (step, times[f"checkpoint-{step}"]) for step in steps if step != config.steps
-        }
+        kept = [step for step in steps if step != config.steps]
+        found = {f"step {step:,}": (step, times[f"checkpoint-{step}"]) for step in kept}
         if "checkpoint" in times:
             found["last"] = 0, times["checkpoint"]
         if not found:
@@ -120,7 +117,7 @@ class Study:
         truth = self.data.label(id).numpy() if self.data.has_label(id) else None
         if truth is not None and truth.shape != image.shape[:2]:
             raise ValueError(
-                f"{id}: its mask has {truth.shape} pixels, the image {image.shape[:2]} (see mkd check)"
+                f"{id}: its mask has {truth.shape} pixels, the image {image.shape[:2]}: mkd check"
             )
         return image, truth
 
@@ -128,11 +125,11 @@ class Study:
         """Return what each network of a run predicts, as the run is evaluated; "mean" where several."""
         probs = self.open(run, checkpoint).predictor()(self.data.image(id)[None])
         # A stable sort decides ties as max does, by which pictures and scores are made.
-        best = {name: prob[0].sort(dim=0, descending=True, stable=True) for name, prob in probs.items()}
-        return {
-            n: Prediction(b.indices[:3].byte().cpu().numpy(), b.values[:3].cpu().numpy())
-            for n, b in best.items()
-        }
+        found = {}
+        for name, prob in probs.items():
+            best = prob[0].sort(dim=0, descending=True, stable=True)
+            found[name] = Prediction(best.indices[:3].byte().cpu().numpy(), best.values[:3].cpu().numpy())
+        return found
 
     def views(self, run: int, id: str, draw: int) -> dict[str, Array]:
         """Augment an image as the run does, in random draw number `draw`: VIEWS, (h, w, 3) uint8 each.

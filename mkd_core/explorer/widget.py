@@ -4,8 +4,6 @@ The controls are ipywidgets. Pictures go to the browser as an image and a palett
 (widget.js), whose opacity changes there without the kernel.
 """
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 from collections.abc import Callable, Iterable
@@ -50,7 +48,7 @@ def guarded(action: Callable[..., None]) -> Callable[..., None]:
     """
 
     @wraps(action)
-    def call(self: Explorer, *args: Any) -> None:
+    def call(self: Any, *args: Any) -> None:
         try:
             action(self, *args)
         except (ValueError, OSError, RuntimeError) as error:

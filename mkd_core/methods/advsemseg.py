@@ -51,9 +51,8 @@ class AdvSemSeg(Method):
         with frozen(self.discriminator):
             judged, judged_u = self.discriminator(prob), self.discriminator(prob_u)
         trusted = batch.valid & (judged_u.detach().sigmoid() >= self.threshold)
-        truth = (batch.y[:, None] == torch.arange(prob.shape[1], device=prob.device)[:, None, None]).to(
-            prob.dtype
-        )  # IGNORE: zero vector
+        classes = torch.arange(prob.shape[1], device=prob.device)[:, None, None]
+        truth = (batch.y[:, None] == classes).to(prob.dtype)  # IGNORE: zero vector
         fake = self.discriminator(torch.cat((prob, prob_u)).detach())
         return {
             "sup": cross_entropy(labeled, batch.y),

@@ -21,6 +21,7 @@ TeacherMode = Literal["train", "eval"]
 EMABuffers = Literal["none", "all"]
 
 Terms = dict[str, Tensor]
+Labels = Iterator[tuple[int, Tensor]]
 Prob = Callable[[nn.Module, Tensor], Tensor]
 Build = Callable[..., SegNet]  # build() or build(arch="pspnet"): a freshly initialised network
 
@@ -70,9 +71,7 @@ class Method(nn.Module):
         """
         return None
 
-    def relabel(
-        self, stage: int, images: Sequence[Tensor], prob: Prob, labeled: Collection[int]
-    ) -> Iterator[tuple[int, Tensor]]:
+    def relabel(self, stage: int, images: Sequence[Tensor], prob: Prob, labeled: Collection[int]) -> Labels:
         """Before stage 1, 2, ...: (position, label (H, W) integers or IGNORE) of images that it trains on.
 
         images   all unlabeled ones of the split, (1, 3, H, W) normalised, loaded when asked for

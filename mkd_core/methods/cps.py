@@ -44,9 +44,8 @@ class CPS(Method):
         if self.boxes:
             mask = xor_boxes(len(batch.weak), batch.weak.shape[-2:], batch.weak.device, self.boxes)
             with torch.no_grad():
-                labels = [
-                    pseudo_label(mix(net(batch.weak), mask), valid=mix(valid, mask)) for net in self.students
-                ]
+                valid = mix(valid, mask)
+                labels = [pseudo_label(mix(net(batch.weak), mask), valid=valid) for net in self.students]
             seen = mix(batch.weak, mask)
         (x1, u1), (x2, u2) = (both(net, batch.x, seen, self.joint) for net in self.students)
         if not self.boxes:

@@ -32,21 +32,11 @@ class FlawDetector(nn.Module):
     def __init__(self, channels: int, width: int):
         super().__init__()
         layers: list[nn.Module] = []
-        for after, kernel, stride in (
-            (1, 4, 2),
-            (2, 4, 2),
-            (2, 3, 1),
-            (4, 4, 2),
-            (4, 3, 1),
-            (8, 4, 2),
-            (8, 3, 1),
-        ):
+        shapes = ((1, 4, 2), (2, 4, 2), (2, 3, 1), (4, 4, 2), (4, 3, 1), (8, 4, 2), (8, 3, 1))
+        for after, kernel, stride in shapes:
             after *= width
-            layers += [
-                nn.Conv2d(channels, after, kernel, stride, padding=1),
-                HalfInstanceNorm(after),
-                nn.LeakyReLU(0.2, inplace=True),
-            ]
+            layers += [nn.Conv2d(channels, after, kernel, stride, padding=1), HalfInstanceNorm(after)]
+            layers.append(nn.LeakyReLU(0.2, inplace=True))
             channels = after
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 4, stride=2, padding=1))
 

@@ -26,14 +26,9 @@ class FixMatch(Method):
     views = 1
 
     def __init__(
-        self,
-        build: Build,
-        *,
-        weight: Weight = 1.0,
-        threshold: Share = 0.95,
-        cutmix: Share = 0.5,
+        self, build: Build, *, weight: Weight = 1.0, threshold: Share = 0.95, cutmix: Share = 0.5,
         joint: bool = True,
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.net = build()
         self.weight, self.threshold, self.cutmix, self.joint = weight, threshold, cutmix, joint
@@ -43,10 +38,7 @@ class FixMatch(Method):
         mask = ratio_box(len(batch.weak), batch.weak.shape[-2:], batch.weak.device, self.cutmix)
         labeled, weak = both(self.net, batch.x, batch.weak, self.joint)
         label = pseudo_label(weak, self.threshold, batch.valid)
-        strong = cross_entropy(
-            self.net(mix(batch.strong[0], mask)), mix(label, mask), over=mix(batch.valid, mask)
-        )
-        return {
-            "sup": cross_entropy(labeled, batch.y) / 2,
-            "strong": self.weight / 2 * strong,
-        }, {"kept": masked_mean((label != IGNORE).float(), batch.valid)}
+        logits = self.net(mix(batch.strong[0], mask))
+        strong = cross_entropy(logits, mix(label, mask), over=mix(batch.valid, mask))
+        terms = {"sup": cross_entropy(labeled, batch.y) / 2, "strong": self.weight / 2 * strong}
+        return terms, {"kept": masked_mean((label != IGNORE).float(), batch.valid)}

@@ -34,10 +34,8 @@ class MeanTeacher(Method):
         target = self.teacher(batch.weak).softmax(1)
         labeled, unlabeled = both(self.net, batch.x, batch.weak, self.joint)
         distance = masked_mean(squared_distance(unlabeled.softmax(1), target), batch.valid)
-        return {
-            "sup": cross_entropy(labeled, batch.y),
-            "consistency": self.weight * ramp(progress, self.rampup) * distance,
-        }, {}
+        consistency = self.weight * ramp(progress, self.rampup) * distance
+        return {"sup": cross_entropy(labeled, batch.y), "consistency": consistency}, {}
 
     def update(self, step: int) -> None:
         self.teacher.update(self.net, step)

@@ -4,8 +4,6 @@ Each takes (B, 3, H, W) float in [0, 1] and returns the same; "per channel" draw
 of each image.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch
@@ -47,9 +45,8 @@ def multiply(images: Tensor) -> Tensor:
 
 def salt_and_pepper(images: Tensor) -> Tensor:
     """Each pixel of a channel is black or white with probability p ~ U(0, 0.1)."""
-    return torch.where(
-        torch.rand_like(images) < uniform(images, 0, 0.1), torch.rand_like(images).round(), images
-    )
+    hit = torch.rand_like(images) < uniform(images, 0, 0.1)
+    return torch.where(hit, torch.rand_like(images).round(), images)
 
 
 def three_of(images: Tensor) -> Tensor:

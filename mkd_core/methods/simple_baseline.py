@@ -10,7 +10,7 @@ W_0 = kernels of the network that labeled, v = biases and BatchNorm (L2-SP)
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch.func import functional_call
 from ..augment import STRONG
 from ..data.base import IGNORE
 from ..losses import confidence, cross_entropy, masked_mean
-from .base import Batch, Build, Method, PositiveCount, Prob, Scales, Share, Terms, Weight
+from .base import Batch, Build, Labels, Method, PositiveCount, Prob, Scales, Share, Terms, Weight
 from .noise import three_of
 from .st_plus_plus import tta
 
@@ -72,11 +72,8 @@ class SimpleBaseline(Method):
 
     def other_norms(self) -> dict[str, Tensor]:
         """Parameters and buffers of the other BatchNorm layers under the names that they replace."""
-        return {
-            f"{name}.{key}": t
-            for name, m in zip(self.names, self.norms, strict=True)
-            for key, t in m.state_dict(keep_vars=True).items()
-        }
+        pairs = zip(self.names, self.norms, strict=True)
+        return {f"{n}.{key}": t for n, m in pairs for key, t in m.state_dict(keep_vars=True).items()}
 
     def distance(self) -> Tensor:
         """Squared distance of the kernels from the labeler's, plus the squares of biases and BatchNorm."""
@@ -85,9 +82,7 @@ class SimpleBaseline(Method):
         moved = torch._foreach_sub(kernels, anchors)
         return torch.stack([*torch._foreach_norm(moved), *torch._foreach_norm(rest)]).square().sum()
 
-    def relabel(
-        self, stage: int, images: Sequence[Tensor], prob: Prob, labeled: Collection[int]
-    ) -> Iterator[tuple[int, Tensor]]:
+    def relabel(self, stage: int, images: Sequence[Tensor], prob: Prob, labeled: Collection[int]) -> Labels:
         for i in range(len(images)):
             yield i, tta(prob, self.net, images[i], self.scales).max(1).indices[0]
         self.labeler.load_state_dict(self.net.state_dict())

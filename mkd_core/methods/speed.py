@@ -16,6 +16,8 @@ from ..losses import cross_entropy, entropy, masked_mean, pseudo_label
 from ..models import nearest, resize
 from .base import Batch, Build, Method, Positive, PositiveCount, Share, Terms, Weight
 
+Pair = tuple[Tensor, Tensor]
+
 
 class SPEED(Method):
     """From the abstract: patches of several views combined by prediction entropy; a linear combination of a
@@ -64,22 +66,19 @@ class SPEED(Method):
             place = torch.randperm(half.numel(), device=label.device)[: self.pixels]
             valid = nearest(batch.valid, half).flatten(1)[:, place]  # (U, K)
             target = self._relations(features[n:].detach(), logits[n:].detach(), half, place, valid)
-            terms["relation"] = torch.stack(
-                [self._distance(self._relations(*look, half, place, valid), target, valid) for look in looks]
-            ).sum()
-        return terms, {
-            "kept": masked_mean((label != IGNORE).float(), batch.valid),
-            "from first": from_first.float().mean(),
-        }
+            found = [self._relations(*look, half, place, valid) for look in looks]
+            terms["relation"] = torch.stack([self._distance(one, target, valid) for one in found]).sum()
+        kept = masked_mean((label != IGNORE).float(), batch.valid)
+        return terms, {"kept": kept, "from first": from_first.float().mean()}
 
-    def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _look(self, images: Tensor) -> Pair:
         """Features (B, D, h, w) and logits (B, C, h, w) at the decoder's resolution."""
         features = self.net.features(images)
         return features, self.net.classifier(features)
 
     def _relations(
         self, features: Tensor, logits: Tensor, half: torch.Size, place: Tensor, valid: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Pair:
         """R and log Q, each (U, K, K); columns of padding have no weight in Q."""
         f, z = (resize(maps.float(), half).flatten(2)[..., place] for maps in (features, logits))
         with torch.autocast(f.device.type, enabled=False):
@@ -87,9 +86,7 @@ class SPEED(Method):
             products = (z.mT @ z / self.temperature).masked_fill(~valid[:, None], -1e9)
             return f.mT @ f, products.log_softmax(2)
 
-    def _distance(
-        self, relations: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], valid: Tensor
-    ) -> Tensor:
+    def _distance(self, relations: Pair, target: Pair, valid: Tensor) -> Tensor:
         (r, log_q), (r_weak, log_q_weak) = relations, target
         feature = masked_mean((r - r_weak).square(), valid[:, None] & valid[:, :, None])
         logit = masked_mean(F.kl_div(log_q, log_q_weak, reduction="none", log_target=True).sum(2), valid)

@@ -6,7 +6,7 @@ r(u) = 1/2 sum_k mIoU(argmax f_k(u), argmax f(u)), f_1, f_2 = f after 1/3 and 2/
        the better half of r is reliable
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from ..ema import EMA
 from ..losses import cross_entropy
 from ..metrics import confusion_matrix, miou
 from ..models import resize
-from .base import Batch, Build, Method, Prob, Scales, Share, Terms, both
+from .base import Batch, Build, Labels, Method, Prob, Scales, Share, Terms, both
 
 
 class STPlusPlus(Method):
@@ -58,20 +58,15 @@ class STPlusPlus(Method):
         labeled, unlabeled = both(self.net, batch.x, strong, self.joint)
         label = batch.label.masked_fill(~keep, IGNORE)
         counted = torch.cat((batch.y, label)) != IGNORE
-        sup, pseudo = (
-            cross_entropy(labeled, batch.y, over=counted),
-            cross_entropy(unlabeled, label, over=counted),
-        )
-        return {"sup": sup, "pseudo": pseudo}, {}
+        parts = {"sup": (labeled, batch.y), "pseudo": (unlabeled, label)}
+        return {name: cross_entropy(*part, over=counted) for name, part in parts.items()}, {}
 
     def update(self, step: int) -> None:
         for k, checkpoint in enumerate(self.checkpoints, 1):
             if self.progress < self.stages[0] * k / 3:
                 checkpoint.update(self.net, step)
 
-    def relabel(
-        self, stage: int, images: Sequence[Tensor], prob: Prob, labeled: Collection[int]
-    ) -> Iterator[tuple[int, Tensor]]:
+    def relabel(self, stage: int, images: Sequence[Tensor], prob: Prob, labeled: Collection[int]) -> Labels:
         chosen = [i for i in range(len(images)) if i not in labeled]
         if stage < len(self.stages):
             reliability = {i: self.reliability(images[i], prob) for i in chosen}

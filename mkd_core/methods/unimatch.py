@@ -51,17 +51,11 @@ class UniMatch(Method):
         label = pseudo_label(weak, self.threshold, batch.valid)
 
         masks = [ratio_box(len(batch.weak), size, batch.weak.device, self.cutmix) for _ in range(self.views)]
-        strong = self.net(
-            torch.cat([mix(view, mask) for view, mask in zip(batch.strong, masks, strict=False)])
-        ).chunk(self.views)
-        mixed = [
-            cross_entropy(z, mix(label, mask), over=mix(batch.valid, mask))
-            for z, mask in zip(strong, masks, strict=True)
-        ]
-        terms = {
-            "sup": cross_entropy(labeled, batch.y) / 2,
-            "strong": (1 - self.feature) / 2 * torch.stack(mixed).mean(),
-        }
+        views = [mix(view, mask) for view, mask in zip(batch.strong, masks, strict=False)]
+        pairs = zip(self.net(torch.cat(views)).chunk(self.views), masks, strict=True)
+        mixed = [cross_entropy(z, mix(label, mask), over=mix(batch.valid, mask)) for z, mask in pairs]
+        strong = (1 - self.feature) / 2 * torch.stack(mixed).mean()
+        terms = {"sup": cross_entropy(labeled, batch.y) / 2, "strong": strong}
         if self.feature:
             terms["feature"] = self.feature / 2 * cross_entropy(dropped, label, over=batch.valid)
         return terms, {"kept": masked_mean((label != IGNORE).float(), batch.valid)}

@@ -1,10 +1,7 @@
 """Every run of a table, each in a process of its own: on this machine, a Dask cluster, or Slurm.
 
-A run is done when its folder holds its record. Nothing else is remembered: whatever was killed,
-the same call goes on.
+A run is done when its folder holds its record; whatever was killed, the same call goes on.
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -20,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -40,7 +37,6 @@ PAUSE = 3.0  # seconds before a run that failed, or that another process holds, 
 DATA = {"dataset", "root", "dataset_options", "split", "seed"}
 SAME_STEP_TIME = ("dataset", "method", "options", "arch", "encoder", "crop", "batch", "precision")
 PROCESSES: WeakSet[subprocess.Popen[str]] = WeakSet()  # runs under way
-Table: TypeAlias = dict[str, dict[str, list[records.Record]]]  # row -> column -> a record a seed
 SLOT = threading.local()  # has the device of a slot's thread
 
 
@@ -74,7 +70,7 @@ class Run:
         return ", ".join(part for part in (self.row, self.column, f"seed {self.config.seed}") if part)
 
 
-def run_table(grid: Grid, slots: int = 1, train: bool = True) -> Table:
+def run_table(grid: Grid, slots: int = 1, train: bool = True) -> records.Cells:
     """Run what has no record and return row -> column -> records, one a seed.
 
     slots: runs at a time, each in a process of its own; 1: in this process.
@@ -88,9 +84,8 @@ def run_table(grid: Grid, slots: int = 1, train: bool = True) -> Table:
             run(one.config)
     else:
         with executor("local", (pick_slots("") * slots)[:slots]) as pool:
-            failed = run_batch(missing, pool, slots)
-        if failed:
-            raise RuntimeError("\n".join(f"{one} failed: {error}" for one, error in failed.items()))
+            if failed := run_batch(missing, pool, slots):
+                raise RuntimeError("\n".join(f"{one} failed: {error}" for one, error in failed.items()))
     done = {one.config.id: one.record for one in runs if one.folder}
     return {
         row: {column: [r for c in configs if c.named and (r := done[c.id])] for column, configs in of.items()}

@@ -1,7 +1,5 @@
 """A trained network as a file that runs without this suite, and a JSON: how to feed it, and its model card."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from ..trained import OpenRun
 from .predict import open_predictor, refuse_existing
 
 MULTIPLE = 32  # of free image sides: the stride of the deepest encoders
+Size = tuple[int, int]
 Program = tuple[bytes, Callable[[Tensor], Tensor]]  # the content of a file, and what it does when read back
 
 
@@ -62,9 +61,7 @@ def export(
     return [program, about]
 
 
-def _program(
-    write: Callable[..., Program], net: nn.Module, crop: tuple[int, int]
-) -> tuple[bytes, list[tuple[int, int]]]:
+def _program(write: Callable[..., Program], net: nn.Module, crop: Size) -> tuple[bytes, list[Size]]:
     """The content of a program and the image sizes it was checked on: different ones where they are free."""
     free = {0: Dim("batch"), 2: MULTIPLE * Dim("rows"), 3: MULTIPLE * Dim("columns")}
     for shapes, sizes in ((free, [(96, 128), (32, 32), (64, 160)]), ({0: Dim("batch")}, [crop, crop])):
@@ -103,15 +100,9 @@ def _onnx(net: nn.Module, x: Tensor, shapes: dict[int, Any]) -> Program:
 def _card(opened: OpenRun, name: str) -> dict[str, Any]:
     """What a network is and how good, in percent, where the run's record is about these weights."""
     config, record = opened.config, load(opened.folder)
-    card: dict[str, Any] = {
-        "run": config.id,
-        "method": config.method,
-        "predictor": name,
-        "data": config.dataset,
-    }
-    card["intended_use"] = (
-        "names the class of each pixel of images like those it was trained on; not judged on others"
-    )
+    use = "names the class of each pixel of images like those it was trained on; not judged on others"
+    card: dict[str, Any] = {"run": config.id, "method": config.method, "predictor": name}
+    card |= {"data": config.dataset, "intended_use": use}
     if record and opened.checkpoint == "checkpoint.pt":
         card |= {"split": record.split, "evaluated": record.evaluated, "miou": record.predictors[name]}
         if name == next(iter(record.predictors)):

@@ -5,8 +5,6 @@ with data (rows, classes) are drawn as they are; what the caller writes (`lines`
 mathematics between two $.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -89,15 +87,6 @@ def colourise(label: ArrayLike, palette: Array) -> Array:
     stripes = np.add.outer(*map(np.arange, label.shape)) // max(2, label.shape[0] // 24) % 2
     ignored = np.where(stripes, 0.93, 0.8)[..., None]
     return np.where((label == IGNORE)[..., None], ignored, palette[np.where(label == IGNORE, 0, label)] / 255)
-
-
-def overlay(
-    image: Array, label: ArrayLike, palette: Array, classes: Sequence[str] = (), alpha: float = 0.5
-) -> Array:
-    """Tint image (H, W, 3) float by its label map (H, W); IGNORE and a class named background leave it as it is."""
-    clear = [IGNORE, *(k for k, name in enumerate(classes) if name == "background")]
-    share = np.where(np.isin(label, clear), 0, alpha)[..., None]
-    return (1 - share) * image + share * colourise(label, palette)
 
 
 @styled

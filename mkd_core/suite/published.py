@@ -1,7 +1,5 @@
 """Published numbers: data under published/, each row with its source."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,10 +44,9 @@ class Published:
             for kind, key in (("backbone", "backbone"), ("split family", "split")):
                 of_columns = (self.columns[title].get(key, "").split("/")[0] for title in row["values"])
                 own[kind] = own[kind] or ", ".join(dict.fromkeys(filter(None, of_columns)))
+            own["unlabeled"] = row.get("unlabeled", "")
             numbers = {title: self.text(name, title) for title in self.columns}
-            lines[name] = (
-                own | {"unlabeled": row.get("unlabeled", "")} | numbers | {"source": self.credit(name)}
-            )
+            lines[name] = own | numbers | {"source": self.credit(name)}
         table = pd.DataFrame.from_dict(lines, orient="index").rename_axis(self.title)
         return table if table.unlabeled.any() else table.drop(columns="unlabeled")
 

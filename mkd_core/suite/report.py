@@ -3,8 +3,6 @@
 Functions take cells (row -> column -> records), rows, or a part of their `records.frame`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -64,25 +62,18 @@ def look(cells: Runs) -> tuple[pd.DataFrame, dict[str, Any]]:
     methods: dict[str, list[str]] = {}
     for row, method in runs[~runs.all_labels].drop_duplicates("row").set_index("row").method.items():
         methods.setdefault(method, []).append(row)
-    own = {
-        rows[0]: colour
-        for method, rows in methods.items()
-        if (colour := getattr(METHODS.get(method), "colour", ""))
-    }
-    spare = iter(
-        [c for c in (*CYCLE, *sns.husl_palette(len(runs.row.cat.categories), s=0.8)) if c not in own.values()]
-    )
+    own = {rows[0]: METHODS[method].colour for method, rows in methods.items()}
+    every = (*CYCLE, *sns.husl_palette(len(runs.row.cat.categories), s=0.8))
+    spare = iter([colour for colour in every if colour not in own.values()])
     return runs, colours | {row: own.get(row) or next(spare) for rows in methods.values() for row in rows}
 
 
 def _upper_line(ax: Axes, runs: pd.DataFrame) -> None:
     """Draw the mean of SupOnly on all labels: what unlabeled images can hope for."""
     if runs.all_labels.any():
-        height = runs[runs.all_labels].miou.mean()
+        height, places = runs[runs.all_labels].miou.mean(), ("axes fraction", "data")
         ax.axhline(height, color=INK, linewidth=1.2, linestyle=":")
-        ax.annotate(
-            "all labels", (0.02, height), (0, 2), ("axes fraction", "data"), "offset points", fontsize=8
-        )
+        ax.annotate("all labels", (0.02, height), (0, 2), places, "offset points", fontsize=8)
 
 
 @styled
@@ -100,9 +91,8 @@ def curves(cells: Runs) -> Picture:
     keys = ["row", "seed", "step", "reported", "labeler"]
     long = found.rename(columns=panels).melt(keys, list(panels.values()), "panel", "value").dropna()
     long = long[long.reported.where(long.panel == panels["miou"], long.labeler)]
-    plot = so.Plot(
-        long.assign(row=long.row.astype(str).map(named)), "step", "value", color="row", linestyle="row"
-    )
+    long["row"] = long.row.astype(str).map(named)
+    plot = so.Plot(long, "step", "value", color="row", linestyle="row")
     plot = plot.facet(col="panel", order=[p for p in panels.values() if p in set(long.panel)]).share(y=False)
     plot = plot.add(so.Lines(), so.Agg()).add(so.Band(alpha=0.15), so.Est(errorbar=OVER_SEEDS), legend=False)
     plot = plot.scale(color={named[row]: colours[row] for row in named})
@@ -119,10 +109,9 @@ def seeds(cells: Runs) -> Picture:
     plot = plot.add(so.Dash(color=INK, width=0.5), so.Agg(), orient="y", legend=False)
     means = runs.groupby("row", observed=True).miou.mean()
     figure = draw(plot, 5.2, 0.6 + 0.3 * len(means), "x", x="mIoU (%); at the right: mean", y="")
+    where: Any = {"xycoords": ("axes fraction", "data"), "va": "center"}
     for k, mean in enumerate(means):
-        figure.axes[0].annotate(
-            f"{mean:.1f}", (1.01, k), xycoords=("axes fraction", "data"), va="center", fontsize=8
-        )
+        figure.axes[0].annotate(f"{mean:.1f}", (1.01, k), fontsize=8, **where)
     return figure
 
 
@@ -173,9 +162,8 @@ def class_iou(cells: Runs, over: str = "") -> Picture:
         how: Any = {"center": 0, "cmap": "vlag"} if over else {"cmap": "Blues", "vmin": 0, "vmax": 100}
         return heat(means, classes, rows, ".1f", "", "", label, **how)
     plot = so.Plot(long, "iou", "classes", color="row", marker="row")
-    plot = plot.add(so.Dot(pointsize=5), so.Agg(), so.Dodge(), orient="y").scale(
-        y=so.Nominal(order=classes), color=colours
-    )
+    plot = plot.scale(y=so.Nominal(order=classes), color=colours)
+    plot = plot.add(so.Dot(pointsize=5), so.Agg(), so.Dodge(), orient="y")
     plot = plot.add(so.Range(), so.Est(errorbar=OVER_SEEDS), so.Dodge(), orient="y", legend=False)
     figure = draw(plot, 4.6, 0.9 + max(0.3, 0.07 * len(rows)) * len(classes), "x", x=label, y="")
     for k in range(1, len(classes)):

@@ -1,7 +1,5 @@
 """Tables of records in the paper's shape, beside published numbers: quoted with their source, never mixed with ours."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +38,7 @@ def refuse_unlike(runs: pd.DataFrame, source: Published | None = None) -> None:
             if values.nunique() > 1:
                 found = ", ".join(sorted(values.unique()))
                 raise ValueError(
-                    f"column {title!r}, different {what}: {found}; give them columns of their own"
+                    f"column {title!r}, different {what}: {found}; give each a column of its own"
                 )
     for run in runs[runs.duplicated(["row", "column", "seed"])].itertuples():
         raise ValueError(f"column {run.column!r}, row {run.row!r} holds seed {run.seed} more than once")
@@ -65,10 +63,9 @@ def _refuse_other(run: Any, source: Published) -> None:
         ("number of evaluated images", run.images, published_count(f"{dataset}/val")),
     ):
         if ours != other and pd.notna(ours):  # a run that is only planned has no counts yet
-            raise ValueError(
-                f"column {run.column!r}, row {run.row!r} holds a run whose {what} is {ours}, not {other} as in "
-                f"{source.title}: give it another title"
-            )
+            place = f"column {run.column!r}, row {run.row!r}"
+            differs = f"{what} is {ours}, not {other} as in {source.title}"
+            raise ValueError(f"{place} holds a run whose {differs}: give it another title")
 
 
 def check(grid: Grid, published_name: str = "", shown: str = "", against: str = "") -> None:
@@ -77,12 +74,8 @@ def check(grid: Grid, published_name: str = "", shown: str = "", against: str = 
     for what, name, known in (("column", shown, grid.columns), ("row", against, grid.rows)):
         if name:
             choose(what, name, known)
-    plan = [
-        {"row": row, "column": title, **describe(config.model_dump(mode="json"))}
-        for row, of in grid.cells.items()
-        for title, configs in of.items()
-        for config in configs
-    ]
+    cells = [(row, title, configs) for row, of in grid.cells.items() for title, configs in of.items()]
+    plan = [{"row": r, "column": t, **describe(c.model_dump(mode="json"))} for r, t, of in cells for c in of]
     refuse_unlike(pd.DataFrame(plan, columns=list(COLUMNS)), source)
 
 
@@ -119,9 +112,8 @@ class Table:
         texts = []
         for heading, text in self.parts:
             text = text.set_axis([", ".join(c) if isinstance(c, tuple) else c for c in text], axis=1)
-            text = text.rename(index=_piped, columns=_piped).replace(
-                {} if heading else {BEST: r"\1"}, regex=True
-            )
+            text = text.rename(index=_piped, columns=_piped)
+            text = text if heading else text.replace(BEST, r"\1", regex=True)
             numbers = [pd.to_numeric(text[c], errors="coerce").notna().all() for c in text]
             align = ["left", *("right" if number else "left" for number in numbers)]
             texts += [heading] * bool(heading) + [text.to_markdown(disable_numparse=True, colalign=align)]
@@ -176,10 +168,9 @@ def table(cells: Rows | Cells, published: Published | None = None) -> Table:
         overview[title, "mIoU"] = part["mIoU last"]
         if published and title in published.columns:
             quoted, means = True, runs[runs.column == title].groupby("row", observed=False).miou.mean()
-            overview[title, "paper"] = [published.text(row, title) for row in part.index]
-            overview[title, "difference"] = [
-                _difference(row, title, means[row], published) for row in part.index
-            ]
+            rows = list(part.index)
+            overview[title, "paper"] = [published.text(row, title) for row in rows]
+            overview[title, "difference"] = [_difference(row, title, means[row], published) for row in rows]
     first = pd.DataFrame(overview, part.index)
     heading = "Measured here" + " beside the paper's numbers" * quoted
     parts = [(heading, first if quoted else first.droplevel(1, axis=1))]
@@ -188,21 +179,16 @@ def table(cells: Rows | Cells, published: Published | None = None) -> Table:
 
 
 def _notes(rows: Sequence[str], source: Published | None, details: Mapping[str, pd.DataFrame]) -> list[str]:
-    notes = [
-        "mIoU in percent, last step: mean ± sample standard deviation over seeds; bold: the best measured here."
-    ]
+    what = "mean ± sample standard deviation over seeds; bold: the best measured here"
+    notes = [f"mIoU in percent, last step: {what}."]
     if any("gap closed (%)" in part for part in details.values()):
-        notes.append(
-            "Gap closed: (row - SupOnly) / (SupOnly on all labels - SupOnly), over the seeds that all have."
-        )
+        share = "(row - SupOnly) / (SupOnly on all labels - SupOnly)"
+        notes.append(f"Gap closed: {share}, over the seeds that all have.")
     if source is None:
         return notes
+    quoted = f'Columns "paper" are quoted, not measured here: {source.title}, {source.source}.'
     credit = " ".join(f"{row} ({source.credit(row)})." for row in rows if row in source.rows)
-    notes.append(
-        f'Columns "paper" are quoted, not measured here: {source.title}, {source.source}. Difference: ours minus '
-        "the paper's."
-    )
-    notes.append(f"Source of each row: {credit}")
+    notes += [f"{quoted} Difference: ours minus the paper's.", f"Source of each row: {credit}"]
     for row, of in source.rows.items():
         if row in rows and "family" in of:
             where = " in " * ("family_in" in of) + ", ".join(of.get("family_in", ()))
@@ -234,9 +220,8 @@ def _scores(runs: pd.DataFrame, field: str) -> pd.Series:
 
 def _spread(of: pd.DataFrame, form: str) -> pd.Series:
     """Write columns mean and std as "mean ± std", without the second where it is NaN."""
-    return of["mean"].map(form.format, na_action="ignore") + of["std"].map(
-        f" ± {form}".format, na_action="ignore"
-    ).fillna("")
+    std = of["std"].map(f" ± {form}".format, na_action="ignore").fillna("")
+    return of["mean"].map(form.format, na_action="ignore") + std
 
 
 def gap_closed(runs: pd.DataFrame) -> pd.Series:
@@ -267,6 +252,5 @@ def _heading(title: str, runs: pd.DataFrame) -> str:
     parts = ["{dataset} {split}", "{labeled} labeled images", "{encoder}", "{weights}", "{steps} steps"]
     parts.append("{images} images evaluated ({protocol})")
     lines = runs[~runs.all_labels].replace({"weights": {"": "from scratch"}}).to_dict("records")
-    return ", ".join(
-        [title, *(" or ".join(dict.fromkeys(part.format(**of) for of in lines)) for part in parts if lines)]
-    )
+    said = [" or ".join(dict.fromkeys(part.format(**of) for of in lines)) for part in parts]
+    return ", ".join([title, *filter(None, said)])
