@@ -38,9 +38,7 @@ def write(state: dict[str, Any], folder: Path, names: Sequence[str]) -> None:
 def read(path: Path, device: torch.device | str) -> dict[str, Any]:
     """Read the state that a run left; nothing is unpickled. ValueError where there is none or it is damaged."""
     if not path.exists():
-        raise ValueError(
-            f"there is no checkpoint {path}: the run has not come so far, or kept none (keep_every)"
-        )
+        raise ValueError(f"there is no checkpoint {path}: the run is not so far, or kept none (keep_every)")
     keys = ("step", "method", "optimizers", "history", "data", "seconds", "seconds_training")
     try:
         state = torch.load(path, map_location=device, weights_only=True)

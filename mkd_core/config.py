@@ -120,9 +120,7 @@ class RunConfig(Checked):
         if 0 < self.base < 16:
             raise ValueError(f"base must be 0 or the long side of an image, from 16 on; got {self.base}")
         if self.batch < 2 and self.norm == "batch":
-            raise ValueError(
-                "batch must be at least 2: BatchNorm cannot normalise one image, norm='group' can"
-            )
+            raise ValueError("batch must be at least 2: BatchNorm cannot take one image, norm='group' can")
         if self.keep_every % self.checkpoint_every:
             raise ValueError(f"keep_every must be a multiple of checkpoint_every, {self.checkpoint_every}")
         return self

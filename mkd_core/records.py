@@ -184,10 +184,8 @@ def frame(cells: Rows | Cells | pd.DataFrame) -> pd.DataFrame:
     places = [(row, title, record) for row, of in cells.items() for title in of for record in of[title]]
     lines = [{"row": row, "column": title, **describe(r.config, r)} for row, title, r in places]
     table = pd.DataFrame(lines, columns=list(COLUMNS)).astype({"all_labels": bool})
-    table["row"], table["column"] = (
-        pd.Categorical(table.row, list(cells)),
-        pd.Categorical(table.column, list(titles)),
-    )
+    table["row"] = pd.Categorical(table.row, list(cells))
+    table["column"] = pd.Categorical(table.column, list(titles))
     return table
 
 

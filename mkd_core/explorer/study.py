@@ -77,14 +77,10 @@ class Study:
             raise ValueError("there is no run to explore: name a run folder, or train one first (make demo)")
         self.configs, self.device = [read_config(folder) for folder in self.folders], device
         self.names = tell_apart(self.configs, self.folders)
-        first, data = (
-            self.configs[0],
-            [(c.dataset, Path(c.root).name, c.dataset_options) for c in self.configs],
-        )
+        first = self.configs[0]
+        data = [(c.dataset, Path(c.root).name, c.dataset_options) for c in self.configs]
         if odd := [folder for folder, its in zip(self.folders, data, strict=True) if its != data[0]]:
-            raise ValueError(
-                f"runs are compared on the same data; {odd[0].name} has other data than the first"
-            )
+            raise ValueError(f"runs are compared on equal data; {odd[0].name} has other data than the first")
         self.data = open_dataset(first.dataset, first.root, **first.dataset_options)
         self.classes, self.palette = self.data.classes, self.data.palette
         split = load_split(self.data, first.split, first.seed)
@@ -116,9 +112,7 @@ class Study:
         image = self.data.image(id).permute(1, 2, 0).numpy()
         truth = self.data.label(id).numpy() if self.data.has_label(id) else None
         if truth is not None and truth.shape != image.shape[:2]:
-            raise ValueError(
-                f"{id}: its mask has {truth.shape} pixels, the image {image.shape[:2]}: mkd check"
-            )
+            raise ValueError(f"{id}: its mask has {truth.shape} pixels, the image {image.shape[:2]}")
         return image, truth
 
     def _predict(self, run: int, checkpoint: Checkpoint, id: str) -> dict[str, Prediction]:

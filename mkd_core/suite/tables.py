@@ -37,9 +37,7 @@ def refuse_unlike(runs: pd.DataFrame, source: Published | None = None) -> None:
         for (title, *_), values in compared.groupby(["column", *within], observed=True)[key]:
             if values.nunique() > 1:
                 found = ", ".join(sorted(values.unique()))
-                raise ValueError(
-                    f"column {title!r}, different {what}: {found}; give each a column of its own"
-                )
+                raise ValueError(f"column {title!r}, different {what}: {found}; give each its own column")
     for run in runs[runs.duplicated(["row", "column", "seed"])].itertuples():
         raise ValueError(f"column {run.column!r}, row {run.row!r} holds seed {run.seed} more than once")
     for run in runs[~runs.all_labels].itertuples() if source else ():
