@@ -18,9 +18,8 @@ from test_parameters import runs
 from mkd_core.config import RunConfig
 from mkd_core.suite.cost import Step
 
-UNIMATCH = (
-    3 * 4 + 1
-) * 4  # image passes of its step on one GPU: the labeled 4, the unlabeled 4 weak, strong, strong, and mixed
+# image passes of its step on one GPU: the labeled 4, the unlabeled 4 weak, strong, strong, and mixed
+UNIMATCH = (3 * 4 + 1) * 4
 SECONDS = {"resnet50": 0.36, "mobilenet_v2": 0.36, "resnet101": 0.477, "tu-xception65": 0.477}
 
 
@@ -38,20 +37,16 @@ def passes(method: str, options: str, pspnet: bool) -> float:
 def hours(config: RunConfig) -> float:
     rate = UNIMATCH / SECONDS[config.encoder]
     images = config.steps * config.batch * config.crop[0] * config.crop[1] / 513**2
-    return (
-        images
-        * passes(config.method, json.dumps(config.options), bool(config.options.get("arch2")))
-        / rate
-        / 3600
-    )
+    options = config.options
+    count = passes(config.method, json.dumps(options), bool(options.get("arch2")))
+    return images * count / rate / 3600
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         every = runs(Path(name))
         if unknown := {c.encoder for c in every} - SECONDS.keys():
-            sys.exit(
-                f"{name}: no published throughput is known for {', '.join(unknown)}; known: {', '.join(SECONDS)}"
-            )
+            known = f"known: {', '.join(SECONDS)}"
+            sys.exit(f"{name}: no published throughput is known for {', '.join(unknown)}; {known}")
         mkd = next((f", {hours(c):.1f} a run of MKD ({c.encoder})" for c in every if c.method == "mkd"), "")
         print(f"{name}: {sum(map(hours, every)):,.1f} GPU-hours, {len(every)} runs{mkd}")

@@ -14,6 +14,11 @@ from mkd_core.methods import METHODS
 
 INF, SEEDS = float("inf"), {"seeds": [0]}
 
+OUT_OF_RANGE = {
+    "seed": -1, "dropout": 1.0, "bn_momentum": 0, "power": -1, "weight_decay": -1, "channels": 0, "encoder_depth": 2,
+    "workers": -1, "quality_images": -1, "evaluate_every": -5, "checkpoint_every": 0, "log_every": 0,
+}  # fmt: skip
+
 # What is wrong with a run: its keys, and part of the one message.
 BAD = [
     # names: a guess, and what there is
@@ -72,19 +77,8 @@ BAD = [
     ({"scale": (1e-6, 1e-6)}, "'scale.0': input should be greater than or equal to 0.05"),
     ({"scale": (True, 2.0)}, "'scale' cannot be true or false"),
     ({"base": 8}, "base must be 0 or the long side of an image"),
-    ({"seed": -1}, "'seed'"),
-    ({"dropout": 1.0}, "'dropout': input should be less than 1"),
-    ({"bn_momentum": 0}, "'bn_momentum'"),
-    ({"power": -1}, "'power'"),
-    ({"weight_decay": -1}, "'weight_decay'"),
-    ({"channels": 0}, "'channels'"),
-    ({"encoder_depth": 2}, "'encoder_depth'"),
-    ({"workers": -1}, "'workers'"),
-    ({"quality_images": -1}, "'quality_images'"),
-    ({"evaluate_every": -5}, "'evaluate_every'"),
-    ({"checkpoint_every": 0}, "'checkpoint_every'"),
+    *[({key: value}, f"'{key}': input should be") for key, value in OUT_OF_RANGE.items()],
     ({"keep_every": 1_500}, "keep_every must be a multiple of checkpoint_every, 1000"),
-    ({"log_every": 0}, "'log_every'"),
 ]  # fmt: skip
 
 

@@ -12,9 +12,7 @@ from tidy import NOTEBOOKS, canonical
 from mkd_core.suite.notebook import Parameter, read_cell
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
-FILES = sorted(
-    path for path in NOTEBOOKS.parent.glob("parameters/*/*.yaml") if path.parent.name != "published"
-)
+FILES = sorted(NOTEBOOKS.parent.glob("parameters/*/*.yaml"))
 CHECKED = "nbval-check-output"
 each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
@@ -54,16 +52,13 @@ def test_has_one_parameters_cell_of_literals(path):
 def test_is_thin(path):
     source = "\n".join(c.source for c in code(path))
     shown = "\n".join(c.source for c in code(path) if "parameters" not in c.metadata.get("tags", []))
-    assert (
-        len([line for line in shown.splitlines() if line.strip() and not line.strip().startswith("#")]) <= 60
-    )
-    assert not [line for line in source.splitlines() if line.lstrip().startswith(("!", "%"))], (
-        "no shell, no magics, no pip"
-    )
+    lines = [line.strip() for line in shown.splitlines()]
+    assert len([line for line in lines if line and not line.startswith("#")]) <= 60
+    magic = [line for line in source.splitlines() if line.lstrip().startswith(("!", "%"))]
+    assert not magic, "no shell, no magics, no pip"
     tree = ast.parse(source)
-    assert not [
-        n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-    ]
+    definitions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    assert not [n for n in ast.walk(tree) if isinstance(n, definitions)]
     strings = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     assert not [s for s in strings if re.match(r"/|~|\.\./|[A-Za-z]:\\", s)], "no absolute or relative paths"
     assert not re.search(r"\bPath\(|os\.path|os\.getcwd", source), "no paths built by hand"

@@ -21,14 +21,10 @@ def test_committed_tables_and_the_readme_show_the_committed_records(folder):
     """Row and column names stand in the records; the paper's table in the folder's name: 30_table4_components."""
     text = (folder / "table.md").read_text()
     quoted = next((path.stem for path in ROOT.glob("published/table*.yaml") if path.stem in folder.name), "")
-    assert (
-        text
-        == table(read_cells(folder / "records.jsonl"), published(quoted) if quoted else None).markdown()
-        + "\n"
-    )
-    shown = text.split("\n\n")[
-        0 if text.startswith("|") else 1
-    ]  # rows alone are one table; else the overview is the second paragraph
+    made = table(read_cells(folder / "records.jsonl"), published(quoted) if quoted else None)
+    assert text == made.markdown() + "\n"
+    # rows alone are one table; else the overview is the second paragraph
+    shown = text.split("\n\n")[0 if text.startswith("|") else 1]
     assert shown.strip() in RESULTS, f"RESULTS.md does not hold figures/{folder.name}/table.md"
     assert shown.strip() in README or folder.name != "00_quickstart"
 
@@ -41,10 +37,8 @@ def test_the_embedded_data_set_meets_its_target_over_five_seeds():
     """MKD above SupOnly by 10 points and above co-training by 5, each by more than two standard errors of the paired difference."""
     cells = read_cells(ROOT / "figures/00_quickstart/records.jsonl")
     scores = {name: {r.seed: r.miou for r in of[""]} for name, of in cells.items()}
-    assert (
-        scores["MKD"].keys() == scores["SupOnly"].keys() == scores["co-training"].keys()
-        and len(scores["MKD"]) == 5
-    )
+    assert scores["MKD"].keys() == scores["SupOnly"].keys() == scores["co-training"].keys()
+    assert len(scores["MKD"]) == 5
     for other, margin in {"SupOnly": 10, "co-training": 5}.items():
         gains = [scores["MKD"][seed] - scores[other][seed] for seed in scores["MKD"]]
         mean = sum(gains) / 5
@@ -60,21 +54,15 @@ def test_recipes_are_complete_configurations(path):
     config, own = RunConfig(**values), path.stem == "own_images"
     assert config.method in ("mkd", "mkd_ablation") and config.dataset == ("folder" if own else "voc_aug")
     # 10_run's smoke defaults must not leak in: a recipe states every field but the user's files and the seed
-    assert RunConfig.model_fields.keys() - values.keys() | {"weights"} == {
-        "root",
-        "weights",
-        "seed",
-        "device",
-    }
+    left = RunConfig.model_fields.keys() - values.keys() | {"weights"}
+    assert left == {"root", "weights", "seed", "device"}
     named = set(re.findall(r"^  (\w+):", path.read_text(), re.M))
     assert named <= set(config.options), "every option of a recipe is one of the method's"
 
 
 def test_the_released_recipe_differs_from_the_paper_where_the_readme_says():
-    paper, released = (
-        RunConfig(**yaml.safe_load((ROOT / f"parameters/recipes/{n}.yaml").read_text()))
-        for n in ("paper", "released")
-    )
+    files = (ROOT / f"parameters/recipes/{name}.yaml" for name in ("paper", "released"))
+    paper, released = (RunConfig(**yaml.safe_load(file.read_text())) for file in files)
     assert (paper.options["threshold"], released.options["threshold"]) == (0.95, 0)
     assert paper.method == "mkd" and released.options["stride"] == 8 and released.options["fda_own"]
     assert (paper.options["decay"], released.options["decay"]) == (0.99, 0.6)
@@ -101,13 +89,14 @@ def test_the_tree_in_the_readme_is_the_tree():
     tree = README.split("## The tree")[1].split("```")[1]
     named = set(re.findall(r"mkd_core/[\w./]+|^[a-z]+/", tree, re.M))
     assert all((ROOT / name).exists() for name in named)
-    assert {
+    wanted = {
         "mkd_core/methods/",
         "mkd_core/train.py",
         "mkd_core/evaluate.py",
         "mkd_core/ema.py",
         "notebooks/",
-    } <= named
+    }
+    assert wanted <= named
     folders = {f"mkd_core/{path.parent.name}/" for path in (ROOT / "mkd_core").glob("*/__init__.py")}
     assert folders <= named
 

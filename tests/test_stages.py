@@ -76,9 +76,8 @@ def staged(
             made.append(self)
 
     monkeypatch.setitem(METHODS, "staged", Kept)
-    return config(
-        "staged", **{"steps": 12, "scale": (1.0, 1.0), "strong": "none", "checkpoint_every": 3} | keys
-    ), made
+    small = {"steps": 12, "scale": (1.0, 1.0), "strong": "none", "checkpoint_every": 3}
+    return config("staged", **small | keys), made
 
 
 # Killed.
@@ -95,17 +94,9 @@ def staged(
     ],
     ids=["between", "at"],
 )  # fmt: skip
-def test_killed_in_a_stage_or_while_its_labels_are_written_is_the_uninterrupted_run(
-    checkpoint_every, deaths, tmp_path
-):
-    c = config(
-        "st_plus_plus",
-        options={"scales": [1.0]},
-        steps=12,
-        checkpoint_every=checkpoint_every,
-        evaluate_every=4,
-        lr=0.05,
-    )
+def test_killed_in_a_stage_or_at_its_labels_is_the_uninterrupted_run(checkpoint_every, deaths, tmp_path):
+    often = {"checkpoint_every": checkpoint_every, "evaluate_every": 4}
+    c = config("st_plus_plus", options={"scales": [1.0]}, steps=12, lr=0.05, **often)
     run(c, tmp_path / "whole", quiet=True)
     folder = tmp_path / "killed" / c.id
     for die, step, labels in deaths:
@@ -130,9 +121,8 @@ def test_labels_that_are_gone_are_an_error(stop, checkpoint_every, gone, tmp_pat
     assert [(folder / f"labels-{k}").is_dir() for k in (1, 2)] == [True, stop >= 8]
     shutil.rmtree(folder / f"labels-{gone}")
     kept = (folder / "checkpoint.pt").read_bytes()
-    with pytest.raises(
-        ValueError, match=f"labels-{gone}, pseudo-labels of the run, is gone; delete .* to start anew"
-    ):
+    message = f"labels-{gone}, pseudo-labels of the run, is gone; delete .* to start anew"
+    with pytest.raises(ValueError, match=message):
         run(c, tmp_path, quiet=True)
     assert (folder / "checkpoint.pt").read_bytes() == kept
 
@@ -148,27 +138,19 @@ def test_a_stage_streams_the_selected_images_with_their_labels(kind, tmp_path, m
     (method,) = made
     assert method.given == [set(), {1, 4, 8, 13}]
     dataset = open_dataset(c.dataset, c.root, **c.dataset_options)
-    images = [
-        normalise(dataset.image(i)[None].float() / 255)[0]
-        for i in load_split(dataset, c.split, c.seed).unlabeled
-    ]
+    ids = load_split(dataset, c.split, c.seed).unlabeled
+    images = [normalise(dataset.image(i)[None].float() / 255)[0] for i in ids]
     assert len(images) == 18 and len(method.batches) == 30
     first, second, third = (method.batches[k : k + 10] for k in (0, 10, 20))
-    assert all(
-        len(b.weak) == len(b.label) == (3 if kind is Staged else 0) and (b.label == 255).all() for b in first
-    )
-    for batches, labels in (
-        (second, {1: 1, 4: 4, 8: 8, 13: 13}),
-        (third, {1: 1, 4: 104, 8: 8, 13: 13, 7: 107}),
-    ):
+    count = 3 if kind is Staged else 0
+    assert all(len(b.weak) == len(b.label) == count and (b.label == 255).all() for b in first)
+    known = {1: 1, 4: 4, 8: 8, 13: 13}
+    for batches, labels in ((second, known), (third, known | {4: 104, 7: 107})):
         seen = set()
         for b in batches:
             for image, label in zip(b.weak, b.label, strict=True):
-                (i,) = (
-                    i
-                    for i, known in enumerate(images)
-                    if torch.equal(known, image) or torch.equal(known.flip(-1), image)
-                )
+                views = [(own, own.flip(-1)) for own in images]
+                (i,) = (i for i, both in enumerate(views) if any(torch.equal(v, image) for v in both))
                 assert (label == labels[i]).all()
                 seen.add(i)
         assert seen == labels.keys()
@@ -198,11 +180,8 @@ def test_labels_follow_the_geometry_of_their_image(tmp_path, monkeypatch):
 def test_learning_rate_and_optimiser_start_anew(tmp_path, monkeypatch):
     c, _ = staged(monkeypatch, optimizer="adamw", steps=13)  # stages begin at 4 and 9
     run(c, tmp_path, quiet=True)
-    rates = [
-        0.01 * (1 - (t - start) / (end - start)) ** 0.9
-        for start, end in ((0, 4), (4, 9), (9, 13))
-        for t in range(start, end)
-    ]
+    steps = [(t - a) / (b - a) for a, b in ((0, 4), (4, 9), (9, 13)) for t in range(a, b)]
+    rates = [0.01 * (1 - share) ** 0.9 for share in steps]
     assert [row["lr"] for row in records.history(tmp_path / c.id)] == pytest.approx(rates)
     assert [poly(c, t, 4, 9) for t in (4, 8)] == pytest.approx([1, 0.2**0.9])
     (optimizer,) = torch.load(tmp_path / c.id / "checkpoint.pt", weights_only=True)["optimizers"]
@@ -236,9 +215,7 @@ def test_the_end_of_a_stage_counts_as_time_without_a_log_there(tmp_path, monkeyp
 # What does not work.
 
 
-def test_a_loss_that_is_not_finite_at_the_end_of_a_stage_is_found_though_the_next_starts_anew(
-    tmp_path, monkeypatch
-):
+def test_a_loss_that_is_not_finite_at_the_end_of_a_stage_is_found(tmp_path, monkeypatch):
     def forward(self, batch, progress, f=Staged.forward):
         terms, stats = f(self, batch, progress)
         return {"sup": terms["sup"] * (float("nan") if progress == 3 / 12 else 1)}, stats

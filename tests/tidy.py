@@ -27,9 +27,8 @@ def _number(notebook: nbformat.NotebookNode) -> None:
     count = 0
     for number, cell in enumerate(notebook.cells):
         tags = [tag for tag in cell.metadata.get("tags", []) if tag != "injected-parameters"]
-        cell.update(
-            id=f"cell-{number:02d}", metadata={"tags": tags} if tags else {}, source=cell.source.strip()
-        )
+        about = {"tags": tags} if tags else {}
+        cell.update(id=f"cell-{number:02d}", metadata=about, source=cell.source.strip())
         cell.pop("attachments", None)
         if cell.cell_type == "code":
             count += 1
@@ -41,9 +40,8 @@ def canonical(path: Path) -> str:
     _number(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            printed = "".join(
-                o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout"
-            )
+            streams = [o for o in cell.outputs if o.output_type == "stream"]
+            printed = "".join(o.text for o in streams if o.name == "stdout")
             keep = printed and "nbval-check-output" in cell.metadata.get("tags", [])
             cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=printed)] if keep else []
     return nbformat.writes(notebook) + "\n"
@@ -82,18 +80,16 @@ def executed(path: Path) -> str:
         cell.outputs = kept
     text = (nbformat.writes(notebook) + "\n").replace(f"{ROOT}/", "")
     if not pictures or len(text.encode()) > LARGEST:
-        raise ValueError(
-            f"{path}: {pictures} pictures, {len(text.encode()):,} bytes; wanted at least 1, at most {LARGEST:,}"
-        )
+        size = f"{len(text.encode()):,} bytes; wanted at least 1, at most {LARGEST:,}"
+        raise ValueError(f"{path}: {pictures} pictures, {size}")
     return text
 
 
 def _smaller(picture: str) -> str:
     """A PNG in base64 with 128 colours: a third of its bytes, and no difference that is seen in diagrams."""
     buffer = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").quantize(128).save(
-        buffer, "PNG", optimize=True
-    )
+    full = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
+    full.quantize(128).save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -113,11 +109,8 @@ if __name__ == "__main__":
         for name in sys.argv[sys.argv.index("--evidence") + 1 :]:
             print(evidence(Path(name)).relative_to(ROOT))
         sys.exit()
-    untidy = [
-        path
-        for path in sorted(NOTEBOOKS.glob("*.ipynb"))
-        if path.read_text(encoding="utf-8") != canonical(path)
-    ]
+    paths = sorted(NOTEBOOKS.glob("*.ipynb"))
+    untidy = [path for path in paths if path.read_text(encoding="utf-8") != canonical(path)]
     for path in untidy:
         print(path.name)
         if "--check" not in sys.argv:
