@@ -30,17 +30,8 @@ ROOT = Path(__file__).parents[1]
 TIED = ["setpriv", "--pdeathsig", "KILL"]  # ends with the test, whatever ends the test
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["mkd_core.runner", "mkd_core.suite.batch", "mkd_core.suite.notebook"])
-MEASURED = {
-    "miou",
-    "miou_best",
-    "step_best",
-    "iou",
-    "predictors",
-    "pseudo_labels",
-    "evaluations",
-    "confusion",
-}
-MEASURED.add("split")
+MEASURED = {"miou", "miou_best", "step_best", "iou", "predictors", "pseudo_labels"}
+MEASURED |= {"evaluations", "confusion", "split"}
 
 
 def keys(**more):

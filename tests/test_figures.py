@@ -117,15 +117,9 @@ def test_a_table_has_the_pictures_that_its_records_allow():
         return record(split=split, config=record().config | {"encoder": encoder}, **keys)
 
     counts = [[3, 1], [0, 4]]
-    cells = {
-        "MKD": {
-            "92": [at(92, confusion=counts), at(92, seed=1, confusion=[[4, 0], [0, 4]])],
-            "183": [at(183)],
-            "183 ‡": [at(183)],
-            "none": [],
-        },
-        "SupOnly": {"92": [at(92)]},
-    }
+    two = [at(92, confusion=counts), at(92, seed=1, confusion=[[4, 0], [0, 4]])]
+    mkd = {"92": two, "183": [at(183)], "183 ‡": [at(183)], "none": []}
+    cells = {"MKD": mkd, "SupOnly": {"92": [at(92)]}}
     pictures = report.of_table(cells, "92", against="SupOnly")
     assert [*pictures] == ["classes", "confusion", "labels"]
     assert "minus SupOnly" in pictures["classes"].axes[0].get_xlabel()
@@ -172,13 +166,8 @@ def test_cost_stands_at_the_time_given():
 
 
 def test_terms_of_methods_side_by_side():
-    histories = {
-        "a": [
-            {"step": 1, "loss": 3.0, "term/sup": 2.0, "term/x": 0.0},
-            {"step": 2, "loss": 2.0, "term/sup": 1.0, "term/x": 1.0},
-        ],
-        "b": [{"step": 1, "loss": 1.0, "term/sup": 1.0}],
-    }
+    rows = [{"step": 1, "term/sup": 2.0, "term/x": 0.0}, {"step": 2, "term/sup": 1.0, "term/x": 1.0}]
+    histories = {"a": rows, "b": [{"step": 1, "term/sup": 1.0}]}
     first, second = figures.terms_of(histories, across=2).axes
     drawn = [(line.get_label(), [*line.get_xdata()], [*line.get_ydata()]) for line in first.lines]
     assert drawn == [("sup", [1, 2], [2, 1]), ("x", [2], [1])]

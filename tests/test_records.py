@@ -112,11 +112,8 @@ def test_evidence_that_is_not_there_is_an_error_and_no_folder(tmp_path):
 
 
 def test_a_frame_has_a_line_a_run_and_every_row_and_column_in_order():
-    cells = {
-        "b": {"y": [record(seed=1, miou=7.0), record()], "x": []},
-        "a": {"x": [record()]},
-        "c": {"x": []},
-    }
+    two = [record(seed=1, miou=7.0), record()]
+    cells = {"b": {"y": two, "x": []}, "a": {"x": [record()]}, "c": {"x": []}}
     table = records.frame(cells)
     assert [*table.row.cat.categories] == ["b", "a", "c"] and [*table.column.cat.categories] == ["y", "x"]
     lines = [["b", "y", 1, 7], ["b", "y", 0, 50], ["a", "x", 0, 50]]

@@ -21,12 +21,8 @@ def on(title: str, miou: float, seed: int = 0, name: str = "table4", **keys):
     column = source.columns[title]
     config = record().config | {"dataset": source.dataset, "split": column["split"]}
     config["encoder"] = column["backbone"].lower().replace("-", "")
-    split = {
-        "name": column["split"],
-        "sha256": f"seed {seed}",
-        "labeled": int(column["labeled"]),
-        "unlabeled": 1,
-    }
+    split = {"name": column["split"], "sha256": f"seed {seed}", "unlabeled": 1}
+    split["labeled"] = int(column["labeled"])
     keys = {"evaluated": {"images": 1449, "set": "val"}} | keys
     return record(config=config | keys.pop("config", {}), split=split, miou=miou, seed=seed, **keys)
 
@@ -194,11 +190,7 @@ def test_the_papers_title_is_refused_for_other_runs(keys):
 
 
 def test_what_a_table_would_refuse_is_told_before_anything_runs():
-    small = {
-        "encoder": "tu-test_resnet",
-        "dataset_options": {"train_size": 8, "val_size": 4},
-        "crop": [16, 16],
-    }
+    small = {"encoder": "tu-test_resnet", "crop": [16, 16], "dataset_options": {"train_size": 8}}
     columns = {"1/16 (662)": {"split": "random/4"}}
     rows = {"MKD": {"method": "mkd"}, "SupOnly": {"method": "supervised"}}
     grid = Grid(common=small, rows=rows, columns=columns, seeds=[0])

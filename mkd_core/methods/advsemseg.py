@@ -54,17 +54,15 @@ class AdvSemSeg(Method):
         classes = torch.arange(prob.shape[1], device=prob.device)[:, None, None]
         truth = (batch.y[:, None] == classes).to(prob.dtype)  # IGNORE: zero vector
         fake = self.discriminator(torch.cat((prob, prob_u)).detach())
+        own = cross_entropy(unlabeled, pseudo_label(unlabeled, valid=trusted))
+        wrong = bce(fake, 0, torch.cat((inside, batch.valid)))
+        right = bce(self.discriminator(truth), 1, inside)
         return {
             "sup": cross_entropy(labeled, batch.y),
             "adversarial": self.adversarial * bce(judged, 1, inside),
             "adversarial_unlabeled": self.adversarial_unlabeled * bce(judged_u, 1, batch.valid),
-            "self_training": self.weight
-            * (progress >= self.start)
-            * cross_entropy(unlabeled, pseudo_label(unlabeled, valid=trusted)),
-            "critic": (
-                bce(fake, 0, torch.cat((inside, batch.valid))) + bce(self.discriminator(truth), 1, inside)
-            )
-            / 2,
+            "self_training": self.weight * (progress >= self.start) * own,
+            "critic": (wrong + right) / 2,
         }, {"trusted": masked_mean(trusted.float(), batch.valid)}
 
     @property
