@@ -42,6 +42,16 @@ def test_colours_are_the_palette_and_ignored_pixels_are_grey():
     assert np.ptp(colours[1, 1]) == 0 and 0.5 < colours[1, 1, 0] < 1  # a light grey, in no palette
 
 
+def test_overlay_blends_classes_and_leaves_ignored_pixels():
+    image = np.full((1, 2, 3), 0.5)
+    expected = [[[0.7, 0.3, 0.3], [0.5, 0.5, 0.5]]]
+    np.testing.assert_allclose(figures.overlay(image, np.array([[1, 255]]), PALETTE, alpha=0.4), expected)
+    for first in ("background", "none"):  # the data set says what is one
+        shown = figures.overlay(image, np.array([[0, 1]]), PALETTE, (first, "red", "blue"), alpha=0.4)
+        tinted = (shown[0] != image[0]).any(-1)
+        assert tinted.tolist() == [first == "none", True]
+
+
 def test_columns_are_gains_losses_and_a_seeded_draw():
     n = 12
     truth = [np.repeat([[1, 2]], 4, 0) for _ in range(n)]

@@ -89,6 +89,15 @@ def colourise(label: ArrayLike, palette: Array) -> Array:
     return np.where((label == IGNORE)[..., None], ignored, palette[np.where(label == IGNORE, 0, label)] / 255)
 
 
+def overlay(
+    image: Array, label: ArrayLike, palette: Array, classes: Sequence[str] = (), alpha: float = 0.5
+) -> Array:
+    """Tint image (H, W, 3) float by its label map (H, W); IGNORE and a class named background leave it as it is."""
+    clear = [IGNORE, *(k for k, name in enumerate(classes) if name == "background")]
+    share = np.where(np.isin(label, clear), 0, alpha)[..., None]
+    return (1 - share) * image + share * colourise(label, palette)
+
+
 @styled
 def sheet(
     rows: Mapping[str, Sequence[ArrayLike]], *, palette: Array | None = None, classes: Sequence[str] = (),

@@ -15,9 +15,10 @@ from ..evaluate import evaluate
 from ..methods import METHODS
 from ..metrics import miou
 from ..parameters import merge, read_parameters
+from ..records import Cells
 from ..trained import open_run
 from . import figures, report
-from .batch import Table, run_table
+from .batch import run_table
 from .own_images import TEXT, prepare_folder
 
 QUICK = {"steps": 120, "batch": 4, "evaluate_every": 60, "quality_images": 16}
@@ -26,7 +27,7 @@ QUICK = {"steps": 120, "batch": 4, "evaluate_every": 60, "quality_images": 16}
 def train_folder(
     folder: str | Path, methods: Sequence[str] = ("supervised", "mkd"), *, quick: bool = False,
     out: str | Path | None = None, classes: Sequence[str] | int | None = None, **keys: Any,
-) -> Table:  # fmt: skip
+) -> Cells:  # fmt: skip
     """Train methods on one's own photos, write their report, return their records by row and column.
 
     The folder is prepared where that was not done; `classes`, and all else about that: `prepare_folder`.
@@ -64,7 +65,7 @@ def train_folder(
     return cells
 
 
-def _comparison(cells: Table, dataset: SegDataset) -> figures.Picture:
+def _comparison(cells: Cells, dataset: SegDataset) -> figures.Picture:
     """Draw photos of val, their masks and what the runs predict."""
     ids = dataset.val[:64]
     images, truth = [dataset.image(id) for id in ids], [dataset.label(id) for id in ids]
@@ -79,7 +80,7 @@ def _comparison(cells: Table, dataset: SegDataset) -> figures.Picture:
     return figures.sheet(rows, palette=dataset.palette, classes=dataset.classes)
 
 
-def _on_test(cells: Table, out: Path) -> list[str]:
+def _on_test(cells: Cells, out: Path) -> list[str]:
     """Evaluate the runs on the images of test.txt, which no run has seen."""
     if not (out / "test.txt").is_file():
         return []
