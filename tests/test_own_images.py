@@ -219,7 +219,7 @@ def test_photos_without_masks_are_unlabeled_and_what_is_left_out_is_told(tmp_pat
     for name in (
         "(20, 40) pixels",
         "04.png: not a readable mask",
-        "05.jpg: a mask must be a lossless",
+        "05.jpg: a mask is a lossless",
         "nobody.png",
     ):
         assert name in text
