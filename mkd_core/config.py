@@ -89,8 +89,10 @@ class RunConfig(Checked):
     quality_images: int = Field(64, ge=0, description="unlabeled images on which pseudo-labels are measured")
     # Machine: not part of the id.
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda:1 ...")
-    threads: int = Field(0, ge=0, le=1024, description="CPU threads of torch; 0: its own choice")
-    workers: int = Field(0, ge=0, le=1024, description="loader processes")
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of torch; 0: as many as cores are idle")
+    workers: int = Field(
+        -1, ge=-1, le=1024, description="loader processes; -1: up to 8 with a GPU, else none"
+    )
     checkpoint_every: int = Field(1_000, gt=0)
     keep_every: int = Field(0, ge=0, description="steps between checkpoints that stay; 0: the last alone")
     log_every: int = Field(50, gt=0)

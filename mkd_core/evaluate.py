@@ -125,6 +125,29 @@ class Predictor:
         return found
 
     @torch.no_grad()
+    def parts(self, images: Tensor) -> Iterator[tuple[slice, str, Tensor]]:
+        """The same in pieces (rows, name, (B, C, rows, W)): of images above LARGE pixels few lie in memory at a time."""
+        if images.shape[-2:].numel() <= LARGE:
+            yield from ((slice(None), name, prob) for name, prob in self(images).items())
+            return
+        with self._at_work():
+            x, total, top = self._input(images), torch.zeros(()), 0
+            if self.protocol == "sliding":
+                for found in zip(*(bands(net, x, self.window) for net in self.nets.values()), strict=True):
+                    rows = slice(top, top + found[0].shape[2])
+                    yield from ((rows, name, prob) for name, prob in zip(self.nets, found, strict=True))
+                    if "mean" in self.names:
+                        yield rows, "mean", torch.stack(found).mean(0)
+                    top = rows.stop
+                return
+            for name, net in self.nets.items():
+                prob = PROTOCOLS[self.protocol](net, x, self.window)
+                total = total.to(prob) + prob if "mean" in self.names else total
+                yield slice(None), name, prob
+            if "mean" in self.names:
+                yield slice(None), "mean", total / len(self.nets)
+
+    @torch.no_grad()
     def label(self, image: Tensor | np.ndarray | Image.Image, name: str = "") -> tuple[Tensor, Tensor]:
         """Label one image: label (H, W) uint8 and its probability (H, W) float32, on the host.
 
@@ -235,10 +258,10 @@ def evaluate(
         DataLoader(_Items(dataset, ids), batch_size=None, num_workers=workers)
     ):
         labels = labels.to(device)
-        for name, prob in predictor(images).items():
-            confusion[name] += confusion_matrix(prob.max(1).indices, labels, classes)
+        for rows, name, prob in predictor.parts(images):
+            confusion[name] += confusion_matrix(prob.max(1).indices, labels[:, rows], classes)
             if qualities:
-                qualities[name].update(prob, labels)
+                qualities[name].update(prob, labels[:, rows])
     return confusion, qualities
 
 

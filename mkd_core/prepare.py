@@ -1,17 +1,19 @@
 """What must be right before a run begins: data, split and method; and which data it began with."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .config import RunConfig
 from .data import SegDataset, open_dataset
-from .data.base import DataError
+from .data.base import DataError, picture_size
 from .data.check import check
 from .data.splits import Split, load_split, set_hash
+from .evaluate import LARGE, Predictor
 from .methods import Method
-from .train import build_method
+from .train import build_method, loaders
 
 Report = Callable[[int, int], None]  # (files looked at, of so many)
 
@@ -22,6 +24,7 @@ def prepare(
     """Open the data and build the method of a run. DataError, ValueError for all that is wrong; deep: opens all files."""
     dataset, split = open_data(config)
     method = build_method(config, len(dataset.classes))
+    loaders(config)
     check_data(config, dataset, split, method.min_batch, deep, report)
     return dataset, split, method
 
@@ -48,6 +51,21 @@ def check_data(
     result.raise_if_bad()
     for warning in result.warnings if deep else ():
         print(f"WARNING: {warning}", flush=True)
+
+
+def try_largest(dataset: SegDataset, predictor: Predictor) -> None:
+    """Evaluate the largest image once where it is a large one; ValueError, before any step, where memory does not suffice."""
+    files = {id: file for id in dataset.val if (file := dataset.files(id)[0])}
+    pixels, id = max(((math.prod(picture_size(file)), id) for id, file in files.items()), default=(0, ""))
+    if pixels > LARGE:
+        try:
+            for _ in predictor.parts(dataset.image(id)[None]):
+                pass
+        except (MemoryError, RuntimeError) as error:  # of torch, on either device
+            how = "protocol=sliding or long512, or smaller images to evaluate"
+            raise ValueError(
+                f"memory does not suffice to evaluate {id}, {pixels / 1e6:.0f} megapixels: {how}"
+            ) from error
 
 
 def data_identity(dataset: SegDataset, split: Split) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from filelock import FileLock, Timeout
 
@@ -22,7 +24,7 @@ from .data.base import DataError
 from .evaluate import QUALITY_THRESHOLD, Predictor, evaluate, pick_device
 from .metrics import iou, miou
 from .models import file_sha256
-from .prepare import data_identity, open_data, prepare, refuse_other_data
+from .prepare import data_identity, open_data, prepare, refuse_other_data, try_largest
 from .progress import Progress
 from .records import Record
 from .train import loaders, make_optimizers, stage_marks, streams, train, write_labels
@@ -70,13 +72,19 @@ def is_busy(folder: Path) -> bool:
         return True
 
 
+def free_cores() -> int:
+    """Cores that are idle at this moment, at least one: threads beyond them wait for each other."""
+    idle = sum(100 - busy for busy in psutil.cpu_percent(0.3, percpu=True)) / 100
+    return max(1, min(round(idle), len(os.sched_getaffinity(0))))
+
+
 class _Run:
     """One run at work. What a checkpoint holds is in `_save`."""
 
     def __init__(self, config: RunConfig, folder: Path, quiet: bool):
         self.config, self.folder, self.progress = config, folder, Progress(config.id, quiet)
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        if config.threads or "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(config.threads or free_cores())
         self.device = pick_device(config.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -87,12 +95,15 @@ class _Run:
         )
         self.data = data_identity(self.dataset, self.split)
         self.method.to(self.device)
+        if deep:
+            try_largest(self.dataset, Predictor.of(config, self.method.predictors, self.device))
         self.optimizers = make_optimizers(config, self.method)
         self.marks = stage_marks(config, self.method)
         withheld = [i for i in self.split.unlabeled if self.dataset.has_label(i)]
         rng = np.random.default_rng(config.seed)
         self.withheld = [withheld[i] for i in sorted(rng.permutation(len(withheld))[: config.quality_images])]
         self.history: list[dict[str, Any]] = []
+        self.unfinished: dict[str, Any] | None = None  # the last step's row, not evaluated yet
         self.step, self.seconds, self.seconds_training = 0, 0.0, 0.0
         self._restore()
         records.write_atomically(folder / "config.json", config.absolute().model_dump_json(indent=1) + "\n")
@@ -106,6 +117,8 @@ class _Run:
         for stage, (start, end) in enumerate(pairwise(self.marks)):
             if self.step < end:
                 self._train(stage, start, end)
+        if self.unfinished:
+            self._keep(self.unfinished)
         record = self._record()
         records.save(record, self.folder)
         for labels in self.folder.glob("labels-*"):
@@ -118,25 +131,38 @@ class _Run:
         labels = self._labels(stage, anew=self.step == start) if stage else None
         unlabeled = self.split.unlabeled if self.method.unlabeled or stage else ()
         steps = streams(config, self.dataset, self.split.labeled, unlabeled, labels)
-        span = self.step, start, end
-        for row in train(config, self.method, self.optimizers, steps, span, self._due):
-            began, names = time.perf_counter(), []
+        span, first = (self.step, start, end), self.step + 1
+
+        def due(step: int) -> bool:  # rows beyond those of the history are only said
+            return self._due(step) or self.progress.due or (step == first and not self.progress.quiet)
+
+        for row in train(config, self.method, self.optimizers, steps, span, due):
             self.step = step = int(row["step"])
             self.seconds_training += (spent := row.pop("seconds"))
-            self._say(row)
-            evaluating = self._evaluates(step)
-            if evaluating:
-                row |= self._evaluate()
-            self.seconds += spent + time.perf_counter() - began
-            self._log(row)
-            if evaluating and step == self._best()["step"]:
-                names.append("checkpoint-best.pt")
-            if config.keep_every and step % config.keep_every == 0:
-                names.append(f"checkpoint-{step}.pt")
-            if step % config.checkpoint_every == 0 or step == config.steps:
-                names.append("checkpoint.pt")  # last: a run goes on from here
-            if names:
-                self._save(*names)
+            self.seconds += spent
+            self._say(row, now=step == first)
+            if self._due(step) or step == end:
+                self._keep(row)
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        """Evaluate after a step where it is due, log it, save what has to be."""
+        config, step, names, began = self.config, self.step, [], time.perf_counter()
+        if evaluating := self._evaluates(step):
+            if step == config.steps:  # should the evaluation fail, no step is lost
+                self.history.append(row)
+                self._save("checkpoint.pt")
+                self.history.pop()
+            row |= self._evaluate()
+        self.seconds += time.perf_counter() - began
+        self._log(row)
+        if evaluating and step == self._best()["step"]:
+            names.append("checkpoint-best.pt")
+        if config.keep_every and step % config.keep_every == 0:
+            names.append(f"checkpoint-{step}.pt")
+        if step % config.checkpoint_every == 0 or step == config.steps:
+            names.append("checkpoint.pt")  # last: a run goes on from here
+        if names:
+            self._save(*names)
 
     def _evaluates(self, step: int) -> bool:
         every = self.config.evaluate_every
@@ -166,20 +192,27 @@ class _Run:
         """Count the images that so many steps train on; without `unlabeled`, a method meets them from stage 1 on."""
         return self.config.batch * (steps + max(0, steps - (0 if self.method.unlabeled else self.marks[1])))
 
-    def _say(self, row: dict[str, Any]) -> None:
+    def _say(self, row: dict[str, Any], now: bool) -> None:
         done, steps = self._images(self.step), self.config.steps
         speed = done / self.seconds_training
         left = (self._images(steps) - done) / speed / 60
+        bar = "#" * (20 * self.step // steps)
         self.progress(
-            f"step {self.step:,} of {steps:,}, loss {row['loss']:.3f}, {speed:.3g} images/s, {left:.1f} min left"
-            + ", evaluating" * self._evaluates(self.step)
-        )
+            f"[{bar:20}] step {self.step:,} of {steps:,}, {self.seconds_training / self.step:.2g} s a step, loss {row['loss']:.3f}, "
+            f"{speed:.3g} images/s, {left:.1f} min left" + ", evaluating" * self._evaluates(self.step), now
+        )  # fmt: skip
 
     def _evaluate(self) -> dict[str, Any]:
         predictor = Predictor.of(self.config, self.method.predictors, self.device)
         measure = partial(evaluate, predictor, self.dataset, workers=loaders(self.config))
         confusion, _ = measure(self.dataset.val)
         found: dict[str, Any] = {"miou": {name: miou(c) for name, c in confusion.items()}}
+        predicted = confusion[predictor.names[0]].sum(0)
+        if int((predicted > 0).sum()) == 1:
+            only = self.dataset.classes[int(predicted.argmax())]
+            self.progress(
+                f"WARNING: every pixel is predicted as {only}: train longer, or look at lr", now=True
+            )
         found["confusion"] = confusion[predictor.names[0]].tolist()  # (truth, prediction)
         found["iou"] = {
             name: [v if v == v else None for v in iou(c).tolist()] for name, c in confusion.items()
@@ -187,6 +220,12 @@ class _Run:
         if self.withheld:
             _, quality = measure(self.withheld, quality=QUALITY_THRESHOLD)
             found["pseudo_labels"] = {name: q.summary() for name, q in quality.items()}
+            if (
+                not any(q["kept"] for q in found["pseudo_labels"].values())
+                and self.config.method != "supervised"
+            ):
+                text = f"WARNING: no pixel is predicted with a confidence of {QUALITY_THRESHOLD} yet"
+                self.progress(f"{text}: no pseudo-label is kept where T is as high", now=True)
         return found
 
     # What survives a kill.
@@ -221,6 +260,10 @@ class _Run:
             except (KeyError, RuntimeError, ValueError) as error:
                 raise ValueError(f"{path} is of another run; delete it to start anew: {error}") from error
             self.step, self.history = state["step"], json.loads(state["history"])
+            if (
+                self._evaluates(self.step) and "miou" not in self.history[-1]
+            ):  # it ended while it was evaluated
+                self.unfinished = self.history.pop()
             self.seconds, self.seconds_training = state["seconds"], state["seconds_training"]
             self.progress(f"goes on from step {self.step:,}", now=True)
         # Rows after the checkpoint will be written again.

@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import tiny
+from filelock import FileLock
 
 from mkd_core import records
 from mkd_core.config import RunConfig
@@ -262,6 +263,33 @@ def test_lists_of_parameters_methods_and_runs(tmp_path, monkeypatch, capsys):
     records.save(tiny.record(id=config.id), tmp_path / config.id)
     assert main(["runs"]) == 0
     assert f"{config.id}  supervised  shapes random/6  step 0  mIoU 50.0  0 MB" in capsys.readouterr().out
+    assert main(["runs", "--remove", "nothing"]) == 2 and (tmp_path / config.id).is_dir()
+    with FileLock(tmp_path / config.id / "lock"):
+        assert main(["runs", "--remove", config.id]) == 2
+    assert "at work just now" in capsys.readouterr().err
+    assert main(["runs", "--remove", config.id]) == 0
+    assert (
+        not (tmp_path / config.id).exists() and f"Removed: {tmp_path / config.id}" in capsys.readouterr().out
+    )
+
+
+def test_results_of_other_settings_are_not_overwritten(tmp_path):
+    """What is typed beside a file needs a folder of its own where the file's table lies; more seeds do not."""
+    (tmp_path / "t.yaml").write_text(
+        f"out: {tmp_path / 'o'}\ncommon: {{dataset: shapes, steps: 9}}\nrows: {{A: {{method: cps}}}}\nseeds: [3]\n"
+    )
+    known = notebooks.PLAIN | {"out": notebooks.Parameter("")}
+
+    def read(*words):
+        return notebooks.read_all(known, tmp_path / "t.yaml", words)
+
+    (config,) = read().grid.runs["A"]
+    (tmp_path / "o").mkdir()
+    records.dump({"A": [tiny.record(id=config.id)]}, tmp_path / "o/records.jsonl")
+    with pytest.raises(ValueError, match="holds the results of other settings; .*out=FOLDER"):
+        read("common.steps=3")
+    for words in ((), ("seeds=[3, 4]",), ("common.steps=3", f"out={tmp_path / 'p'}"), ("common.threads=1",)):
+        assert read(*words).grid
 
 
 def test_help_does_not_wait_for_torch():

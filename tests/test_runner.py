@@ -153,7 +153,7 @@ def test_killed_while_writing_is_the_uninterrupted_run(tmp_path):
     for die, step in (
         ("full config.json 0", None), ("half checkpoint 1", None), ("full checkpoint.pt 1", None), ("renamed checkpoint.pt 1", 2),
         ("full checkpoint-best.pt 1", 2), ("renamed checkpoint-best.pt 1", 2),
-        ("half checkpoint 2", 4), ("full history.jsonl 0", 4), ("renamed checkpoint.pt 2", 8), ("full record.json 0", 8),
+        ("half checkpoint 2", 4), ("full history.jsonl 0", 4), ("renamed checkpoint.pt 2", 8), ("full record.json 2", 8),
     ):  # fmt: skip
         process = start(c, tmp_path / "killed", die=die)
         process.join(60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -63,7 +64,9 @@ def add_commands(command: Callable[..., Any]) -> None:
     add("--onnx", action="store_true", help="write an .onnx file instead (needs the extra onnx)")
     add("--licence", default="", help="of the data, for the model card")
     command(_methods, "mkd")("name", nargs="?", help="of the method")
-    command(_runs, "")
+    command(_runs, "--remove RUN")(
+        "--remove", nargs="+", metavar="RUN", help="folders or ids of runs to delete"
+    )
 
 
 def _add_folder(add: Any) -> None:
@@ -213,15 +216,24 @@ def _methods(words: Words) -> int:
 
 
 def _runs(words: Words) -> int:
-    """List the runs under runs/: method, data, step, mIoU in percent, size."""
+    """List the runs under runs/: method, data, step, mIoU in percent, size. Or remove some."""
     from .. import records
+    from ..runner import is_busy
+    from ..trained import find_run
 
+    if words.remove:
+        folders = [find_run(name) for name in words.remove]
+        if busy := [folder.name for folder in folders if is_busy(folder)]:
+            raise ValueError(f"at work just now, nothing is removed: {', '.join(busy)}")
+        for folder in folders:
+            shutil.rmtree(folder)
+            print(f"Removed: {folder}")
+        return 0
     for folder in sorted(path.parent for path in records.RUNS.glob("*/config.json")):
         config, record = json.loads((folder / "config.json").read_bytes()), records.load(folder)
         step = (records.history(folder) or [{"step": 0}])[-1]["step"]
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+        files = {path.stat().st_ino: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         found = f"{record.miou:.1f}" if record else "-"
-        print(
-            f"{folder.name}  {config['method']}  {config['dataset']} {config['split']}  step {step:,}  mIoU {found}  {size:.0f} MB"
-        )
+        about = f"{config['method']}  {config['dataset']} {config['split']}  step {step:,}"
+        print(f"{folder.name}  {about}  mIoU {found}  {sum(files.values()) / 1e6:.0f} MB")
     return 0

@@ -15,7 +15,7 @@ from ..choices import choose
 from ..config import Grid, RunConfig, drop_foreign_options, with_bases
 from ..data import DATASETS
 from ..parameters import merge, parse_values, read_parameters
-from ..records import ROOT, RUNS, below_root, write_atomically
+from ..records import ROOT, RUNS, below_root, read_cells, write_atomically
 
 
 class NotebookFailed(RuntimeError):
@@ -157,8 +157,19 @@ def read_all(known: Mapping[str, Parameter], file: Path | None, pairs: Sequence[
     every = {name: about.default for name, about in known.items()} | merged
     results = [below_root(every["out"])] if every.get("out") else []
     grid = Grid(**{key: every[key] for key in Grid.model_fields if key in every}) if "rows" in known else None
+    if grid and typed and "out" not in typed and results and holds_other_runs(results[0], grid):
+        raise ValueError(f"{results[0]} holds the results of other settings; give these a folder, out=FOLDER")
     if single:
         every = drop_foreign_options(every, typed)
         merged |= {key: every[key] for key in ("options", "dataset_options")}
         results.append(RUNS / RunConfig(**{key: every[key] for key in RunConfig.model_fields}).id)
     return Ready(merged, grid, results)
+
+
+def holds_other_runs(folder: Path, grid: Grid) -> bool:
+    """Whether the report in a folder has runs that are not of this grid: to be overwritten only where that is meant."""
+    if not (folder / "records.jsonl").is_file():
+        return False
+    planned = {config.id for configs in grid.runs.values() for config in configs if config.named}
+    cells = read_cells(folder / "records.jsonl")
+    return not {record.id for of in cells.values() for found in of.values() for record in found} <= planned

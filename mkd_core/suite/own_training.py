@@ -19,6 +19,7 @@ from ..records import Cells
 from ..trained import open_run
 from . import figures, report
 from .batch import run_table
+from .notebook import holds_other_runs
 from .own_images import TEXT, prepare_folder
 
 QUICK = {"steps": 120, "batch": 4, "evaluate_every": 60, "quality_images": 16}
@@ -31,7 +32,7 @@ def train_folder(
     """Train methods on one's own photos, write their report, return their records by row and column.
 
     The folder is prepared where that was not done; `classes`, and all else about that: `prepare_folder`.
-    out       where the folder was prepared, default <folder>/mkd; the report lies in <out>/report
+    out       where the folder was prepared, default <folder>/mkd; the report lies in <out>/report, or in report-2 ... beside that of other settings
     quick     few steps, minutes on two cores
     keys      of RunConfig over <out>/mkd.yaml; "options.alpha": 2.0 reaches into MKD's options
 
@@ -53,8 +54,10 @@ def train_folder(
         METHODS[name].label: {"method": name, "options": options if name == own else {}} for name in methods
     }
     table: dict[str, Any] = {"common": values, "rows": rows, "seeds": [seed]}
-    cells = run_table(Grid(**table))
-    place = out / ("report-quick" if quick else "report")
+    grid = Grid(**table)
+    places = (out / f"report{'-quick' * quick}{k}" for k in ("", *(f"-{k}" for k in range(2, 1000))))
+    place = next(place for place in places if not holds_other_runs(place, grid))
+    cells = run_table(grid)
     place.mkdir(exist_ok=True)
     made, _ = report.write(cells, place)
     dataset = open_dataset("folder", str(out), **values.get("dataset_options", {}))
