@@ -368,11 +368,6 @@ def test_the_runs_that_only_chooses(place):
         (["--engine", "slurm", "--resources", "nowhere.yaml", "--slots", "0"], "--slots are this machine's"),
         (["common.split=random/30"], "30"),
         (["common.dataset=folder", "common.dataset_options={}", "common.root=nowhere"], "nowhere"),
-        (
-            ["rows={A: {method: mkd}, B: {method: mdk}}"],
-            "B, seed 0: there is no method 'mdk'; did you mean 'mkd'",
-        ),
-        (["rows={A: {method: mkd}, B: {method: mkd}}"], "the same run"),
         (["colums={}"], "did you mean 'columns'"),
     ],
 )
