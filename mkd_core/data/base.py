@@ -21,26 +21,16 @@ class DataError(ValueError):
 
 
 class SegDataset(ABC):
-    """A set of images with integer label maps.
+    """A set of images with integer label maps."""
 
-    name     registry name, e.g. "voc"
-    classes  names of the C classes, index = label value
-    palette  (C, 3) uint8 RGB colours for pictures
-    train    ids of the universe that labeled and unlabeled images are drawn from
-    val      ids that are evaluated; disjoint from train
-    root     the folder of the files; None where the data set is generated
-    where    where to get the files and where they belong; closes every message about missing ones
-    pattern  regular expression of an id's normal form inside a line of a list file
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    palette: np.ndarray
-    train: tuple[str, ...]
-    val: tuple[str, ...]
-    root: Path | None = None
-    where: str = ""
-    pattern: str = r"\S+"
+    name: str  # registry name, e.g. "voc"
+    classes: tuple[str, ...]  # names of the C classes, index = label value
+    palette: np.ndarray  # (C, 3) uint8 RGB colours for pictures
+    train: tuple[str, ...]  # ids of the universe that labeled and unlabeled images are drawn from
+    val: tuple[str, ...]  # ids that are evaluated; disjoint from train
+    root: Path | None = None  # the folder of the files; None where the data set is generated
+    where: str = ""  # where to get the files and where they belong; closes messages about missing ones
+    pattern: str = r"\S+"  # regular expression of an id's normal form inside a line of a list file
 
     @abstractmethod
     def image(self, id: str) -> Tensor:

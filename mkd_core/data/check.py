@@ -19,17 +19,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Report:
-    """What a check found.
+    """What a check found."""
 
-    rows      (what, finding) lines
-    problems  what must be mended before a run, one entry per kind
-    warnings  what is probably wrong and does not stop a run
-    shares    part ("labeled", "val") -> class name, or "ignored" -> percent of its pixels; deep only
-    """
-
-    rows: list[tuple[str, str]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    rows: list[tuple[str, str]] = field(default_factory=list)  # (what, finding)
+    problems: list[str] = field(default_factory=list)  # to be mended before a run, one entry per kind
+    warnings: list[str] = field(default_factory=list)  # what is probably wrong and does not stop a run
+    # deep only: part ("labeled", "val") -> class name, or "ignored" -> percent of its pixels
     shares: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
