@@ -6,7 +6,7 @@ import platform
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -116,7 +116,8 @@ def environment() -> dict[str, str]:
     """Versions of what can change a result."""
     machine = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
     names = ("torch", "torchvision", "segmentation-models-pytorch", "timm", "numpy")
-    return machine | {name: version(name) for name in names}
+    found = {name: [of.version for of in distributions(name=name)] for name in names}
+    return machine | {name: of[0] if of else "not installed" for name, of in found.items()}
 
 
 def commit() -> str:

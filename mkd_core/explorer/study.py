@@ -156,7 +156,7 @@ def newest_runs(place: Path | None = None) -> list[Path]:
     for path in sorted((place or records.RUNS).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
         try:
             found[path.parent] = read_config(path.parent)
-        except ValueError:  # of another version of the suite
+        except (ValueError, OSError):  # of another version of the suite, or half removed
             continue
     alike = {f: (c.dataset, c.root, c.dataset_options, c.split, c.seed, c.steps) for f, c in found.items()}
     same = [folder for folder in found if alike[folder] == next(iter(alike.values()))]
