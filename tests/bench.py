@@ -1,81 +1,112 @@
 """make bench: speed and memory of the parts as ratios against their plain forms, measured side by side in one run.
 
-A ratio is the median of alternating pairs, its range beside it; extra memory is the most that was held at once
-(mkd_core/suite/cost.py).
+A ratio is the median of alternating pairs, its range beside it, so that it stands other work on the machine; extra memory is the
+most that was held at once (mkd_core/suite/cost.py). notebooks/80_speed.ipynb runs the same functions at a small size.
 """
 
 from __future__ import annotations
 
+import statistics
+import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
 
+import numpy as np
+import pandas as pd
 import torch
+import torchvision.transforms.v2.functional as TF
+from PIL import Image
+from released import SWITCHES, Released
 from tiny import build, config
 from torch import Tensor
 
+from mkd_core.augment import FILL, colour, geometry, normalise
+from mkd_core.data.base import read_image, read_label
+from mkd_core.data.stream import Crops, Steps
 from mkd_core.ema import EMA
+from mkd_core.evaluate import Predictor, evaluate
 from mkd_core.methods import METHODS
-from mkd_core.metrics import confusion_matrix
+from mkd_core.metrics import confusion_matrix, miou
+from mkd_core.prepare import prepare
 from mkd_core.semantics import ClassMoments
-from mkd_core.suite.cost import costs, peak_bytes, ratio
+from mkd_core.suite.cost import Step, costs, peak_bytes, ratio
+from mkd_core.train import make_optimizers, streams, train
 
 N, C, A = 16_384, 21, 256  # pixels, classes, channels: 4 crops of VOC at 1/8
+# A ResNet-18 with the decoder of the paper's networks: beside smaller networks a step is mostly the overhead of torch's calls.
+REAL = {"encoder": "resnet18", "channels": 256, "crop": (192, 192), "batch": 4}
 
 
-def line(what: str, value: float, note: str = "", target: float | None = None) -> None:
-    verdict = "" if target is None else f"  (target {target:g}: {'met' if value >= target else 'MISSED'})"
-    print(f"{what:<66} {value:>9,.1f} x{verdict}  {note}", flush=True)
+class Row(NamedTuple):
+    """One comparison: how many times as much the plain form takes; or, where `unit` says so, another number."""
+
+    what: str
+    value: float
+    low: float = float("nan")
+    high: float = float("nan")
+    target: float = float("nan")
+    unit: str = "x"
+    note: str = ""
+
+    @property
+    def met(self) -> str:
+        if self.target != self.target:
+            return ""
+        return (
+            "met"
+            if (self.value >= self.target if self.unit == "x" else self.value <= self.target)
+            else "MISSED"
+        )
 
 
-def span(ends: tuple[float, float]) -> str:
-    return f"{ends[0]:,.1f} .. {ends[1]:,.1f}"
+def compare(
+    what: str, plain: Callable[[], Any], ours: Callable[[], Any], pairs: int, target: float = float("nan")
+) -> Row:
+    value, (low, high), slow, fast = ratio(plain, ours, pairs)
+    return Row(what, value, low, high, target, note=f"{1e3 * slow:.3g} ms -> {1e3 * fast:.3g} ms")
 
 
-def fda() -> None:
+def memory(what: str, plain: float, ours: float, target: float = float("nan")) -> Row:
+    return Row(what, plain / ours, target=target, note=f"{plain / 2**20:.3g} MiB -> {ours / 2**20:.3g} MiB")
+
+
+def table(rows: Iterable[Row]) -> pd.DataFrame:
+    return pd.DataFrame([{**row._asdict(), "target met": row.met} for row in rows]).set_index("what")
+
+
+def fda(n: int = N, pairs: int = 3) -> Iterator[Row]:
+    """FDA's table and the class moments against their per-pixel forms, n pixels."""
     g = torch.Generator().manual_seed(0)
-    logits, label = torch.randn(N, C, generator=g), torch.randint(0, C, (N,), generator=g)
-    weight, features = 0.1 * torch.randn(C, A, generator=g), torch.randn(N, A, generator=g)
+    logits, label = torch.randn(n, C, generator=g), torch.randint(0, C, (n,), generator=g)
+    weight, features = 0.1 * torch.randn(C, A, generator=g), torch.randn(n, A, generator=g)
     moments = ClassMoments(C, A)
     moments.update(features, label)
 
     def per_pixel(of: Tensor | slice = slice(None), dtype: torch.dtype = torch.float32) -> Tensor:
         w, y = weight.to(dtype), label[of]
-        v = w[None] - w[y][:, None]  # (N, C, A)
+        v = w[None] - w[y][:, None]  # (n, C, A)
         return logits[of].to(dtype) + 0.75 * (v.square() * moments.var.to(dtype)[y][:, None]).sum(-1)
 
-    as_maps, label_map = logits.T.reshape(1, C, 128, 128), label.view(1, 128, 128)
+    as_maps, label_map = logits.T.reshape(1, C, n // 64, 64), label.view(1, n // 64, 64)
 
-    def table() -> Tensor:
+    def by_table() -> Tensor:
         return ClassMoments.shift(as_maps, label_map, moments.table(weight, 1.5))
 
-    exact = torch.cat([per_pixel(part, torch.float64) for part in torch.arange(N).chunk(16)])
-    error = ((table()[0].flatten(1).T.double() - exact).abs() / exact.abs().clamp_min(1)).max().item()
-    r, spread, slow, fast = ratio(per_pixel, table, pairs=3)
-    line(
-        f"FDA, table against {N} x {C} x {A}: time",
-        r,
-        f"{span(spread)}, {1e3 * slow:.0f} ms -> {1e3 * fast:.2f} ms",
-        100,
-    )
-    slow_b, fast_b = peak_bytes(per_pixel), peak_bytes(table)
-    line(
-        "FDA: extra memory, result included",
-        slow_b / fast_b,
-        f"{slow_b / 2**20:.0f} MiB -> {fast_b / 2**20:.1f} MiB",
-    )
-    extra = fast_b - logits.numel() * 4, slow_b - logits.numel() * 4
-    line(
-        "FDA: extra memory beyond the result",
-        extra[1] / extra[0],
-        f"{extra[1] / 2**20:.0f} MiB -> {extra[0] / 2**20:.1f} MiB",
-        100,
-    )
-    print(
-        f"FDA: largest relative difference from float64: {error:.1e} ({'met' if error <= 1e-6 else 'MISSED'}: 1e-6)"
-    )
+    exact = torch.cat([per_pixel(part, torch.float64) for part in torch.arange(n).chunk(16)])
+    error = ((by_table()[0].flatten(1).T.double() - exact).abs() / exact.abs().clamp_min(1)).max().item()
+    yield compare(f"FDA, table against {n} x {C} x {A}: time", per_pixel, by_table, pairs, 100)
+    plain, ours, result = peak_bytes(per_pixel), peak_bytes(by_table), logits.numel() * 4
+    yield memory("FDA: extra memory, result included", plain, ours)
+    yield memory("FDA: extra memory beyond the result", plain - result, ours - result, 100)
+    yield Row("FDA: largest relative difference from float64", error, target=1e-6, unit="")
 
-    few, label, moments = features[: N // 4], label[: N // 4], ClassMoments(C, A)
+    few, label, moments = features[: n // 4], label[: n // 4], ClassMoments(C, A)
 
-    def expanded() -> Tensor:  # released form: features expanded to N x C x A and masked
+    def expanded() -> Tensor:  # released form: features expanded to n x C x A and masked
         one_hot = torch.nn.functional.one_hot(label, C).float()
         by_class = few[:, None] * one_hot[..., None]
         amount = one_hot.sum(0)[:, None]
@@ -84,22 +115,16 @@ def fda() -> None:
 
     moments.update(few, label)
     torch.testing.assert_close(expanded(), moments.var, rtol=1e-3, atol=1e-5)
-    r, spread, slow, fast = ratio(expanded, lambda: moments.update(few, label), pairs=3)
-    line(
-        f"class moments of {N // 4} pixels, products against expansion: time",
-        r,
-        f"{span(spread)}, {1e3 * slow:.0f} ms -> {1e3 * fast:.1f} ms",
+    update = partial(moments.update, few, label)
+    yield compare(
+        f"class moments of {n // 4} pixels, products against expansion: time", expanded, update, pairs
     )
-    slow_b, fast_b = peak_bytes(expanded), peak_bytes(lambda: moments.update(few, label))
-    line(
-        "class moments: extra memory",
-        slow_b / fast_b,
-        f"{slow_b / 2**20:.0f} MiB -> {fast_b / 2**20:.0f} MiB",
-    )
+    yield memory("class moments: extra memory", peak_bytes(expanded), peak_bytes(update))
 
 
-def parts() -> None:
-    label, prediction = torch.randint(0, C, (1, 375, 500)), torch.randint(0, C, (1, 375, 500))
+def parts(size: tuple[int, int] = (375, 500), pairs: int = 3) -> Iterator[Row]:
+    """The confusion matrix, the EMA, colour on the images that are drawn for it."""
+    label, prediction = torch.randint(0, C, (1, *size)), torch.randint(0, C, (1, *size))
     label[:, :20] = 255
 
     def masks() -> Tensor:
@@ -107,13 +132,9 @@ def parts() -> None:
             [torch.stack([((label == t) & (prediction == p)).sum() for p in range(C)]) for t in range(C)]
         )
 
-    assert torch.equal(masks(), confusion_matrix(prediction, label, C))
-    r, spread, slow, fast = ratio(masks, lambda: confusion_matrix(prediction, label, C), pairs=3)
-    line(
-        "confusion matrix, one bincount against C x C masks: time",
-        r,
-        f"{span(spread)}, {1e3 * slow:.0f} ms -> {1e3 * fast:.1f} ms",
-    )
+    ours = partial(confusion_matrix, prediction, label, C)
+    assert torch.equal(masks(), ours())
+    yield compare("confusion matrix, one bincount against C x C masks", masks, ours, pairs)
 
     net = build()
     teacher, plain = EMA(net, 0.99), EMA(net, 0.99)
@@ -123,29 +144,181 @@ def parts() -> None:
         for own, other in zip(plain.module.parameters(), net.parameters(), strict=True):
             own.mul_(0.99).add_(other, alpha=0.01)
 
-    r, spread, slow, fast = ratio(loop, lambda: teacher.update(net, 1000), pairs=15)
-    line(
-        "EMA, foreach against a loop over parameters: time",
-        r,
-        f"{span(spread)}, {1e3 * slow:.2f} ms -> {1e3 * fast:.2f} ms",
+    yield compare(
+        "EMA, foreach against a loop over parameters", loop, lambda: teacher.update(net, 1000), 5 * pairs
+    )
+
+    images = torch.rand(8, 3, *size)
+
+    def whole(images: Tensor, operation: Callable[..., Tensor], probability: float) -> Tensor:
+        coin = torch.rand(len(images), 1, 1, 1) < probability
+        return torch.where(coin, operation(images), images)
+
+    def every() -> Tensor:
+        torch.manual_seed(0)
+        with mock.patch.object(colour, "_sometimes", whole):
+            return colour.chain(images)
+
+    def drawn() -> Tensor:
+        torch.manual_seed(0)
+        return colour.chain(images)
+
+    assert torch.equal(every(), drawn())
+    yield compare("colour `chain`, on the images drawn for it against on all", every, drawn, 2 * pairs)
+
+
+def released(keys: dict[str, Any] = REAL, pairs: int = 5) -> Iterator[Row]:
+    """The released recipe's step, and the paper's, against what the released code does in one (tests/released.py)."""
+    step = Step(config("mkd_ablation", options=SWITCHES, **keys))
+    theirs = Released(step.method, step.batch)
+    yield compare("step of the released recipe, against its released work: time", theirs.step, step, pairs, 2)
+    most = peak_bytes(theirs.step)
+    yield memory("step of the released recipe: memory", most, peak_bytes(step), 2)
+    paper = Step(config("mkd", **keys))
+    yield compare("step of the paper's recipe, against the released work: time", theirs.step, paper, pairs)
+    yield memory("step of the paper's recipe: memory", most, peak_bytes(paper))
+
+
+def loader(
+    size: tuple[int, int] = (375, 500), crop: tuple[int, int] = (320, 320), pairs: int = 5
+) -> Iterator[Row]:
+    """A sample's way into a batch: files are opened, one window is cut and only it is resampled."""
+    rng = np.random.default_rng(0)
+    low = rng.integers(0, 255, (size[0] // 8, size[1] // 8, 3), np.uint8)
+    with tempfile.TemporaryDirectory() as place:
+        files = Path(place, "a.jpg"), Path(place, "a.png")
+        Image.fromarray(low).resize(size[::-1], Image.Resampling.BICUBIC).save(files[0])
+        Image.fromarray(rng.integers(0, 20, (size[0] // 8, size[1] // 8), np.uint8)).resize(
+            size[::-1], 0
+        ).save(files[1])
+        image, label = read_image(files[0]), read_label(files[1])
+
+        def cut() -> tuple[Tensor, ...]:
+            return geometry(image, label, crop, (0.5, 2.0), 0, np.random.default_rng(int(rng.integers(1000))))
+
+        def whole() -> tuple[Tensor, Tensor]:  # as most code bases do: resize all, pad all, crop, flip
+            factor = rng.uniform(0.5, 2.0)
+            scaled = [round(side * factor) for side in size]
+            x = TF.resize_image(image, scaled, antialias=True)
+            y = TF.resize_image(label[None], scaled, interpolation=TF.InterpolationMode.NEAREST)
+            room = [max(0, c - s) for c, s in zip(crop, scaled, strict=True)]
+            x = TF.pad_image(x, [0, 0, room[1], room[0]], fill=list(map(float, FILL)))
+            y = TF.pad_image(y, [0, 0, room[1], room[0]], fill=255.0)
+            top, left = (int(rng.integers(s - c + 1)) for s, c in zip(x.shape[1:], crop, strict=True))
+            x, y = (t[:, top : top + crop[0], left : left + crop[1]] for t in (x, y))
+            return (x.flip(-1), y.flip(-1)) if rng.random() < 0.5 else (x.contiguous(), y.contiguous())
+
+        yield compare("a crop, cut before it is resampled against after", whole, cut, pairs)
+        times = {name: ratio(f, f, 1)[2] for name, f in (("image", partial(read_image, files[0])), ("mask", partial(read_label, files[1])), ("crop", cut))}  # fmt: skip
+    for name, seconds in times.items():
+        yield Row(
+            f"loader: {name}, share of a labeled sample's time",
+            100 * seconds / sum(times.values()),
+            unit="%",
+            note=f"{1e3 * seconds:.3g} ms",
+        )
+
+
+class Timed(Steps):
+    """Steps that note how long each batch was waited for."""
+
+    waits: list[float]
+
+    def batches(self, *args: Any, **keys: Any) -> Iterator[Crops]:
+        source, self.waits = super().batches(*args, **keys), []
+        while True:
+            began = time.perf_counter()
+            crops = next(source, None)
+            self.waits.append(time.perf_counter() - began)
+            if crops is None:
+                return
+            yield crops
+
+
+def waiting(keys: dict[str, Any] | None = None, steps: int = 24) -> Iterator[Row]:
+    """Share of a step that waits for its batch, one loader process beside the training one; the first third does not count."""
+    c = config(
+        "mkd",
+        workers=1,
+        steps=steps,
+        **({"encoder": "resnet18", "channels": 64, "crop": (96, 96), "batch": 4} if keys is None else keys),
+    )
+    dataset, split, method = prepare(c)
+    made = streams(c, dataset, split.labeled, split.unlabeled, None)
+    timed = Timed(made.labeled, made.unlabeled, made.batch)
+    rows = [
+        row["seconds"]
+        for row in train(c, method, make_optimizers(c, method), timed, (0, 0, steps), lambda step: True)
+    ]
+    after = steps // 3
+    waits = timed.waits[after:steps]
+    yield Row(
+        "share of a step that waits for its batch, one loader",
+        100 * sum(waits) / sum(rows[after:]),
+        100 * min(waits) / max(rows[after:]),
+        100 * max(waits) / statistics.median(rows[after:]),
+        2,
+        "%",
+        f"step {1e3 * statistics.median(rows[after:]):.3g} ms",
     )
 
 
-def steps() -> None:
-    """Every method's step beside supervised's and beside as many passes through its first network alone.
+def evaluation(images: int = 24, size: int = 64, pairs: int = 3) -> Iterator[Row]:
+    """mIoU of one network: batches and a bincount on the device, against an image at a time with numpy; the same number."""
+    c = config(dataset_options={"train_size": 8, "val_size": images, "size": size})
+    dataset, _, method = prepare(c)
+    predictor = Predictor.of(c, method.predictors, torch.device("cpu"))
+    net, classes = method.predictors["net"], len(dataset.classes)
 
-    A ResNet-18 with the decoder of the paper's networks: beside smaller networks a step is mostly the overhead of torch's calls.
-    """
-    real = {"encoder": "resnet18", "channels": 256, "crop": (192, 192), "batch": 4}
-    frame = costs({method: config(method, **real) for method in METHODS}, pairs=3)
-    over = [f"{method} {value:.2f}" for method, value in frame["x passes"].items() if value > 1.15]
-    print(f"\n{frame.round(2)}\nmore than 1.15 x its own passes: {', '.join(over) or 'none'}")
+    @torch.no_grad()
+    def plain() -> float:
+        net.eval()
+        counts = np.zeros((classes, classes), np.int64)
+        for id in dataset.val:
+            x = dataset.image(id).numpy().astype(np.float32) / 255
+            logits = net(normalise(torch.from_numpy(x)[None]))[0].numpy()
+            prob = np.exp(logits - logits.max(0)) / np.exp(logits - logits.max(0)).sum(0)
+            y, label = prob.argmax(0), dataset.label(id).numpy()
+            inside = label != 255
+            counts += np.bincount(
+                classes * label[inside].astype(int) + y[inside], minlength=classes**2
+            ).reshape(classes, classes)
+        over = counts.sum(0) + counts.sum(1) - counts.diagonal()
+        return 100 * float(np.mean(counts.diagonal()[over > 0] / over[over > 0]))
+
+    def ours() -> float:
+        return miou(evaluate(predictor, dataset, dataset.val)[0]["net"])
+
+    assert abs(plain() - ours()) < 1e-3, (plain(), ours())
+    yield compare(
+        f"evaluation of {images} images of {size} x {size}, against one at a time with numpy",
+        plain,
+        ours,
+        pairs,
+        3,
+    )
+
+
+def steps(
+    keys: dict[str, Any] = REAL, methods: Iterable[str] = tuple(METHODS), pairs: int = 3
+) -> pd.DataFrame:
+    """Every method's step beside supervised's and beside as many passes through its first network alone (goal 1.10)."""
+    return costs({method: config(method, **keys) for method in methods}, pairs=pairs)
+
+
+def main() -> None:
+    started = time.perf_counter()
+    print(f"torch {torch.__version__}, CPU, {torch.get_num_threads()} thread")
+    for part in (fda, parts, loader, waiting, evaluation, released):
+        for row in part():
+            span = f"{row.low:,.3g} .. {row.high:,.3g}" if row.low == row.low else ""
+            goal = f"  (target {row.target:g}: {row.met})" if row.met else ""
+            print(f"{row.what:<75} {row.value:>9,.3g} {row.unit:1} {span:16}{goal}  {row.note}", flush=True)
+    frame = steps()
+    over = [f"{method} {value:.2f}" for method, value in frame["x passes"].items() if value > 1.10]
+    print(f"\n{frame.round(2)}\nmore than 1.10 x its own passes: {', '.join(over) or 'none'}")
+    print(f"{time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":
-    started = time.perf_counter()
-    print(f"torch {torch.__version__}, CPU, {torch.get_num_threads()} thread")
-    fda()
-    parts()
-    steps()
-    print(f"{time.perf_counter() - started:.0f} s")
+    main()

@@ -29,8 +29,9 @@ from mkd_core.methods import METHODS, Batch, Method
 from mkd_core.methods.noise import three_of
 from mkd_core.metrics import confusion_matrix
 from mkd_core.models import nearest, resize
+from mkd_core.prepare import prepare
 from mkd_core.semantics import ClassMoments
-from mkd_core.train import make_batch, make_optimizers
+from mkd_core.train import make_batch, make_optimizers, streams, train
 
 Put = Callable[..., None]
 # Largest relative difference of a loss term, and of the gradient as a vector; bounds of float32 are about ten times what
@@ -101,6 +102,9 @@ def one_step(name: str, options: dict, device: torch.device, precision: str) -> 
 def methods(device: torch.device, put: Put, names: Sequence[str] = tuple(METHODS)) -> None:
     """Every method: float32 against the CPU, bfloat16 against float32, on one small batch."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    with attempt(put, "the loop waits for nothing"):
+        loop_waits(device)
+        put("the loop waits for nothing", True)
     for name in names:
         options = AT_WORK.get(name, {})
         sure = options | ({"threshold": 0.0} if "threshold" in options else {})  # no pixel is on the edge
@@ -142,26 +146,20 @@ def compare(name: str, precision: str, found: tuple, reference: tuple) -> dict[s
 def waits(name: str, device: torch.device) -> None:
     """Training steps after the first, views, optimiser and teachers included; CUDA raises where the host would wait."""
     plain = AT_WORK.get(name, {})
-    c = config(
-        name, options=plain, crop=(64, 64), device=device.type, weak_photometric=True, precision="bfloat16"
-    )
-    method = make(name, **plain).to(device)
+    keys = {"crop": (64, 64), "device": device.type, "weak_photometric": True, "precision": "bfloat16"}
+    c = config(name, options=plain, **keys)
+    method, b = make(name, **plain).to(device), batch(size=64)
     optimizers = make_optimizers(c, method)
-    b = batch(size=64)
     u = slice(0, None if method.unlabeled or method.stages else 0)
-    raw = (
-        (b.x * 40 + 128).clamp(0, 255).byte(),
-        b.y.byte(),
-        (b.weak * 40 + 128).clamp(0, 255).byte()[u],
-        b.valid[u],
-        b.label.byte()[u],
-    )
-    crops = Crops(*(t.pin_memory() if device.type == "cuda" else t for t in raw))
+    x, weak = ((40 * t + 128).clamp(0, 255).byte() for t in (b.x, b.weak))
+    parts = x, b.y.byte(), weak[u], b.valid[u], b.label.byte()[u]
+    crops = Crops(*(t.pin_memory() if device.type == "cuda" else t for t in parts))
+    for operation in (colour.colour_jitter, colour.equalize, colour.distort):  # what is made once
+        operation(b.x.sigmoid().to(device))
     try:
-        for step in range(3):
-            if device.type == "cuda":
-                torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first makes constants
-            made = make_batch(crops, c, method.views, device)
+        for step, strong in enumerate(("one_of", "one_of", "chain")):
+            sync_is_an_error(device, step > 0)
+            made = make_batch(crops, c.model_copy(update={"strong": strong}), method.views, device)
             with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
                 terms, _ = method(made, 0.7)
             torch.stack([t.float() for t in terms.values()]).sum().backward()
@@ -170,8 +168,29 @@ def waits(name: str, device: torch.device) -> None:
                 optimizer.zero_grad(set_to_none=True)
             method.update(step + 1)
     finally:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+        sync_is_an_error(device, False)
+
+
+def sync_is_an_error(device: torch.device, on: bool) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error" if on else "default")
+
+
+def loop_waits(device: torch.device) -> None:
+    """The training loop itself with its loader, from the third step to the last but one."""
+    c = config("mkd", device=device.type, steps=8, workers=1)
+    dataset, split, method = prepare(c)
+    optimizers = make_optimizers(c, method.to(device))
+
+    def due(step: int) -> bool:
+        sync_is_an_error(device, 2 <= step < c.steps)
+        return False
+
+    steps = streams(c, dataset, split.labeled, split.unlabeled, None)
+    try:
+        assert [row["step"] for row in train(c, method, optimizers, steps, (0, 0, c.steps), due)] == [c.steps]
+    finally:
+        sync_is_an_error(device, False)
 
 
 class attempt:

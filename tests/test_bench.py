@@ -1,0 +1,70 @@
+"""What the benchmark compares with does the same; its rows are of what they say."""
+
+from __future__ import annotations
+
+import copy
+
+import bench
+import pytest
+import torch
+from released import SWITCHES, Released
+from tiny import batch, config, make
+
+SMALL = {"encoder": "tu-test_resnet", "channels": 16, "crop": (32, 32), "batch": 2}
+
+
+def test_the_re_enacted_step_has_the_terms_and_moments_of_the_method():
+    method, b = make("mkd_ablation", **SWITCHES), batch(size=64)
+    for student, teacher in zip(method.students, method.teachers, strict=True):
+        student.classifier.weight.data.mul_(3)  # one that has an opinion
+        teacher.module.load_state_dict(student.state_dict())
+    released = Released(copy.deepcopy(method), b, 0.5)
+    torch.manual_seed(5)
+    terms, _ = method(b, 0.5)
+    torch.manual_seed(5)
+    released.step(momentum=1.0)
+    assert terms.keys() == released.terms.keys()
+    for key, term in terms.items():
+        assert released.terms[key].item() == pytest.approx(term.item(), rel=1e-6), key
+    for own, other in zip(method.moments, released.moments, strict=True):
+        for a, c in zip((own.count, own.mean, own.var), other, strict=True):
+            torch.testing.assert_close(a.float(), c, rtol=1e-4, atol=1e-5)
+    before = released.method.teachers[0].module.classifier.weight.clone()
+    released.step(momentum=0.6)
+    expected = 0.6 * before + 0.4 * released.method.students[0].classifier.weight
+    torch.testing.assert_close(released.method.teachers[0].module.classifier.weight, expected)
+
+
+def test_every_comparison_runs_small_and_has_a_number():
+    rows = [
+        *bench.fda(1024, 1), *bench.parts((48, 64), 1), *bench.loader((60, 80), (32, 32), 1), *bench.waiting(SMALL, 6),
+        *bench.evaluation(4, 32, 1), *bench.released(SMALL, 1),
+    ]  # fmt: skip
+    frame = bench.table(rows)
+    assert len(rows) == len(frame) == len(set(frame.index)) >= 18
+    assert (frame["value"] > 0).all() and frame["value"].notna().all()
+    of = {row.what.split(",")[0].split(":")[0]: row for row in rows if row.unit == "x"}
+    assert of["FDA"].value > 1 and all(
+        row.low <= row.value <= row.high for row in rows if row.low == row.low and row.unit == "x"
+    )
+    assert sum(row.value for row in rows if row.what.startswith("loader")) == pytest.approx(100)
+
+
+def test_a_target_is_met_or_missed():
+    assert bench.Row("a", 3.0, target=2).met == "met" and bench.Row("a", 1.0, target=2).met == "MISSED"
+    share = bench.Row("a", 3.0, target=2, unit="%")
+    assert share.met == "MISSED" and bench.Row("a", 3.0).met == ""
+
+
+def test_waiting_is_seen(monkeypatch):
+    """With a loader in the same process, all of its work is waited for."""
+    image = bench.Steps.__getitem__
+
+    def slow(self, step):
+        bench.time.sleep(0.3)
+        return image(self, step)
+
+    monkeypatch.setattr(bench.Steps, "__getitem__", slow)
+    monkeypatch.setattr(bench, "config", lambda *a, **k: config(*a, **k | {"workers": 0}))
+    (row,) = bench.waiting(SMALL, 6)
+    assert row.value > 25 and row.met == "MISSED"
