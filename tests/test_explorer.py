@@ -341,6 +341,7 @@ def test_newest_runs_are_comparable_and_mkd_is_first(runs, tmp_path):
     assert newest_runs(place) == [place / name for name in ("mkd", "cps", "supervised", "cutmix_seg")]
     broken = copy(runs["mkd"], place / "broken", "checkpoint.pt")
     (broken / "config.json").write_text("{}x")
+    (copy(runs["mkd"], place / "half removed", "checkpoint.pt") / "config.json").unlink()
     assert set(newest_runs(place)) == set(folders)
     other = copy(runs["mkd"], place / "other", "checkpoint.pt")
     (other / "config.json").write_text(config(seed=5).model_dump_json())
