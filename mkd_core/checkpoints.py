@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 
 def write(state: dict[str, Any], folder: Path, names: Sequence[str]) -> None:
@@ -27,8 +28,9 @@ def write(state: dict[str, Any], folder: Path, names: Sequence[str]) -> None:
                 shutil.copyfile(temporary, link)
             os.replace(link, folder / name)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as "unexpected pos"
-        megabytes = shutil.disk_usage(folder).free / 2**20
-        text = f"{', '.join(names)} could not be written to {folder} ({megabytes:,.0f} MB free): {error}"
+        tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+        needed, free = sum(t.nbytes for t in tensors) / 2**20, shutil.disk_usage(folder).free / 2**20
+        text = f"{', '.join(names)} could not be written to {folder} ({needed:,.0f} MB needed, {free:,.0f} free): {error}"
         raise OSError(getattr(error, "errno", None) or errno.ENOSPC, text) from error
     finally:
         for left in (temporary, link):
@@ -42,7 +44,7 @@ def read(path: Path, device: torch.device | str) -> dict[str, Any]:
     keys = ("step", "method", "optimizers", "history", "data", "seconds", "seconds_training")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        return {key: state[key] for key in keys}
+        return {key: state[key] for key in keys} | {"classes": state.get("classes", [])}
     except (OSError, MemoryError, torch.OutOfMemoryError):  # not the file's fault: nothing to delete
         raise
     except Exception as error:  # torch raises half a dozen unrelated classes here, with advice to unpickle

@@ -244,7 +244,7 @@ class _Run:
         state = {
             "step": self.step, "method": self.method.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers], "history": json.dumps(self.history),
-            "data": json.dumps(self.data), "seconds": self.seconds, "seconds_training": self.seconds_training,
+            "data": json.dumps(self.data), "classes": list(self.dataset.classes), "seconds": self.seconds, "seconds_training": self.seconds_training,
         }  # fmt: skip
         checkpoints.write(state, self.folder, names)
 

@@ -45,8 +45,8 @@ def open_run(run: RunConfig | str | Path, step: int | str | None = None, device:
     config, where = read_config(folder), pick_device(device)
     kept = sorted(path.name for path in folder.glob("checkpoint-*.pt"))
     name = "checkpoint.pt" if step is None else choose("checkpoint", f"checkpoint-{step}.pt", kept)
-    state = checkpoints.read(folder / name, where)["method"]
-    names, palette = _classes(config, folder)
+    saved = checkpoints.read(folder / name, where)
+    state, (names, palette) = saved["method"], _classes(config, folder, saved["classes"])
     try:
         with torch.random.fork_rng():
             classes = next(len(value) for key, value in state.items() if key.endswith("classifier.weight"))
@@ -69,11 +69,12 @@ def find_run(run: RunConfig | str | Path) -> Path:
     return records.RUNS / choose("run (a folder, or an id under runs/)", str(run), known)
 
 
-def _classes(config: RunConfig, folder: Path) -> tuple[list[str], NDArray[np.uint8]]:
-    """Class names and colours: the data set's own; a person's folder may have gone, so the record's names come before those found there."""
+def _classes(config: RunConfig, folder: Path, saved: list[str]) -> tuple[list[str], NDArray[np.uint8]]:
+    """Class names and colours: the data set's own; a person's folder may have gone, so the checkpoint's names come before those found there."""
     if config.dataset != "folder":
         made: Any = DATASETS[config.dataset]
         return list(made.classes), made.palette
-    colours, known = config.dataset_options["palette"], records.load(folder)
-    names = (known or open_dataset(config.dataset, config.root, **config.dataset_options)).classes
+    colours = config.dataset_options["palette"]
+    known = None if saved else records.load(folder)
+    names = saved or (known or open_dataset(config.dataset, config.root, **config.dataset_options)).classes
     return list(names), colormap(len(names)) if colours is None else np.array(colours, np.uint8)

@@ -253,6 +253,9 @@ def test_draws_repeat_keep_groups_together_and_know_folders_called_val(tmp_path)
         and not val & {Path(id).name[0] for id in (*data.train, *split.unlabeled)}
     )
     assert len(parts(labeled="6")[1].labeled) == 6 and len(parts(labeled="1/4")[1].labeled) == 4
+    parts(test=0.2)
+    parts()  # no test list of an earlier draw stays, of which some would be trained on
+    assert not (tmp_path / "out/test.txt").exists()
     folder(tmp_path / "b", lambda y: y, 9, 0, "train/img/{}.png train/ann/{}.png")
     folder(tmp_path / "b", lambda y: y, 2, 0, "val/img/x{}.png val/ann/x{}.png", 50)
     config = prepare_folder(tmp_path / "b", classes=3, quiet=True, weights="")

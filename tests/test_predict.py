@@ -399,6 +399,8 @@ def test_a_folder_run_needs_its_data_for_its_own_images_only(photo_run, photos, 
     (mask,) = predict(copy, [photos / "a/photo 1.png"], tmp_path / "out", quiet=True)
     with Image.open(mask) as stored:
         assert np.array_equal(np.reshape(stored.getpalette(), (256, 3)), colormap(256))
+    (copy / "record.json").unlink()  # an unfinished run, copied from another machine
+    assert open_run(copy).classes == open_run(photo_run).classes
     with pytest.raises(DataError, match="gone is not a folder"):
         pseudo_label(copy, tmp_path / "labels", quiet=True)
 

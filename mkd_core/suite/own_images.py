@@ -123,7 +123,9 @@ def _fitting(pairs: list[Pair]) -> tuple[list[Pair], list[str]]:
 def _write(out: Path, parts: dict[str, list[Pair]], meaning: Meaning) -> dict[str, Any]:
     """Write masks, class names and lists; return the parameters of a run that belong to these data."""
     out.mkdir(parents=True, exist_ok=True)
-    palette = np.array(meaning.palette or colormap(len(meaning.classes)), np.uint8)
+    (out / DONE).unlink(missing_ok=True)
+    count, first = len(meaning.classes), meaning.classes[0] != "background"  # VOC's first colour is black
+    palette = np.array(meaning.palette or colormap(count + first)[first:], np.uint8)
     lines: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for part, pairs in parts.items():
         for pair in pairs:
@@ -137,7 +139,9 @@ def _write(out: Path, parts: dict[str, list[Pair]], meaning: Meaning) -> dict[st
                 "\t".join(relative(file, out) for file in (pair.image, mask) if file)
             )
     for part, text in lines.items():
-        if text or part != "test":
+        if not text:
+            (out / f"{part}.txt").unlink(missing_ok=True)  # of an earlier draw
+        else:
             records.write_atomically(out / f"{part}.txt", "".join(f"{line}\n" for line in text))
     records.write_atomically(out / "classes.txt", "".join(f"{name}\n" for name in meaning.classes))
     shapes = np.array([picture_size(pair.image) for pairs in parts.values() for pair in pairs])
@@ -148,7 +152,7 @@ def _write(out: Path, parts: dict[str, list[Pair]], meaning: Meaning) -> dict[st
     values = {
         "dataset": "folder",
         "root": str(out),
-        "dataset_options": {"palette": meaning.palette},
+        "dataset_options": {"palette": palette.tolist()},
         "split": "labeled",
     }
     return values | {"crop": crop, "base": 512 if large else 0, "protocol": "long512" if large else "whole"}
