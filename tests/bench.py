@@ -1,6 +1,6 @@
 """make bench: speed and memory of the parts as ratios against their plain forms, measured side by side in one run.
 
-A ratio is the median of alternating pairs, its range beside it, so that it stands other work on the machine; extra memory is the
+A ratio is the median of alternating pairs, its range beside it, in CPU time, so that it stands other work on the machine; extra memory is the
 most that was held at once (mkd_core/suite/cost.py). notebooks/80_speed.ipynb runs the same functions at a small size.
 """
 
@@ -167,7 +167,7 @@ def parts(size: tuple[int, int] = (375, 500), pairs: int = 3) -> Iterator[Row]:
     yield compare("colour `chain`, on the images drawn for it against on all", every, drawn, 2 * pairs)
 
 
-def released(keys: dict[str, Any] = REAL, pairs: int = 5) -> Iterator[Row]:
+def released(keys: dict[str, Any] = REAL, pairs: int = 3) -> Iterator[Row]:
     """The released recipe's step, and the paper's, against what the released code does in one (tests/released.py)."""
     step = Step(config("mkd_ablation", options=SWITCHES, **keys))
     theirs = Released(step.method, step.batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
@@ -97,11 +98,16 @@ class Step:
 def ratio(
     slow: Callable[[], Any], fast: Callable[[], Any], pairs: int = 5
 ) -> tuple[float, tuple[float, float], float, float]:
-    """Median and range of slow / fast over alternating pairs, median seconds of slow and of fast."""
+    """Median and range of slow / fast over alternating pairs, median seconds of slow and of fast.
+
+    One thread without a GPU is measured by its CPU time, which stands other work on the machine.
+    """
     # Here, because its import looks for compilers: two seconds, and a line on stderr.
     from torch.utils.benchmark import Timer
 
-    timers = [Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()) for f in (slow, fast)]
+    threads = torch.get_num_threads()
+    clock: Any = {} if threads > 1 or torch.cuda.is_available() else {"timer": time.process_time}
+    timers = [Timer("f()", globals={"f": f}, num_threads=threads, **clock) for f in (slow, fast)]
     times = [[timer.blocked_autorange(min_run_time=0.05).median for timer in timers] for _ in range(pairs)]
     ratios = [a / b for a, b in times]
     slow_s, fast_s = map(statistics.median, zip(*times, strict=True))
