@@ -1,7 +1,8 @@
 """make bench: speed and memory of the parts as ratios against their plain forms, measured side by side in one run.
 
-A ratio is the median of alternating pairs, its range beside it, in CPU time, so that it stands other work on the machine; extra memory is the
-most that was held at once (mkd_core/suite/cost.py). notebooks/80_speed.ipynb runs the same functions at a small size.
+A ratio is the median of alternating pairs in CPU time, its range beside it, so that it stands other work on the machine;
+extra memory is the most that was held at once (mkd_core/suite/cost.py). notebooks/80_speed.ipynb runs the same functions
+at a small size.
 """
 
 from __future__ import annotations
