@@ -18,13 +18,16 @@ from .data import DATASETS
 from .data.base import local
 from .methods import METHODS
 from .models import ARCHITECTURES, file_sha256, imagenet_file
-from .parameters import read_parameters
+from .parameters import lay_over, read_parameters
 from .records import ROOT
 
 # Not in the id: where things lie, on what they run (other hardware changes bits, and training
 # amplifies them), how often the run is logged and saved. Weights enter by their hash.
-PLACES = {"root", "weights"}
+PLACES = {"root", "weights", "weights2"}
 NOT_IDENTITY = PLACES | {"device", "threads", "workers", "checkpoint_every", "keep_every", "log_every"}
+# Younger than the runs in figures/, which keep their ids: at these values they are not in it either.
+YOUNGER: dict[str, Any] = {"encoder2": "", "arch2": "", "supervised_loss": "cross_entropy"}
+YOUNGER |= {"ohem_keep": 50_000, "fixmatch.decay": 0.0}
 PARAMETERS = ROOT / "parameters"
 TABLE = {"common", "recipes", "rows", "columns"}  # keys of a table's file; a single run's has none of them
 # what a row takes of a single run's file
@@ -40,7 +43,7 @@ def _encoder(name: str) -> str:
 Dataset = Annotated[str, AfterValidator(lambda name: choose("data set", name, DATASETS))]
 MethodName = Annotated[str, AfterValidator(lambda name: choose("method", name, METHODS))]
 Encoder = Annotated[str, AfterValidator(_encoder)]
-Side = Annotated[int, Field(gt=0, multiple_of=16)]
+Side = Annotated[int, Field(gt=0)]
 Zoom = Annotated[float, Field(ge=0.05, le=20)]
 
 
@@ -63,12 +66,17 @@ class RunConfig(Checked):
     encoder: Encoder = "resnet50"
     encoder_depth: int = Field(5, ge=3, le=5, description="stages that run; 4: a ResNet ends after layer3")
     weights: str = Field("", description="file of the encoder's weights; imagenet: fetched; '': random ones")
+    # The second network of MKD, CPS and GCT, where it is another one.
+    encoder2: Encoder | Literal[""] = ""
+    arch2: Literal["", *ARCHITECTURES] = ""  # type: ignore[valid-type]
+    weights2: str = Field("", description="of encoder2")
     channels: int = Field(256, gt=0, le=4096, description="of the decoder")
     dropout: float = Field(0.0, ge=0, lt=1)
     norm: Literal["batch", "group"] = "batch"
     bn_momentum: float = Field(0.1, gt=0, le=1)
     # Views.
-    crop: tuple[Side, Side] = Field((512, 512), description="height, width; multiples of the encoder stride")
+    # Multiples of 16, on a vision transformer of its patch.
+    crop: tuple[Side, Side] = Field((512, 512), description="height, width")
     scale: tuple[Zoom, Zoom] = Field((0.5, 2.0), description="range of the random scale")
     base: int = Field(0, ge=0, le=16_384, description="0: native size; else the long side is scale * base")
     strong: Literal[tuple(STRONG)] = "one_of"  # type: ignore[valid-type]
@@ -80,6 +88,8 @@ class RunConfig(Checked):
     lr: float = Field(0.0025, gt=0)
     head_lr: float = Field(1.0, gt=0, description="rate of all but the encoders in units of lr (UniMatch 10)")
     weight_decay: float = Field(5e-4, ge=0)
+    supervised_loss: Literal["cross_entropy", "ohem"] = "cross_entropy"
+    ohem_keep: int = Field(50_000, gt=0, description="pixels per labeled image that OHEM keeps at least")
     power: float = Field(0.9, ge=0, description="poly schedule: lr (1 - step / steps) ** power")
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = Field(0, ge=0)
@@ -97,14 +107,11 @@ class RunConfig(Checked):
     keep_every: int = Field(0, ge=0, description="steps between checkpoints that stay; 0: the last alone")
     log_every: int = Field(50, gt=0)
 
-    @field_validator("weights")
+    @field_validator("weights", "weights2")
     @classmethod
     def _by_name(cls, weights: str, info: ValidationInfo) -> str:
-        return (
-            imagenet_file(info.data["encoder"])
-            if weights == "imagenet" and "encoder" in info.data
-            else weights
-        )
+        encoder = info.data.get(str(info.field_name).replace("weights", "encoder"))
+        return imagenet_file(encoder) if weights == "imagenet" and encoder else weights
 
     @field_validator("options", "dataset_options")
     @classmethod
@@ -114,6 +121,14 @@ class RunConfig(Checked):
         if info.field_name == "dataset_options" and (name := info.data.get("dataset")):
             return complete_options(f"data set {name!r}", DATASETS[name], options, "root")
         return options  # of a name that is refused already
+
+    @field_validator("crop")
+    @classmethod
+    def _sides(cls, crop: tuple[int, int], info: ValidationInfo) -> tuple[int, int]:
+        # On a vision transformer build_method knows the patch.
+        if "dpt" not in (info.data.get("arch"), info.data.get("arch2")) and (crop[0] % 16 or crop[1] % 16):
+            raise ValueError(f"'crop': sides must be multiples of 16; got {crop}")
+        return crop
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -125,7 +140,18 @@ class RunConfig(Checked):
             raise ValueError("batch must be at least 2: BatchNorm cannot take one image, norm='group' can")
         if self.keep_every % self.checkpoint_every:
             raise ValueError(f"keep_every must be a multiple of checkpoint_every, {self.checkpoint_every}")
+        if self.weights2 and not self.encoder2:
+            raise ValueError("weights2 are of encoder2, which is not given")
+        if self.supervised_loss != "ohem" and self.ohem_keep != YOUNGER["ohem_keep"]:
+            raise ValueError("ohem_keep belongs to supervised_loss 'ohem'")
         return self
+
+    @property
+    def second(self) -> Self:
+        """This run with its second network as the first."""
+        weights = self.weights2 if self.encoder2 else self.weights
+        keys = {"encoder": self.encoder2 or self.encoder, "arch": self.arch2 or self.arch, "weights": weights}
+        return self.model_copy(update=keys)
 
     def absolute(self) -> Self:
         """Return this run with absolute places of data and weights, which hold from anywhere."""
@@ -135,14 +161,18 @@ class RunConfig(Checked):
     @property
     def named(self) -> bool:
         """Whether the files that `id` takes in are there: the weights, a folder's lists."""
-        weights = not self.weights or local(self.weights).is_file()
+        weights = all(local(path).is_file() for path in (self.weights, self.weights2) if path)
         return weights and (self.dataset != "folder" or local(self.root).is_dir())
 
     @property
     def id(self) -> str:
         """Prefix to read and hash of all that can change the result: shapes-random_32-mkd-s0-1f2e3d4c."""
         identity = self.model_dump(mode="json", exclude=NOT_IDENTITY)
+        for keys, of in ((identity, ""), (identity["options"], f"{self.method}.")):
+            for key in [key for key, value in keys.items() if YOUNGER.get(of + key, ...) == value]:
+                del keys[key]
         identity["weights"] = file_sha256(self.weights) if self.weights else ""
+        identity |= {"weights2": file_sha256(self.weights2)} if self.weights2 else {}
         if self.dataset == "folder":  # its lists tell one folder from another, wherever it lies
             root, split = local(self.root).resolve(), self.split
             own = [self.dataset_options["train"], self.dataset_options["val"], "classes.txt"]
@@ -249,19 +279,6 @@ def with_bases(
             below = {"common": common, "recipes": {path.stem: recipe}}
         result = lay_over(result, below)
     return lay_over(result, {key: value for key, value in values.items() if key != "base"})
-
-
-def lay_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge two mappings and those in them; `above` wins, None instead of a mapping takes it away."""
-    result = dict(below)
-    for key, value in above.items():
-        if isinstance(result.get(key), dict) and value is None:
-            del result[key]
-        elif isinstance(result.get(key), dict) and isinstance(value, dict):
-            result[key] = lay_over(result[key], value)
-        else:
-            result[key] = value
-    return result
 
 
 def drop_foreign_options(values: Mapping[str, Any], typed: Collection[str]) -> dict[str, Any]:

@@ -21,6 +21,19 @@ def cross_entropy(logits: Tensor, label: Tensor, over: Tensor | None = None) -> 
 
 
 @torch.no_grad()
+def hard_pixels(logits: Tensor, label: Tensor, keep: int, threshold: float = 0.7) -> Tensor:
+    """Set all pixels to IGNORE but the hard ones (OHEM), on which the probability of the label is low.
+
+    logits (B, C, H, W), label (B, H, W) int64 -> (B, H, W). Hard is what has at most the threshold and
+    the `keep` hardest; with fewer labelled pixels all are. 0.7 is that of every released code.
+    """
+    prob = (-F.cross_entropy(_precise(logits), label, ignore_index=IGNORE, reduction="none")).exp()
+    prob = prob.masked_fill(label == IGNORE, float("inf"))
+    limit = prob.flatten().kthvalue(min(keep, prob.numel())).values.clamp_min(threshold)
+    return label.masked_fill(prob > limit, IGNORE)
+
+
+@torch.no_grad()
 def pseudo_label(logits: Tensor, threshold: float = 0.0, valid: Tensor | None = None) -> Tensor:
     """Take the class of the largest logit: (B, C, H, W) -> (B, H, W) int64.
 

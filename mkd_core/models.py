@@ -1,4 +1,4 @@
-"""SegNet: an encoder-decoder of smp opened into features -> 1x1 classifier, and how weights get in."""
+"""SegNet: an encoder-decoder opened into features -> 1x1 classifier, and how weights get in."""
 
 from __future__ import annotations
 
@@ -19,28 +19,34 @@ from segmentation_models_pytorch.encoders.timm_universal import TimmUniversalEnc
 from torch import Tensor, nn
 
 from .data.base import local
+from .heads import DPT, SeparableASPP, ViT
 
-ARCHITECTURES = ("deeplabv3plus", "pspnet")
+ARCHITECTURES = ("deeplabv3plus", "pspnet", "deeplabv3plus_mmseg", "dpt")
 
 
 class SegNet(nn.Module):
-    """Encoder and decoder of smp with a 1x1 classifier of our own, so that FDA sees the classifier's input.
+    """Encoder and decoder with a 1x1 classifier of our own, so that FDA sees the classifier's input.
 
-    features(x)    (B, 3, H, W) -> (B, D, h, w), the decoder's output: h = H/4 for DeepLabV3+, H/8 for PSPNet
+    features(x)    (B, 3, H, W) -> (B, D, h, w), the decoder's output: h = H/4 for DeepLabV3+, H/8 for PSPNet,
+                   8 H/patch for DPT
     classifier     Conv2d D -> C, 1x1; its weight is FDA's W
     forward(x)     (B, C, H, W) logits, bilinear from (h, w), align_corners False
-    stride         H and W must be multiples of it
+    stride         crops must be multiples of it
 
-    arch           "deeplabv3plus": output stride 16, ASPP rates (6, 12, 18), separable convolutions;
-                   "pspnet": output stride 8, the other half of Table 6
-    encoder        any of smp; "tu-<name>" is timm's. The paper's ResNet-v1c is nearest to "tu-resnet50d";
-                   Xception-65 is "tu-xception65"
+    arch           "deeplabv3plus": smp's, output stride 16, ASPP rates (6, 12, 18), separable convolutions;
+                   "deeplabv3plus_mmseg": the decoder of the released code (heads.py);
+                   "pspnet": output stride 8, the other half of Table 6;
+                   "dpt": on vision transformers of timm (DINOv2, DINOv3 ...)
+    encoder        any of smp; "tu-<name>" is timm's. The paper's ResNet-v1c is "tu-resnet50c" and
+                   "tu-resnet101c", Xception-65 "tu-xception65", DINOv2-S "tu-vit_small_patch14_dinov2",
+                   DINOv3-S "tu-vit_small_patch16_dinov3"
     encoder_depth  stages of the encoder that run, 3 to 5 (4: a ResNet ends after layer3); the others are
                    left out, and so may be in its file
-    channels       of the decoder, 256 in the paper
+    channels       of the decoder, 256 in the paper; UniMatch V2's DPT: small 64, base 128, large 256
     norm           "batch" or "group" (GroupNorm in place of every BatchNorm: small networks from scratch)
     Deviations: PSPNet's classifier is 1x1 here, 3x3 in smp. smp's DeepLabV3+ decoder has one fusion
-    convolution and upsamples with aligned corners; the released one has several, without. Files of
+    convolution and upsamples with aligned corners; the released one has two, without. DPT's logits are
+    upsampled without aligned corners (UniMatch V2: with); of DINOv2-L it takes layer 6, not 5. Files of
     tu-xception65 were trained on inputs of mean and standard deviation 0.5; every encoder here sees
     ImageNet's, as in UniMatch's code.
     """
@@ -50,28 +56,16 @@ class SegNet(nn.Module):
         encoder_depth: int = 5, channels: int = 256, dropout: float = 0.0, norm: str = "batch", bn_momentum: float = 0.1,
     ):  # fmt: skip
         super().__init__()
-        if arch == "deeplabv3plus":
-            net = smp.DeepLabV3Plus(
-                encoder, encoder_depth, encoder_weights=None, encoder_output_stride=16, classes=num_classes,
-                decoder_atrous_rates=(6, 12, 18), decoder_channels=channels, decoder_aspp_dropout=dropout,
-            )  # fmt: skip
-            self.stride = 16
-        elif arch == "pspnet":
-            net = smp.PSPNet(
-                encoder, encoder_weights=None, encoder_depth=encoder_depth, psp_out_channels=2 * channels,
-                psp_dropout=dropout, classes=num_classes,
-            )  # fmt: skip
-            # Dilated, and five stages deep: with smp's defaults the last two never run.
-            net.encoder = smp.encoders.get_encoder(
-                encoder, in_channels=3, depth=encoder_depth, weights=None, output_stride=8
-            )
-            self.stride = 8
-        else:
+        parts = {"deeplabv3plus": _deeplab, "pspnet": _pspnet, "deeplabv3plus_mmseg": _mmseg, "dpt": _dpt}
+        if arch not in parts:
             raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}; got {arch!r}")
-        self.encoder, self.decoder = net.encoder, net.decoder
+        make = parts[arch]
+        self.encoder, self.decoder, width, self.stride = make(
+            encoder, encoder_depth, channels, dropout, num_classes
+        )
         if encoder_depth < 5:
             _drop_idle(self.encoder)
-        self.classifier = nn.Conv2d(net.segmentation_head[0].in_channels, num_classes, 1)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
         if norm == "group":
             _replace_batchnorm(self)
         for module in self.modules():
@@ -83,6 +77,42 @@ class SegNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return resize(self.classifier(self.features(x)), x.shape[-2:])
+
+
+# Encoder, decoder, channels of the decoder's output, stride.
+Parts = tuple[Any, nn.Module, int, int]
+
+
+def _deeplab(encoder: str, depth: int, channels: int, dropout: float, classes: int) -> Parts:
+    net = smp.DeepLabV3Plus(
+        encoder, depth, encoder_weights=None, encoder_output_stride=16, classes=classes,
+        decoder_atrous_rates=(6, 12, 18), decoder_channels=channels, decoder_aspp_dropout=dropout,
+    )  # fmt: skip
+    return net.encoder, net.decoder, channels, 16
+
+
+def _pspnet(encoder: str, depth: int, channels: int, dropout: float, classes: int) -> Parts:
+    net = smp.PSPNet(
+        encoder, encoder_weights=None, encoder_depth=depth, psp_out_channels=2 * channels,
+        psp_dropout=dropout, classes=classes,
+    )  # fmt: skip
+    # Dilated, and five stages deep: with smp's defaults the last two never run.
+    dilated = smp.encoders.get_encoder(encoder, in_channels=3, depth=depth, weights=None, output_stride=8)
+    return dilated, net.decoder, 2 * channels, 8
+
+
+def _mmseg(encoder: str, depth: int, channels: int, dropout: float, classes: int) -> Parts:
+    net = smp.encoders.get_encoder(encoder, in_channels=3, depth=depth, weights=None, output_stride=16)
+    decoder = SeparableASPP(net.out_channels[2], net.out_channels[-1], channels, dropout)
+    return net, decoder, channels, 1
+
+
+def _dpt(encoder: str, depth: int, channels: int, dropout: float, classes: int) -> Parts:
+    if not encoder.startswith("tu-") or "vit" not in encoder or depth != 5:
+        needs = "a vision transformer of timm, as tu-vit_small_patch14_dinov2, at encoder_depth 5"
+        raise ValueError(f"arch 'dpt' needs {needs}; got {encoder}, {depth}")
+    net = ViT(encoder.removeprefix("tu-"))
+    return net, DPT(net.out_channels[-1], channels, dropout), channels, net.patch
 
 
 def resize(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
@@ -132,7 +162,7 @@ def _replace_batchnorm(module: nn.Module, groups: int = 8) -> None:
 
 
 def load_encoder(net: SegNet, weights: str) -> None:
-    """Load the encoder from a .pth or .safetensors file: torchvision's, timm's, or with its own keys.
+    """Load the encoder from a .pth or .safetensors file: torchvision's, timm's, OpenMMLab's, Meta's.
 
     Nothing is unpickled. ValueError where the file is missing or does not fit.
     """
@@ -148,8 +178,10 @@ def load_encoder(net: SegNet, weights: str) -> None:
             f"{weights} cannot be read with weights_only=True: {type(error).__name__}; nothing is unpickled"
         ) from error
     try:
-        if isinstance(net.encoder, TimmUniversalEncoder):
-            state = _from_timm(list(net.encoder.state_dict()), state)
+        if isinstance(net.encoder, ViT):
+            state = net.encoder.translate(state)
+        elif isinstance(net.encoder, TimmUniversalEncoder):
+            state = _from_timm(list(net.encoder.state_dict()), _from_openmmlab(state))
         idle = tuple(f"{n}." for n, module in net.encoder.named_modules() if isinstance(module, nn.Identity))
         net.encoder.load_state_dict(
             {k: v for k, v in state.items() if not k.startswith(idle)} if idle else state
@@ -170,7 +202,21 @@ def _from_timm(own: list[str], state: dict[str, Tensor]) -> dict[str, Tensor]:
     state = {
         names.get(key.removeprefix("model.").replace(".", "_"), key): tensor for key, tensor in state.items()
     }
-    return {key: state[key] for key in own} if state.keys() >= set(own) else state
+    needed = {key for key in own if not key.endswith("num_batches_tracked")}  # which old files lack
+    return {key: state[key] for key in own if key in state} if state.keys() >= needed else state
+
+
+def _from_openmmlab(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Rename OpenMMLab's keys of a ResNet-v1c to timm's: its stem is one sequence, the last BatchNorm included."""
+    state = state.get("state_dict", state)
+    state = {key.removeprefix("backbone."): tensor for key, tensor in state.items()}
+    if "stem.0.weight" not in state:
+        return state
+    stem = {"stem.7.": "bn1.", "stem.": "conv1."}
+    return {
+        next((new + key.removeprefix(old) for old, new in stem.items() if key.startswith(old)), key): tensor
+        for key, tensor in state.items()
+    }
 
 
 @cache

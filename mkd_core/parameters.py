@@ -5,7 +5,7 @@ PyYAML reads YAML 1.1, in which 1_16 is 116, 2024-01-05 is a date, on and no are
 
 import copy
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -101,3 +101,16 @@ def merge(parameters: dict[str, Any], values: dict[str, Any], whole: dict[str, A
             inner, there = inner.setdefault(name, {}), there[name]
         inner[last] = value
     return merged
+
+
+def lay_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge two mappings and those in them; `above` wins, None instead of a mapping takes it away."""
+    result = dict(below)
+    for key, value in above.items():
+        if isinstance(result.get(key), dict) and value is None:
+            del result[key]
+        elif isinstance(result.get(key), dict) and isinstance(value, dict):
+            result[key] = lay_over(result[key], value)
+        else:
+            result[key] = value
+    return result

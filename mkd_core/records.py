@@ -228,7 +228,8 @@ def dump(cells: Rows | Cells, path: Path) -> None:
         for title, found in of.items():
             kept: list[dict[str, Any]] = [record.model_dump(mode="json") for record in found]
             for line in kept:
-                line["config"] |= {key: Path(line["config"][key]).name for key in ("root", "weights")}
+                places = ("root", "weights", "weights2")
+                line["config"] |= {key: Path(line["config"].get(key, "")).name for key in places}
             lines += [{"row": row, "column": title} | line for line in kept or [{}]]
     write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 

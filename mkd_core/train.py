@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +104,13 @@ def build_net(config: RunConfig, num_classes: int, arch: str | None = None) -> S
         )  # fmt: skip
     except (
         AssertionError,
-        IndexError,
-        KeyError,
-        NotImplementedError,
+        AttributeError,
+        LookupError,
         RuntimeError,
         TypeError,
-    ) as error:  # of smp, timm, torch
-        raise ValueError(
-            f"{arch or config.arch} on {config.encoder} cannot be built: {type(error).__name__} {error}"
-        ) from error
+    ) as error:  # smp, timm, torch
+        what = f"{arch or config.arch} on {config.encoder}"
+        raise ValueError(f"{what} cannot be built: {type(error).__name__} {error}") from error
     if config.weights:
         load_encoder(net, config.weights)
     return net
@@ -121,15 +119,23 @@ def build_net(config: RunConfig, num_classes: int, arch: str | None = None) -> S
 def build_method(config: RunConfig, num_classes: int) -> Method:
     """Make the method with networks drawn from the seed: the first network is the same for every method."""
     seed_step(config.seed, -1)
-    method = METHODS[config.method](partial(build_net, config, num_classes), **config.options)
-    for what, value, least in (
-        ("crop", min(config.crop), method.min_side),
-        ("batch", config.batch, method.min_batch),
-    ):
+    second, calls = bool(config.encoder2 or config.arch2), count()
+
+    def build(arch: str | None = None) -> SegNet:
+        return build_net(config.second if next(calls) == 1 and second else config, num_classes, arch)
+
+    method = METHODS[config.method](build, **config.options)
+    method.ohem_keep = config.ohem_keep if config.supervised_loss == "ohem" else 0
+    if second and next(calls) != 2:
+        raise ValueError(f"encoder2 and arch2 are of a second network; {config.method} has one")
+    for stride in (net.stride for net in method.modules() if isinstance(net, SegNet)):
+        if any(side % stride for side in config.crop):
+            raise ValueError(f"crop must be a multiple of {stride} for these networks; got {config.crop}")
+    needs = {"crop": (min(config.crop), method.min_side), "batch": (config.batch, method.min_batch)}
+    for what, (value, least) in needs.items():
         if value < least:
-            raise ValueError(
-                f"{config.method} with these options needs a {what} of at least {least}; got {getattr(config, what)}"
-            )
+            needed = f"{config.method} with these options needs a {what} of at least {least}"
+            raise ValueError(f"{needed}; got {getattr(config, what)}")
     stage_marks(config, method)
     return method
 
@@ -138,9 +144,8 @@ def stage_marks(config: RunConfig, method: Method) -> list[int]:
     """Steps at which the stages of a method begin, and the last step."""
     marks = [0, *(round(share * config.steps) for share in method.stages), config.steps]
     if any(start >= end for start, end in pairwise(marks)):
-        raise ValueError(
-            f"{config.method} trains in {len(marks) - 1} stages; {config.steps} steps are too few for them"
-        )
+        what = f"{config.method} trains in {len(marks) - 1} stages"
+        raise ValueError(f"{what}; {config.steps} steps are too few for them")
     return marks
 
 

@@ -51,7 +51,9 @@ def open_run(run: RunConfig | str | Path, step: int | str | None = None, device:
         with torch.random.fork_rng():
             classes = next(len(value) for key, value in state.items() if key.endswith("classifier.weight"))
             # The checkpoint holds the encoder too: its ImageNet file may be gone.
-            method = build_method(config.model_copy(update={"weights": ""}), classes).to(where)
+            method = build_method(config.model_copy(update={"weights": "", "weights2": ""}), classes).to(
+                where
+            )
         method.load_state_dict(state)
     except (RuntimeError, StopIteration) as error:
         raise ValueError(f"{folder / name} does not fit config.json beside it: {str(error)[:300]}") from error

@@ -5,7 +5,8 @@ that of UniMatch's published training logs (VOC, lists of U2PL, crop 513, two GP
 float32): 0.36 s a step with ResNet-50, 0.477 s with ResNet-101, and 4 passes with gradient and 1 without in its released code.
 Its other logs are slower for the same passes and pixels: 1.1 times (Cityscapes, ResNet-101, crop 801, four GPUs of 2 + 2 images, 0.60 to 0.65 s),
 2.8 times (ResNet-50 there, 1.23 s), 6 to 8 times (VOC, crop 321, four GPUs of 2 + 2: 0.47 to 0.50 s and 0.66 to 0.72 s). So: an order of magnitude.
-Xception-65 is taken for a ResNet-101, MobileNetV2 for a ResNet-50, which is several times its size.
+Vision transformers: UniMatch V2's log (VOC, crop 518, four GPUs of 4 + 4 images, DINOv2-B 1.16 s a step of 40 image passes, S by its GPU-hours
+0.51 s), brought to as many passes and pixels. Two unlike networks are taken for their mean. Xception-65 is taken for a ResNet-101, MobileNetV2 for a ResNet-50, which is several times its size.
 """
 
 import json
@@ -20,7 +21,8 @@ from mkd_core.suite.cost import Step
 
 # image passes of its step on one GPU: the labeled 4, the unlabeled 4 weak, strong, strong, and mixed
 UNIMATCH = (3 * 4 + 1) * 4
-SECONDS = {"resnet50": 0.36, "mobilenet_v2": 0.36, "resnet101": 0.477, "tu-xception65": 0.477}
+SECONDS = {"tu-resnet50c": 0.36, "mobilenet_v2": 0.36, "tu-resnet101c": 0.477, "tu-xception65": 0.477}
+SECONDS |= {"tu-vit_base_patch14_dinov2": 1.48, "tu-vit_small_patch14_dinov2": 0.65}
 
 
 @cache
@@ -35,7 +37,7 @@ def passes(method: str, options: str, pspnet: bool) -> float:
 
 
 def hours(config: RunConfig) -> float:
-    rate = UNIMATCH / SECONDS[config.encoder]
+    rate = 2 * UNIMATCH / (SECONDS[config.encoder] + SECONDS[config.encoder2 or config.encoder])
     images = config.steps * config.batch * config.crop[0] * config.crop[1] / 513**2
     options = config.options
     count = passes(config.method, json.dumps(options), bool(options.get("arch2")))

@@ -14,6 +14,7 @@ from mkd_core.losses import (
     cosine,
     cross_entropy,
     draw,
+    hard_pixels,
     masked_mean,
     percentiles,
     pseudo_label,
@@ -82,6 +83,34 @@ def test_cross_entropy_over_another_denominator():
     total, count = loop_cross_entropy(logits, label)
     assert count != int(over.sum())
     assert cross_entropy(logits, label, over=over).item() == pytest.approx(total / int(over.sum()), rel=1e-12)
+
+
+def loop_ohem(logits: torch.Tensor, label: torch.Tensor, keep: int) -> tuple[float, int]:
+    """Mean over the hard pixels and their number: g <= max(0.7, the keep-th smallest g), in plain Python."""
+    pixels = []
+    for b, i, j in np.ndindex(*label.shape):
+        if (c := int(label[b, i, j])) != IGNORE:
+            pixels.append(logits[b, :, i, j].softmax(0)[c].item())
+    if len(pixels) > keep:
+        limit = max(0.7, sorted(pixels)[keep - 1])
+        pixels = [g for g in pixels if g <= limit]
+    return -sum(math.log(g) for g in pixels) / max(1, len(pixels)), len(pixels)
+
+
+@pytest.mark.parametrize("keep", [1, 10, 30, 40, 48, 1000])
+@pytest.mark.parametrize("ignored", [0.0, 0.5, 1.0])
+def test_ohem_is_the_loop_s(keep, ignored):
+    """Few: the threshold decides; many: the number; with fewer labelled pixels than it keeps, plain cross-entropy."""
+    logits, label = case(3, classes=3, ignored=ignored)
+    logits.scatter_add_(1, label.clamp_max(2)[:, None], torch.full((2, 1, 4, 6), 3.0, dtype=logits.dtype))
+    hard = hard_pixels(logits, label, keep)
+    loss, count = loop_ohem(logits, label, keep)
+    assert int((hard != IGNORE).sum()) == count and torch.equal(hard[hard != IGNORE], label[hard != IGNORE])
+    assert cross_entropy(logits, hard).item() == pytest.approx(loss, rel=1e-6)
+    if keep >= int((label != IGNORE).sum()):
+        assert torch.equal(hard, label)
+    elif not ignored:
+        assert keep <= count < label.numel() and (count > keep) == (keep <= 10)
 
 
 def test_pseudo_label_keeps_all_at_zero_and_only_the_confident_above():

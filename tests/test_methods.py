@@ -20,7 +20,7 @@ from mkd_core.models import SegNet
 SOFT = 0.3  # a threshold that networks at their random start reach on some pixels
 
 # Options under which small networks at their random start show all terms of a method at work.
-SELECTING = ("cutmix_seg", "mkd", "mkd_ablation", "fixmatch", "unimatch", "vat")
+SELECTING = ("cutmix_seg", "mkd", "mkd_ablation", "fixmatch", "unimatch", "unimatch_v2", "vat")
 AT_WORK: dict[str, dict] = {name: {"threshold": SOFT} for name in SELECTING} | {
     "advsemseg": {"threshold": SOFT, "start": 0.5, "width": 16},
     "gct": {"width": 16},
@@ -50,6 +50,8 @@ VARIANTS: dict[str, dict] = {  # a method's name and what is special
     "mkd_ablation released": RELEASED,
     "u2pl separate": {"dim": 16, "bank": 200, "joint": False, "cutmix": 1.0, "contrast": 0.1},
     "fixmatch separate": {"threshold": SOFT, "joint": False, "cutmix": 0.0},
+    "fixmatch teacher": {"threshold": SOFT, "decay": 0.996},
+    "unimatch_v2 whole": {"threshold": SOFT, "drop": 0.0, "cutmix": 0.0},
     "unimatch one": {"threshold": SOFT, "streams": 1, "feature": 0.0},
     "vat radius 0": {"threshold": 0.0, "radius": 0.0},
     "ps_mt plain": {"threshold": 0.0, "vat": 0.0, "cutmix": False},
@@ -156,6 +158,7 @@ def test_predictors_map_images_to_logits_and_the_first_is_the_reported_one(name)
     reported = {"mean_teacher": "student", "cutmix_seg": "teacher", "vat": "teacher", "u2pl": "teacher",
                 "ps_mt": "teachers", "cct": "main", "pseudoseg": "decoder"}  # fmt: skip
     reported |= dict.fromkeys(("cps", "mkd", "mkd_ablation", "gct"), "student 1")
+    reported |= {"unimatch_v2": "student", "fixmatch": "student" if "decay" in CASES[name][1] else "net"}
     first = next(iter(method.predictors))
     assert first == reported.get(CASES[name][0], first)
     assert len(method.predictors) == len(students(method)) + len(teachers(method))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mkd_core.augment import beta_box, ratio_box, xor_boxes
 from mkd_core.methods import Batch, Method
+from mkd_core.methods.unimatch_v2 import complementary
 
 cosine = F.cosine_similarity
 SOFT = 0.4  # what sharpened networks at their random start reach on a part of the pixels
@@ -171,6 +172,85 @@ def test_unimatch_drops_whole_channels_anew_each_time(monkeypatch):
     silent = torch.cat([(m == 0).flatten(2).all(2).flatten() for m in deep]).float().mean().item()
     assert silent == pytest.approx(0.5, abs=0.15)
     assert all(m.shape[-1] <= 8 for m in seen)  # nothing above 1/4
+
+
+# UniMatch V2.
+
+
+def taught(name: str, **options) -> Method:
+    """A method whose teacher, in eval mode, has seen images: BatchNorm statistics as on fresh ones say nothing."""
+    method = sharp(name, **options)
+    teacher = method.teacher.module.train()
+    with torch.no_grad():
+        for seed in range(20):
+            teacher(batch(seed).weak)
+    teacher.eval()
+    return method
+
+
+def test_unimatch_v2_is_the_reference(monkeypatch):
+    """The draws of its complementary dropout are fixed: images 0 and 1 of three, every other channel."""
+    masks = blocks(seed=1), blocks(seed=2)
+    fix(monkeypatch, "unimatch_v2.ratio_box", *masks)
+    method = taught("unimatch_v2", threshold=SOFT, drop=0.6)
+    net, teacher, b = copy.deepcopy(method.net), copy.deepcopy(method.teacher.module), batch()
+    monkeypatch.setattr(torch, "rand", lambda n, device: torch.arange(n) / n)
+    monkeypatch.setattr(torch, "randint", lambda _, size, device: (torch.arange(size[1]) % 2).expand(size))
+    assert not teacher.training and net.training
+    weak, labeled = teacher(b.weak), net(b.x)
+    maps = net.encoder(torch.cat([mixed(s, m) for s, m in zip(b.strong, masks, strict=True)]))
+    split = [m.clone() for m in maps]
+    for m, image in product(split[2:], (0, 1)):
+        m[image, ::2], m[image, 1::2] = 0, 2 * m[image, 1::2]
+        m[3 + image, 1::2], m[3 + image, ::2] = 0, 2 * m[3 + image, ::2]
+    z = bilinear(net.classifier(net.decoder(split)), (32, 32)).split(3)
+    (first, kept), (second, _) = (confident(k, weak, b.valid, m) for k, m in zip(z, masks, strict=True))
+    ours, stats = method(b, 0.5)
+    same(ours, {"sup": ce(labeled, b.y) / 2, "strong": (first + second) / 4}, method.net, net)
+    assert 0.05 < kept < 0.95 and 0.05 < stats["kept"] < 0.95
+
+
+@pytest.mark.parametrize("n, share, split", [(8, 0.5, 4), (3, 0.5, 2), (4, 0.0, 0), (4, 1.0, 4)])
+def test_complementary_views_have_every_channel_once(n, share, split):
+    torch.manual_seed(n)
+    maps = [torch.ones(2 * n, 5, 4, 4)] * 2 + [torch.ones(2 * n, 64, 4, 4), torch.ones(2 * n, 64, 2, 2)]
+    first, second = zip(*(m.chunk(2) for m in complementary(maps, share)), strict=True)
+    assert all((a == 1).all() for a in (*first[:2], *second[:2]))
+    for a, b in zip(first[2:], second[2:], strict=True):
+        assert torch.equal(a + b, 2 * torch.ones_like(a)) and {*a.unique().tolist()} <= {0.0, 1.0, 2.0}
+        touched = (a != 1).flatten(1).any(1)
+        assert int(touched.sum()) == split
+        if split:
+            assert a[touched].mean().item() == pytest.approx(1, abs=0.3)
+    assert torch.equal(first[2][:, :, 0, 0], first[3][:, :, 0, 0])  # of one width: one mask, as in a ViT
+
+
+@pytest.mark.parametrize("threshold", [0.0, SOFT])
+def test_unimatch_v2_without_dropout_and_with_equal_views_is_fixmatch_with_a_teacher(threshold):
+    b = batch()
+    b = Batch(b.x, b.y, b.weak, (b.strong[0],) * 2, b.valid, b.label)
+    fixmatch = taught("fixmatch", threshold=threshold, cutmix=0.0, decay=0.996, joint=False)
+    second = taught("unimatch_v2", threshold=threshold, cutmix=0.0, drop=0.0)
+    results = [method(b, 0.3) for method in (fixmatch, second)]
+    (a, s), (c, t) = results
+    assert a["strong"] > 0.01 and s == t
+    same(a, c, fixmatch.net, second.net)
+
+
+def test_the_teacher_of_fixmatch_labels_and_averages_buffers(monkeypatch):
+    mask = fix(monkeypatch, "fixmatch.ratio_box")
+    method = taught("fixmatch", threshold=SOFT, decay=0.9)
+    net, teacher, b = copy.deepcopy(method.net), copy.deepcopy(method.teacher.module), batch()
+    labeled, seen = net(torch.cat((b.x, mixed(b.strong[0], mask)))).split(3)
+    strong, kept = confident(seen, teacher(b.weak), b.valid, mask)
+    same(method(b, 0.5)[0], {"sup": ce(labeled, b.y) / 2, "strong": strong / 2}, method.net, net)
+    assert 0.05 < kept < 0.95 and [*method.predictors] == ["student", "teacher"]
+    before = {k: v.clone() for k, v in method.teacher.module.state_dict().items() if v.is_floating_point()}
+    method.update(100)
+    for key, value in before.items():
+        expected = 0.9 * value + 0.1 * method.net.state_dict()[key]
+        torch.testing.assert_close(method.teacher.module.state_dict()[key], expected)
+    assert any("running_mean" in key for key in before)
 
 
 # SPEED.

@@ -19,6 +19,7 @@ from .st_plus_plus import STPlusPlus
 from .supervised import Supervised
 from .u2pl import U2PL
 from .unimatch import UniMatch
+from .unimatch_v2 import UniMatchV2
 from .vat import VAT
 
 METHODS: dict[str, type[Method]] = {
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
     "mkd_ablation": MKDAblation,
     "fixmatch": FixMatch,
     "unimatch": UniMatch,
+    "unimatch_v2": UniMatchV2,
     "speed": SPEED,
     "vat": VAT,
     "ps_mt": PSMT,

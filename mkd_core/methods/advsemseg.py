@@ -58,7 +58,7 @@ class AdvSemSeg(Method):
         wrong = bce(fake, 0, torch.cat((inside, batch.valid)))
         right = bce(self.discriminator(truth), 1, inside)
         return {
-            "sup": cross_entropy(labeled, batch.y),
+            "sup": self.supervised(labeled, batch.y),
             "adversarial": self.adversarial * bce(judged, 1, inside),
             "adversarial_unlabeled": self.adversarial_unlabeled * bce(judged_u, 1, batch.valid),
             "self_training": self.weight * (progress >= self.start) * own,

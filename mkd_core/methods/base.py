@@ -8,6 +8,7 @@ import torch
 from annotated_types import Ge, Gt, Interval, MinLen
 from torch import Tensor, nn
 
+from ..losses import cross_entropy, hard_pixels
 from ..models import SegNet
 
 # Types of options: a value of another type or outside its range is refused when a run is configured.
@@ -49,6 +50,7 @@ class Method(nn.Module):
     views = 0  # strong views of each unlabeled image
     min_batch = 1  # the smallest unlabeled batch: 2 where images need a partner
     min_side = 1  # the smallest side of a crop
+    ohem_keep = 0  # pixels per labeled image that the supervised loss keeps at least; 0: all
     stages: tuple[float, ...] = ()  # shares of training at which a further stage begins, see relabel
 
     def forward(self, batch: Batch, progress: float) -> tuple[Terms, Terms]:
@@ -57,6 +59,13 @@ class Method(nn.Module):
 
     def update(self, step: int) -> None:
         """Called after optimiser step number `step` (the first is 1): teachers follow."""
+
+    def supervised(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Return the supervised loss of the run: cross-entropy, with OHEM over the hard pixels alone."""
+        return cross_entropy(logits, self._hard(logits, label))
+
+    def _hard(self, logits: Tensor, label: Tensor) -> Tensor:
+        return hard_pixels(logits, label, self.ohem_keep * len(label)) if self.ohem_keep else label
 
     @property
     def predictors(self) -> dict[str, nn.Module]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.base import IGNORE
-from ..losses import cross_entropy, masked_mean, ramp, squared_distance
+from ..losses import masked_mean, ramp, squared_distance
 from ..models import nearest, resize
 from .base import Batch, Build, Method, PositiveCount, Share, Terms, Weight, both
 
@@ -101,9 +101,9 @@ class CCT(Method):
         for decoder, perturb in zip(self.auxiliary, PERTURBATIONS * self.copies, strict=True):
             prob = decoder(perturb(unlabeled, label, classes)).softmax(1)
             distances.append(masked_mean(squared_distance(prob, target), valid))
-        sup = cross_entropy(logits, batch.y)
+        sup = self.supervised(logits, batch.y)
         if self.bootstrap:
-            sup = annealed_cross_entropy(logits, batch.y, progress / self.bootstrap)
+            sup = annealed_cross_entropy(logits, self._hard(logits, batch.y), progress / self.bootstrap)
         weight = self.weight * ramp(progress, self.rampup)
         return {"sup": sup, "consistency": weight * torch.stack(distances).mean()}, {}
 

@@ -57,7 +57,7 @@ class CPS(Method):
             y1, y2 = (torch.cat((pseudo_label(x, valid=inside), y)) for x, y in ((x1, y1), (x2, y2)))
         weight = self.weight * ramp(progress, self.rampup)
         return {
-            "sup": cross_entropy(x1, batch.y) + cross_entropy(x2, batch.y),
+            "sup": self.supervised(x1, batch.y) + self.supervised(x2, batch.y),
             "cross": weight * (cross_entropy(u1, y2) + cross_entropy(u2, y1)),
         }, {"agreement": masked_mean((y1 == y2).float(), y1 != IGNORE)}
 

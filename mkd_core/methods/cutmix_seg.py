@@ -9,7 +9,7 @@ from torch import nn
 
 from ..augment import mix, xor_boxes
 from ..ema import EMA
-from ..losses import confidence, cross_entropy, masked_mean, squared_distance
+from ..losses import confidence, masked_mean, squared_distance
 from .base import Batch, Build, Count, EMABuffers, Method, Share, TeacherMode, Terms, Weight, both
 
 
@@ -50,7 +50,10 @@ class CutMixSeg(Method):
         labeled, unlabeled = both(self.net, batch.x, seen, self.joint)
         distance = squared_distance(unlabeled.softmax(1), target.softmax(1))
         consistency = masked_mean(distance, valid) * target.shape[1]  # the sum over classes
-        terms = {"sup": cross_entropy(labeled, batch.y), "consistency": self.weight * confident * consistency}
+        terms = {
+            "sup": self.supervised(labeled, batch.y),
+            "consistency": self.weight * confident * consistency,
+        }
         return terms, {"confident": confident}
 
     def update(self, step: int) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.base import IGNORE
-from ..losses import cross_entropy, masked_mean, sigmoid, squared_distance
+from ..losses import masked_mean, sigmoid, squared_distance
 from .base import Batch, Build, Method, PositiveCount, Share, Terms, Weight, both
 from .critics import FlawDetector, frozen
 
@@ -66,7 +66,7 @@ class GCT(Method):
         corrections = [masked_mean(f.square() * both_bad, inside) for f in flaws]
         errors = [(self.detector(batch.x, p[:n]) - flaw_map(p[:n], batch.y)).square() for p in (p, q)]
         return {
-            "sup": cross_entropy(logits[0][:n], batch.y) + cross_entropy(logits[1][:n], batch.y),
+            "sup": self.supervised(logits[0][:n], batch.y) + self.supervised(logits[1][:n], batch.y),
             "consistency": self.weight * sigmoid(progress, self.rampup) * (distances[0] + distances[1]),
             "correction": self.correction * (corrections[0] + corrections[1]),
             "critic": self.detection * masked_mean((errors[0] + errors[1]) / 2, inside[:n]),

@@ -6,7 +6,7 @@ Tarvainen & Valpola 2017, arXiv:1703.01780.   L = CE(s(x), y) + w r(t) mean (sof
 from torch import nn
 
 from ..ema import EMA
-from ..losses import cross_entropy, masked_mean, ramp, squared_distance
+from ..losses import masked_mean, ramp, squared_distance
 from .base import Batch, Build, EMABuffers, Method, Share, TeacherMode, Terms, Weight, both
 
 
@@ -35,7 +35,7 @@ class MeanTeacher(Method):
         labeled, unlabeled = both(self.net, batch.x, batch.weak, self.joint)
         distance = masked_mean(squared_distance(unlabeled.softmax(1), target), batch.valid)
         consistency = self.weight * ramp(progress, self.rampup) * distance
-        return {"sup": cross_entropy(labeled, batch.y), "consistency": consistency}, {}
+        return {"sup": self.supervised(labeled, batch.y), "consistency": consistency}, {}
 
     def update(self, step: int) -> None:
         self.teacher.update(self.net, step)

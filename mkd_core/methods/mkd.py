@@ -40,8 +40,8 @@ class MKD(Method):
         super().__init__()
         self.students = nn.ModuleList([build(), build()])
         self.teachers = nn.ModuleList([EMA(s, decay, buffers=ema_buffers) for s in self.students])
-        sizes = self.students[0].classifier.out_channels, self.students[0].classifier.in_channels
-        self.moments = nn.ModuleList([ClassMoments(*sizes) for _ in (self.students if fda else ())])
+        last = [s.classifier for s in (self.students if fda else ())]
+        self.moments = nn.ModuleList([ClassMoments(c.out_channels, c.in_channels) for c in last])
         self.alpha, self.beta, self.threshold, self.fda, self.rampup = alpha, beta, threshold, fda, rampup
         self.boxes, self.min_batch = boxes, 2 if boxes else 1
 
@@ -65,7 +65,7 @@ class MKD(Method):
 
         st = ce(0, y_t[1]) + ce(1, y_t[0])
         ss = ce(0, y_s[1]) + ce(1, y_s[0])
-        sup = cross_entropy(p_x[0], batch.y) + cross_entropy(p_x[1], batch.y)
+        sup = self.supervised(p_x[0], batch.y) + self.supervised(p_x[1], batch.y)
         grown = ramp(progress, self.rampup)
         terms = {"sup": sup, "ss": self.beta * grown * ss, "st": self.alpha * grown * st}
         return terms, {"kept": masked_mean((torch.stack(y_t) != IGNORE).float().mean(0), inside)}

@@ -88,7 +88,7 @@ class MKDAblation(Method):
         with torch.no_grad():
             x = batch.x if self.on_labeled else None
             looks += [self._look(t.module, x, batch.weak) for t in self.teachers]
-        sup = torch.stack([cross_entropy(resize(z[0], size), batch.y) for _, z in looks[:2]]).sum()
+        sup = torch.stack([self.supervised(resize(z[0], size), batch.y) for _, z in looks[:2]]).sum()
 
         # N pixels carry L_st and L_ss: unlabeled ones, or [labeled; unlabeled].
         inside, masks = self._inside(batch, mask, grid), [None, None, mask, mask]

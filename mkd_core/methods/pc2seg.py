@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..losses import cross_entropy, draw, masked_mean, ramp
+from ..losses import draw, masked_mean, ramp
 from ..models import nearest, resize
 from .base import Batch, Build, Method, Positive, PositiveCount, Share, Terms, Weight, both
 
@@ -57,7 +57,7 @@ class PC2Seg(Method):
         prob = resize(self.net.classifier(strong), size).float().softmax(1)
         grown = ramp(progress, self.rampup)
         distance = masked_mean(1 - F.cosine_similarity(prob, target, dim=1), batch.valid)
-        sup = cross_entropy(resize(self.net.classifier(labeled), size), batch.y)
+        sup = self.supervised(resize(self.net.classifier(labeled), size), batch.y)
         terms = {"sup": sup, "consistency": self.weight * grown * distance}
         if self.contrast:
             own, valid = self.projector(resize(strong, grid)), nearest(batch.valid, grid)

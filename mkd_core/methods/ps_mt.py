@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..augment import beta_box, mix
 from ..data.base import IGNORE
 from ..ema import EMA
-from ..losses import confidence, cosine, cross_entropy, kl_divergence, masked_mean, pseudo_label, unit
+from ..losses import confidence, cosine, kl_divergence, masked_mean, pseudo_label, unit
 from ..models import resize
 from .base import Batch, Build, Method, Positive, PositiveCount, Share, Terms, Weight, both
 
@@ -67,7 +67,7 @@ class PSMT(Method):
         loss = F.cross_entropy(unlabeled, label, ignore_index=IGNORE, reduction="none")
         weight = self.weight * (cosine(min(1.0, progress / self.rampup)) if self.rampup else 1.0)
         return {
-            "sup": cross_entropy(labeled, batch.y),
+            "sup": self.supervised(labeled, batch.y),
             "consistency": weight * masked_mean(confidence(target) * loss, label != IGNORE),
         }, {"kept": masked_mean((label != IGNORE).float(), valid)}
 

@@ -65,7 +65,7 @@ class PseudoSeg(Method):
         counted = nearest(batch.valid & keep, strong.shape[-2:])
         soft = masked_mean(-(target * strong.log_softmax(1)).sum(1), counted)
         return {
-            "sup": cross_entropy(resize(logits, size), batch.y),
+            "sup": self.supervised(resize(logits, size), batch.y),
             "attention": cross_entropy(resize(attention, size), batch.y),
             "image": F.binary_cross_entropy_with_logits(scores, present),
             "consistency": self.weight * ramp(progress, self.rampup) * soft,

@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from ..augment import STRONG
 from ..data.base import IGNORE
-from ..losses import confidence, cross_entropy, masked_mean
+from ..losses import confidence, masked_mean
 from .base import Batch, Build, Labels, Method, PositiveCount, Prob, Scales, Share, Terms, Weight
 from .noise import three_of
 from .st_plus_plus import tta
@@ -57,7 +57,7 @@ class SimpleBaseline(Method):
         self.beta, self.sure, self.l2sp, self.scales = beta, sure, l2sp, scales
 
     def forward(self, batch: Batch, progress: float) -> tuple[Terms, Terms]:
-        terms = {"sup": cross_entropy(self.net(batch.x), batch.y)}
+        terms = {"sup": self.supervised(self.net(batch.x), batch.y)}
         if not len(batch.weak):  # the first stage
             return terms, {}
         strong = functional_call(self.net, self.other_norms(), (batch.strong[0],))

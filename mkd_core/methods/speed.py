@@ -60,7 +60,7 @@ class SPEED(Method):
         looks.append(self._look(torch.where(from_first[:, None], first, second)))
 
         strong, mixed = (cross_entropy(resize(z, size), label, over=batch.valid) / 4 for _, z in looks)
-        terms = {"sup": cross_entropy(labeled, batch.y) / 2, "strong": strong, "entropymix": mixed}
+        terms = {"sup": self.supervised(labeled, batch.y) / 2, "strong": strong, "entropymix": mixed}
         if self.feature or self.logit:
             half = torch.Size(side // 2 for side in features.shape[-2:])
             place = torch.randperm(half.numel(), device=label.device)[: self.pixels]

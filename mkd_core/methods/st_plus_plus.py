@@ -52,13 +52,14 @@ class STPlusPlus(Method):
     def forward(self, batch: Batch, progress: float) -> tuple[Terms, Terms]:
         self.progress = progress
         if not len(batch.weak):  # the first stage
-            return {"sup": cross_entropy(self.net(batch.x), batch.y)}, {}
+            return {"sup": self.supervised(self.net(batch.x), batch.y)}, {}
         keep = ratio_box(len(batch.weak), batch.weak.shape[-2:], batch.weak.device, self.cutout)
         strong = torch.where(keep[:, None], batch.strong[0], normalise(torch.rand_like(batch.weak)))
         labeled, unlabeled = both(self.net, batch.x, strong, self.joint)
         label = batch.label.masked_fill(~keep, IGNORE)
-        counted = torch.cat((batch.y, label)) != IGNORE
-        parts = {"sup": (labeled, batch.y), "pseudo": (unlabeled, label)}
+        truth = self._hard(labeled, batch.y)
+        counted = torch.cat((truth, label)) != IGNORE
+        parts = {"sup": (labeled, truth), "pseudo": (unlabeled, label)}
         return {name: cross_entropy(*part, over=counted) for name, part in parts.items()}, {}
 
     def update(self, step: int) -> None:

@@ -1,6 +1,5 @@
 """SupOnly: ordinary training on the labeled list, the reference of every gain.   L = CE(f(x), y)"""
 
-from ..losses import cross_entropy
 from .base import Batch, Build, Method, Terms
 
 
@@ -16,4 +15,4 @@ class Supervised(Method):
         self.net = build()
 
     def forward(self, batch: Batch, progress: float) -> tuple[Terms, Terms]:
-        return {"sup": cross_entropy(self.net(batch.x), batch.y)}, {}
+        return {"sup": self.supervised(self.net(batch.x), batch.y)}, {}

@@ -91,7 +91,7 @@ class U2PL(Method):
             kept = valid & (unsure <= high)
 
         grown = ramp(progress, self.rampup)
-        terms = {"sup": cross_entropy(logits[:n], batch.y)}
+        terms = {"sup": self.supervised(logits[:n], batch.y)}
         if self.weight:
             unsup = cross_entropy(logits[n:], label.masked_fill(~kept, IGNORE))
             terms["unsup"] = self.weight * grown * unsup * valid.sum() / kept.sum().clamp_min(1)

@@ -55,7 +55,7 @@ class UniMatch(Method):
         pairs = zip(self.net(torch.cat(views)).chunk(self.views), masks, strict=True)
         mixed = [cross_entropy(z, mix(label, mask), over=mix(batch.valid, mask)) for z, mask in pairs]
         strong = (1 - self.feature) / 2 * torch.stack(mixed).mean()
-        terms = {"sup": cross_entropy(labeled, batch.y) / 2, "strong": strong}
+        terms = {"sup": self.supervised(labeled, batch.y) / 2, "strong": strong}
         if self.feature:
             terms["feature"] = self.feature / 2 * cross_entropy(dropped, label, over=batch.valid)
         return terms, {"kept": masked_mean((label != IGNORE).float(), batch.valid)}

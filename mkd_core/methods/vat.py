@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ema import EMA
-from ..losses import confidence, cross_entropy, kl_divergence, masked_mean, unit
+from ..losses import confidence, kl_divergence, masked_mean, unit
 from .base import Batch, Build, Method, Share, Terms, Weight, both
 
 PROBE = 0.01  # |d|, of a normalised image
@@ -52,7 +52,7 @@ class VAT(Method):
         labeled, unlabeled = both(self.net, batch.x, seen, self.joint)
         confident = masked_mean((confidence(target) >= self.threshold).float(), batch.valid)
         distance = masked_mean(kl_divergence(unlabeled, target), batch.valid)
-        terms = {"sup": cross_entropy(labeled, batch.y), "consistency": self.weight * confident * distance}
+        terms = {"sup": self.supervised(labeled, batch.y), "consistency": self.weight * confident * distance}
         return terms, {"confident": confident}
 
     def update(self, step: int) -> None:

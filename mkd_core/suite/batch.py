@@ -145,8 +145,9 @@ def check(runs: Sequence[Run]) -> None:
 
     for one in runs:
         config = one.config
-        if config.weights and not once(one, config.weights, weights_file, config.weights):
-            config = config.model_copy(update={"weights": ""})
+        files = {"weights": config.weights, "weights2": config.weights2}
+        gone = [key for key, path in files.items() if path and not once(one, path, weights_file, path)]
+        config = config.model_copy(update=dict.fromkeys(gone, ""))
         data, network = config.model_dump_json(include=DATA), config.model_dump_json(exclude=DATA)
         opened = once(one, data, open_data, config)
         classes = len(opened[0].classes) if opened else 2

@@ -50,7 +50,9 @@ class Step:
     def __init__(self, config: RunConfig):
         device = pick_device(config.device)
         self.method: Method = (
-            build_method(config.model_copy(update={"weights": ""}), CLASSES).to(device).train()
+            build_method(config.model_copy(update={"weights": "", "weights2": ""}), CLASSES)
+            .to(device)
+            .train()
         )
         seed_step(config.seed, 0)
         x = torch.randn(config.batch, 3, *config.crop, device=device)

@@ -1,0 +1,286 @@
+"""The released code's network, vision transformers, their files, and two unlike networks in one run."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from tiny import CLASSES, config
+from torch import Tensor
+
+from mkd_core.models import SegNet, load_encoder
+from mkd_core.runner import run
+from mkd_core.train import build_method
+
+DINOV2, DINOV3 = "tu-vit_small_patch14_dinov2", "tu-vit_small_patch16_dinov3"
+
+
+# ResNet-v1c with the separable head of MMSegmentation.
+
+
+def conv_module(name: str, *weight: int) -> dict[str, tuple[int, ...]]:
+    bn = {f"{name}.bn.{key}": weight[:1] for key in ("weight", "bias", "running_mean", "running_var")}
+    return {f"{name}.conv.weight": weight, f"{name}.bn.num_batches_tracked": (), **bn}
+
+
+def separable(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    depthwise = conv_module(f"{name}.depthwise_conv", inputs, 1, 3, 3)
+    return depthwise | conv_module(f"{name}.pointwise_conv", outputs, inputs, 1, 1)
+
+
+def released_head(in_channels: int, c1_in_channels: int, channels: int) -> dict[str, tuple[int, ...]]:
+    """DepthwiseSeparableASPPHead(in_channels, c1_in_channels, c1_channels=48, channels, dilations=(1, 6, 12, 18))."""
+    shapes = conv_module("image_pool.1", channels, in_channels, 1, 1)
+    shapes |= conv_module("aspp_modules.0", channels, in_channels, 1, 1)
+    for i in (1, 2, 3):
+        shapes |= separable(f"aspp_modules.{i}", in_channels, channels)
+    shapes |= conv_module("bottleneck", channels, 5 * channels, 3, 3)
+    shapes |= conv_module("c1_bottleneck", 48, c1_in_channels, 1, 1)
+    return (
+        shapes
+        | separable("sep_bottleneck.0", channels + 48, channels)
+        | separable("sep_bottleneck.1", channels, channels)
+    )
+
+
+def v1c(blocks: tuple[int, ...], stem: str = "stem.{}") -> dict[str, tuple[int, ...]]:
+    """Tensors of ResNetV1c without its classifier, by OpenMMLab's names."""
+
+    def bn(name: str, width: int) -> dict[str, tuple[int, ...]]:
+        four = {f"{name}.{key}": (width,) for key in ("weight", "bias", "running_mean", "running_var")}
+        return four | {f"{name}.num_batches_tracked": ()}
+
+    shapes = {}
+    for i, (inputs, outputs) in enumerate(((3, 32), (32, 32), (32, 64))):
+        shapes |= {f"stem.{3 * i}.weight": (outputs, inputs, 3, 3)} | bn(f"stem.{3 * i + 1}", outputs)
+    inputs = 64
+    for stage, count in enumerate(blocks):
+        width = 64 << stage
+        for block in range(count):
+            name = f"layer{stage + 1}.{block}"
+            sizes = ((width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1))
+            for k, size in enumerate(sizes, 1):
+                shapes |= {f"{name}.conv{k}.weight": size} | bn(f"{name}.bn{k}", size[0])
+            if not block:
+                shapes |= {f"{name}.downsample.0.weight": (4 * width, inputs, 1, 1)}
+                shapes |= bn(f"{name}.downsample.1", 4 * width)
+            inputs = 4 * width
+    return shapes
+
+
+def renamed(name: str) -> str:
+    """OpenMMLab's name of a tensor of the stem as timm has it."""
+    for old, new in (("stem.7.", "bn1."), ("stem.", "conv1.")):
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def numbers(shapes: dict[str, tuple[int, ...]]) -> int:
+    tracked = ("running_mean", "running_var", "num_batches_tracked")
+    return sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith(tracked))
+
+
+@pytest.mark.parametrize("layers, blocks", [(50, (3, 4, 6, 3)), (101, (3, 4, 23, 3))])
+def test_the_network_of_the_released_code(layers, blocks):
+    """Every tensor of ResNetV1c and DepthwiseSeparableASPPHead by name and shape, and their number."""
+    with torch.device("meta"):
+        net = SegNet(21, arch="deeplabv3plus_mmseg", encoder=f"tu-resnet{layers}c")
+    head, backbone = released_head(2048, 256, 256), v1c(blocks)
+    assert {name: tuple(t.shape) for name, t in net.decoder.state_dict().items()} == head
+    ours = {n.removeprefix("model."): tuple(t.shape) for n, t in net.encoder.state_dict().items()}
+    assert ours == {renamed(name): shape for name, shape in backbone.items()}
+    assert sum(p.numel() for p in net.parameters()) == numbers(head) + numbers(backbone) + 21 * 257
+    # Strides 1, 2, 2, 1 and dilations 1, 1, 1, 2, contracted: the first block of the dilated stage has half.
+    convs = {name: m for name, m in net.encoder.named_modules() if name.endswith("conv2")}
+    for stage, (stride, dilation, first) in enumerate(((1, 1, 1), (2, 1, 1), (2, 1, 1), (1, 2, 1)), 1):
+        found = [(m.stride[0], m.dilation[0]) for n, m in convs.items() if f"layer{stage}." in n]
+        assert found == [(stride, first)] + [(1, dilation)] * (blocks[stage - 1] - 1)
+    rates = [m.dilation[0] for n, m in net.decoder.named_modules() if n.endswith("depthwise_conv.conv")]
+    assert rates == [6, 12, 18, 1, 1]
+
+
+@pytest.mark.parametrize("size", [(64, 48), (70, 42)])
+def test_its_grid_and_its_head_by_hand(size):
+    """1/4 of the image; concatenation in the head's order, bilinear without aligned corners."""
+    torch.manual_seed(0)
+    net = SegNet(CLASSES, arch="deeplabv3plus_mmseg", encoder="tu-resnet50c", channels=8).eval()
+    x = torch.randn(2, 3, *size)
+    maps, d = net.encoder(x), net.decoder
+    low, deep = maps[2], maps[-1]
+    pooled = F.interpolate(d.image_pool(deep), deep.shape[-2:], mode="bilinear", align_corners=False)
+    context = d.bottleneck(torch.cat([pooled, *[m(deep) for m in d.aspp_modules]], 1))
+    up = F.interpolate(context, low.shape[-2:], mode="bilinear", align_corners=False)
+    expected = d.sep_bottleneck(torch.cat([up, d.c1_bottleneck(low)], 1))
+    found = net.features(x)
+    torch.testing.assert_close(found, expected)
+    assert found.shape == (2, 8, *[-(-side // 4) for side in size]) and net(x).shape[-2:] == size
+    net.train()(x).square().mean().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_files_of_openmmlab_and_of_torchvision_s_style_are_told_apart(tmp_path):
+    """The same numbers under both names give the same features; a standard stem is refused."""
+    torch.manual_seed(0)
+    shapes = v1c((3, 4, 6, 3))
+    file = {n: 0.05 * torch.randn(s) for n, s in shapes.items() if not n.endswith("tracked")}
+    file = {n: t.abs() + 0.5 if n.endswith("var") else t for n, t in file.items()}
+    classifier = {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}
+    style = {renamed(name): tensor for name, tensor in (file | classifier).items()}
+    assert "conv1.6.weight" in style and "bn1.weight" in style
+    x, features = torch.randn(1, 3, 64, 64), []
+    for i, state in enumerate((
+        file, {"meta": {"epoch": 1}, "state_dict": file | classifier}, {f"backbone.{n}": t for n, t in file.items()},
+        style,
+    )):  # fmt: skip
+        torch.save(state, tmp_path / f"{i}.pth")
+        torch.manual_seed(1)
+        net = SegNet(CLASSES, arch="deeplabv3plus_mmseg", encoder="tu-resnet50c", channels=8).eval()
+        load_encoder(net, str(tmp_path / f"{i}.pth"))
+        features.append(net.features(x))
+    assert torch.equal(net.encoder.model.bn1.running_var, file["stem.7.running_var"])
+    assert all(torch.equal(features[0], other) for other in features[1:]) and features[0].std() > 0
+
+    standard = style | {"conv1.weight": torch.zeros(64, 3, 7, 7)}
+    standard = {n: t for n, t in standard.items() if not n.startswith(("conv1.0", "conv1.3", "conv1.6"))}
+    torch.save(standard, tmp_path / "standard.pth")
+    with pytest.raises(ValueError, match=r"does not fit the encoder: .*Missing key.*conv1\.0\.weight"):
+        load_encoder(net, str(tmp_path / "standard.pth"))
+
+
+# Vision transformers.
+
+
+@pytest.mark.parametrize("encoder, patch", [("tu-test_vit", 16), (DINOV2, 14), (DINOV3, 16)])
+def test_vit_features_classifier_logits(encoder, patch):
+    torch.manual_seed(0)
+    net = SegNet(CLASSES, arch="dpt", encoder=encoder, channels=8)
+    x = torch.randn(2, 3, 4 * patch, 3 * patch)
+    features = net.features(x)
+    assert net.stride == patch and features.shape == (2, 8, 32, 24)
+    expected = F.interpolate(net.classifier(features), x.shape[-2:], mode="bilinear", align_corners=False)
+    torch.testing.assert_close(net(x), expected)
+    net(x).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        near = net.eval()(x).float()
+    torch.testing.assert_close(near, net(x).detach(), rtol=0.1, atol=0.1 * net(x).std().item())
+    assert net(torch.randn(1, 3, 75, 50)).shape == (1, CLASSES, 75, 50)  # any size
+
+
+def test_its_maps_are_timm_s_at_every_quarter():
+    torch.manual_seed(0)
+    net = SegNet(CLASSES, arch="dpt", encoder=DINOV2, channels=8).eval()
+    model, x = net.encoder.model, torch.randn(1, 3, 56, 42)
+    tokens, expected = model.patch_embed(x), []
+    tokens = model._pos_embed(tokens)
+    for i, block in enumerate(model.blocks):
+        tokens = block(tokens)
+        if i in (2, 5, 8, 11):
+            expected.append(model.norm(tokens)[:, 1:].transpose(1, 2).reshape(1, 384, 4, 3))
+    _, _, *maps = net.encoder(x)
+    assert len(maps) == 4
+    for a, b in zip(maps, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_position_embeddings_are_interpolated_and_another_size_is_resized_to_the_nearest_patches():
+    torch.manual_seed(0)
+    net = SegNet(CLASSES, arch="dpt", encoder=DINOV2, channels=8).eval()
+    grid = net.encoder.model.pos_embed[:, 1:].reshape(1, 37, 37, -1).permute(0, 3, 1, 2)
+    assert grid.shape[-1] == 37  # of crop 518
+    small = F.interpolate(grid, (5, 4), mode="bicubic", antialias=True, align_corners=False)
+    with torch.no_grad():
+        net.encoder.model.patch_embed.proj.weight.zero_()
+        net.encoder.model.patch_embed.proj.bias.zero_()
+    found = net.encoder.model._pos_embed(net.encoder.model.patch_embed(torch.zeros(1, 3, 70, 56)))[:, 1:]
+    torch.testing.assert_close(found, small.flatten(2).transpose(1, 2))
+    x = torch.randn(1, 3, 61, 71)
+    resized = F.interpolate(x, (56, 70), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(net.features(x), net.features(resized))
+
+
+def meta_dinov2(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Meta's file has a mask token beside the same names."""
+    return state | {"mask_token": torch.zeros(1, state["pos_embed"].shape[-1])}
+
+
+def meta_dinov3(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma", "reg_token": "storage_tokens"}
+    for new, old in names.items():
+        state = {key.replace(new, old): tensor for key, tensor in state.items()}
+    return state | {"mask_token": torch.zeros(1, 384), "rope_embed.periods": torch.zeros(16)}
+
+
+@pytest.mark.parametrize("encoder, metas", [(DINOV2, meta_dinov2), (DINOV3, meta_dinov3)])
+def test_files_of_timm_and_of_meta_go_in(encoder, metas, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model(encoder.removeprefix("tu-"), num_classes=0).eval()
+    for p in model.parameters():
+        p.data.add_(0.02 * torch.randn_like(p))
+    state, x = model.state_dict(), torch.randn(1, 3, 4 * 112, 112)
+    for name, file in {"timm": state, "meta": metas(dict(state))}.items():
+        torch.save(file, tmp_path / f"{name}.pth")
+        net = SegNet(CLASSES, arch="dpt", encoder=encoder, channels=8).eval()
+        load_encoder(net, str(tmp_path / f"{name}.pth"))
+        for key, tensor in net.encoder.model.state_dict().items():
+            assert torch.equal(tensor, state[key]), key
+        assert net.features(x).isfinite().all()
+    for bad, word in (
+        ({key: t for key, t in state.items() if key != "blocks.3.norm1.weight"}, "blocks.3.norm1.weight"),
+        (state | {"patch_embed.proj.weight": torch.zeros(384, 3, 8, 8)}, "patch_embed.proj.weight is"),
+        ({"conv1.weight": torch.zeros(1)}, "patch_embed.proj.weight"),
+    ):
+        torch.save(bad, tmp_path / "bad.pth")
+        with pytest.raises(ValueError, match=f"does not fit the encoder: .*{word}"):
+            load_encoder(net, str(tmp_path / "bad.pth"))
+
+
+def test_dpt_is_for_vision_transformers():
+    for encoder in ("resnet18", "tu-resnet50c"):
+        with pytest.raises(ValueError, match=f"needs a vision transformer of timm, .*; got {encoder}, 5"):
+            SegNet(CLASSES, arch="dpt", encoder=encoder)
+    with pytest.raises(ValueError, match="cannot be built"):
+        build_method(config(arch="dpt", encoder="tu-levit_128"), CLASSES)
+
+
+# Runs.
+
+DPT = {"arch": "dpt", "encoder": "tu-test_vit", "channels": 8}
+
+
+@pytest.mark.parametrize("keys", [
+    {"arch": "deeplabv3plus_mmseg"}, DPT, DPT | {"precision": "bfloat16"}, DPT | {"options": {"fda": 1.0, "threshold": 0.3}},
+    DPT | {"encoder2": "tu-test_resnet", "arch2": "deeplabv3plus_mmseg", "options": {"fda": 1.0}},
+    DPT | {"method": "cps", "encoder2": "tu-test_resnet", "arch2": "deeplabv3plus"},
+    DPT | {"method": "supervised", "supervised_loss": "ohem", "ohem_keep": 50},
+], ids=str)  # fmt: skip
+def test_a_few_steps_on_the_embedded_data(keys, tmp_path):
+    keys = {"method": "mkd"} | keys
+    record = run(config(**keys), tmp_path, quiet=True)
+    assert 0 <= record.miou <= 100 and record.config["arch"] == keys["arch"]
+
+
+def test_two_unlike_networks(tmp_path):
+    keys = DPT | {"encoder2": "tu-test_resnet", "arch2": "deeplabv3plus_mmseg"}
+    first, second = build_method(config("mkd", **keys), CLASSES).students
+    assert "patch_embed" in str(first.encoder) and "patch_embed" not in str(second.encoder)
+    file = tmp_path / "w.pth"
+    torch.save({name: tensor + 1 for name, tensor in second.encoder.state_dict().items()}, file)
+    one, two = (
+        build_method(config("cps", **keys, **w), CLASSES).students[1] for w in ({"weights2": str(file)}, {})
+    )
+    name, tensor = next(iter(second.encoder.state_dict().items()))
+    assert torch.equal(one.encoder.state_dict()[name], tensor + 1)
+    assert not torch.equal(two.encoder.state_dict()[name], tensor + 1)
+    assert "tu-test_resnet" in config("mkd", **keys, weights2="imagenet").weights2
+    for method in ("supervised", "fixmatch"):
+        with pytest.raises(ValueError, match=f"encoder2 and arch2 are of a second network; {method} has one"):
+            build_method(config(method, **keys), CLASSES)
+    with pytest.raises(ValueError, match="crop must be a multiple of 16"):
+        build_method(config("mkd", **DPT, crop=(32, 40)), CLASSES)
+    with pytest.raises(ValueError, match="crop must be a multiple of 14 for these networks; got"):
+        build_method(config("supervised", arch="dpt", encoder=DINOV2, crop=(32, 32)), CLASSES)
