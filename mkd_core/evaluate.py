@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -16,6 +16,7 @@ from .augment import normalise
 from .choices import choose
 from .config import RunConfig
 from .data import SegDataset
+from .data.base import upright
 from .metrics import PseudoLabelQuality, confusion_matrix
 from .models import nearest, resize
 
@@ -86,7 +87,7 @@ def starts(side: int, window: int) -> list[int]:
 
 
 class Predictor:
-    """Networks at work: every score, picture, pseudo-label, export and explorer view is made through one of these.
+    """Networks at work: every score, picture, pseudo-label and explorer view is made through one of these.
 
     nets       by name; "mean", their averaged probabilities, joins where there are several
     protocol   a name of PROTOCOLS; window: (height, width) of "sliding"; precision: "float32" or "bfloat16" (autocast)
@@ -152,7 +153,7 @@ class Predictor:
         """Label one image: label (H, W) uint8 and its probability (H, W) float32, on the host.
 
         image: a tensor (3, H, W), an array (H, W, 3) or a PIL picture; uint8 RGB of any size.
-        name: the network, by default the first.
+        name: one of `names`; default: the first.
 
         Memory is bounded: "sliding" goes in bands, so that only labels and confidences grow with the
         image; of images above LARGE pixels, "long512" sees a copy of LARGE pixels.
@@ -196,9 +197,9 @@ class Predictor:
 def as_tensor(image: Tensor | np.ndarray | Image.Image) -> Tensor:
     """A picture as (3, H, W) uint8 RGB: tensors of that shape, arrays (H, W, 3), or PIL's, turned upright by EXIF."""
     if isinstance(image, Image.Image):
-        image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        image = upright(image)
     if not isinstance(image, Tensor):
-        image = torch.tensor(image).movedim(-1, 0)
+        image = torch.tensor(np.ascontiguousarray(image)).movedim(-1, 0)
     if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
         found = f"{image.dtype}, {tuple(image.shape)}"
         raise ValueError(f"an image is uint8 RGB, a tensor (3, H, W) or an array (H, W, 3); got {found}")
@@ -267,10 +268,13 @@ def evaluate(
 
 def pick_device(name: str) -> torch.device:
     """Turn "auto" into the first GPU where there is one, else the CPU; ValueError for what is not there."""
+    allowed = "device must be auto, cpu, cuda or cuda:<number>"
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>; got {name!r}") from error
+        raise ValueError(f"{allowed}; got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{allowed}; got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name} asked for, but torch sees {torch.cuda.device_count()} GPUs")
     return device

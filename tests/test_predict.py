@@ -1,6 +1,7 @@
 """Predictions, pseudo-labels and exports: right for every size and mode of image, whole or absent, one answer by every way."""
 
 import json
+import re
 import resource
 import shutil
 
@@ -175,7 +176,7 @@ def test_bands_are_the_sliding_protocol(run, size, name):
     torch.testing.assert_close(found[1], confidence)
 
 
-def test_large_images_are_predicted_in_pieces(run, monkeypatch, tmp_path):
+def test_large_images_are_predicted_in_pieces(run, monkeypatch, tmp_path, capsys):
     image = read_image(picture(tmp_path / "a.png", 96, 80))
     whole, sliding = (label_of(run, image, "", protocol)[0] for protocol in ("", "sliding"))
     blocks = torch.tensor([[0, 255, 0], [40, 120, 255], [255, 30, 90]], dtype=torch.uint8).repeat_interleave(
@@ -185,6 +186,9 @@ def test_large_images_are_predicted_in_pieces(run, monkeypatch, tmp_path):
     label, _ = label_of(run, blocks, "", "long512")
 
     monkeypatch.setattr(evaluate, "LARGE", 60 * 90)
+    monkeypatch.setattr("mkd_core.suite.predict.LARGE", 60 * 90)
+    predict(run, [tmp_path / "a.png"], tmp_path / "out", device="cpu")
+    assert capsys.readouterr().out.count("above 5,400 pixels are predicted in windows of (32, 32)") == 1
     assert torch.equal(label_of(run, image)[0], sliding) and not torch.equal(whole, sliding)
     scored = open_run(run, device="cpu").predictor()(image[None])["student 1"][0].argmax(0)
     assert torch.equal(scored, whole)  # a record's protocol is the one that it names
@@ -203,6 +207,10 @@ def test_an_image_is_a_tensor_an_array_or_a_pil_picture(run, tmp_path):
     assert label.shape == confidence.shape == (24, 40)  # upright
     image = read_image(picture(tmp_path / "a.png", 40, 24))
     assert all(map(torch.equal, model.label(image), model.label(image.permute(1, 2, 0).numpy())))
+    bgr = image.permute(1, 2, 0).numpy()[..., ::-1]  # as OpenCV has it, and turned as its users do
+    assert all(map(torch.equal, model.label(image), model.label(bgr[..., ::-1])))
+    with pytest.raises(ValueError, match="16 or 32 bits"):
+        model.label(Image.fromarray(np.full((8, 8), 300, np.uint16)))
     for wrong in (image.float() / 255, image.permute(1, 2, 0), np.zeros((8, 8), np.uint8)):
         with pytest.raises(ValueError, match="an image is uint8 RGB"):
             model.label(wrong)
@@ -232,7 +240,9 @@ def test_masks_confidence_and_overlays_are_those_of_the_network_at_every_size(ru
             )
         stored = np.array(Image.open(tmp_path / "out/confidence" / mask.name))
         assert stored.dtype == np.uint8 and np.abs(stored / 255 - confidence.numpy()).max() <= 0.5001 / 255
-        mixed = 0.5 * image.permute(1, 2, 0).numpy() + 0.5 * palette[label.numpy()]
+        mixed = (
+            0.5 * image.permute(1, 2, 0).numpy() + 0.5 * palette[label.numpy()]
+        )  # none is called background
         assert np.abs(np.array(Image.open(tmp_path / "out/overlays" / mask.name)) - mixed).max() <= 0.5001
 
 
@@ -344,8 +354,8 @@ FAULTS = {
         "config.json is damaged, or of another version",
     ),
     "no config": (lambda run, _: (run / "config.json").unlink(), "there is no run"),
-    "16 bits": (deep, r"1 of 2 images cannot be read(.|\n)*deep.png: .*16 or 32 bits"),
-    "cut images": (cut, r"2 of 3 images cannot be read(.|\n)*one.jpg(.|\n)*two.jpg"),
+    "16 bits": (deep, r"1 of 2 images .*cannot be read(.|\n)*deep.png: .*16 or 32 bits"),
+    "cut images": (cut, r"2 of 3 images .*cannot be read(.|\n)*one.jpg(.|\n)*two.jpg"),
     "missing image": (
         lambda _, images: images.append(images[0].with_name("no.png")),
         "no.png: this picture is missing",
@@ -360,6 +370,7 @@ FAULTS = {
     "step=5": (None, "there is no checkpoint 'checkpoint-5.pt'; did you mean 'checkpoint-6.pt'"),
     "protocol=slide": (None, "there is no protocol 'slide'; did you mean 'sliding'"),
     "device=gpu": (None, "device must be auto, cpu, cuda"),
+    "device=meta": (None, "device must be auto, cpu, cuda.*got 'meta'"),  # not: the checkpoint is damaged
 }
 
 
@@ -499,7 +510,24 @@ def test_images_that_are_labeled_or_evaluated_are_not_labeled_again(photo_run, p
         len(made.train) == 14 and len(made.val) == 2 and not check(made, load_split(made, "labeled")).problems
     )
     said = capsys.readouterr().out
-    assert table["kept"]["all"] < 1 and "WARNING: under 1 %" in said and "no pixel is labeled as" in said
+    assert (
+        table["kept"]["all"] < 1 and "WARNING: under 1 %" in said and "no pixel is pseudo-labeled as" in said
+    )
+    assert not re.search(r"\ball: trained", said)
+    before, mask, whole = (
+        tree(tmp_path / "out"),
+        photos / "masks/0.png",
+        (photos / "masks/0.png").read_bytes(),
+    )
+    try:
+        Image.fromarray(np.zeros((7, 32), np.uint8)).save(mask)
+        with pytest.raises(
+            DataError, match=r"photo 0.png: an image of \(40, 32\) pixels, its mask has \(7, 32\)"
+        ):
+            pseudo_label(photo_run, tmp_path / "out", overwrite=True, **options)
+    finally:
+        mask.write_bytes(whole)
+    assert tree(tmp_path / "out") == before  # what stood there still stands
     with pytest.raises(DataError, match="there is no image to label"):
         pseudo_label(photo_run, tmp_path / "none", [photos / "a/photo 0.png"], **options)
     with pytest.raises(ValueError, match="threshold must be in"):
@@ -517,7 +545,7 @@ def test_an_export_is_checked_and_stands_beside_its_facts(run, tmp_path, capsys,
     image = read_image(picture(tmp_path / "a.png", 32, 32))
     assert torch.equal(labels_by(about, program, image).byte(), label_of(run, image, "teacher 1")[0])
     facts, record = json.loads(about.read_text()), records.load(run)
-    assert facts["classes"] == record.classes and facts["split"] == record.split
+    assert facts["run"] == run.name and facts["classes"] == record.classes and facts["split"] == record.split
     assert facts["miou"] == record.predictors["teacher 1"] and facts["licence_of_data"] == "not stated"
     with pytest.raises(ValueError, match="exist already"):
         export(run, tmp_path, predictor="teacher 1")

@@ -162,11 +162,15 @@ def _orientation(picture: Image.Image) -> int:
 def read_turned(path: Path) -> tuple[Tensor, bool]:
     """Read a picture as `read_image` does, and whether its EXIF orientation turned it."""
     with _open(path, "picture") as picture:
-        if picture.mode.startswith(("I", "F")):
-            raise DataError(f"{path}: {picture.mode} pictures have 16 or 32 bits a channel; convert to 8")
         turned = _orientation(picture) != 1
-        ImageOps.exif_transpose(picture, in_place=True)
-        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous(), turned
+        return torch.from_numpy(upright(picture, f"{path}: ")).permute(2, 0, 1).contiguous(), turned
+
+
+def upright(picture: Image.Image, where: str = "") -> np.ndarray:
+    """A PIL picture as (H, W, 3) uint8 RGB, turned by its EXIF orientation; DataError for 16 and 32 bits."""
+    if picture.mode.startswith(("I", "F")):
+        raise DataError(f"{where}{picture.mode} pictures have 16 or 32 bits a channel; convert to 8")
+    return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
 
 
 def read_image(path: Path) -> Tensor:

@@ -51,9 +51,11 @@ def export(
         "checkpoint_sha256": file_sha256(opened.folder / opened.checkpoint),
         "input": "(batch, 3, height, width) float32", "colour": "RGB", "scale": "(value / 255 - mean) / std",
         "mean": MEAN, "std": STD, "height": height, "width": width,
-        "padding": "zeros after scaling, at the bottom and right; crop the logits",
+        "padding": "zeros after scaling, at the bottom and right; crop the logits. The scores were made so too, but "
+        "for sides that are all multiples of 16, which were not padded",
         "output": "logits (batch, classes, height, width) float32", "palette": opened.palette.tolist(),
-        "protocol": opened.config.protocol, "window": opened.config.crop, "torch": torch.__version__,
+        "scored_by": {"protocol": opened.config.protocol, "window": opened.config.crop},
+        "torch": torch.__version__,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(program, content)
@@ -101,7 +103,7 @@ def _card(opened: OpenRun, name: str) -> dict[str, Any]:
     """What a network is and how good, in percent, where the run's record is about these weights."""
     config, record = opened.config, load(opened.folder)
     use = "names the class of each pixel of images like those it was trained on; not judged on others"
-    card: dict[str, Any] = {"run": config.id, "method": config.method, "predictor": name}
+    card: dict[str, Any] = {"run": opened.folder.name, "method": config.method, "predictor": name}
     card |= {"data": config.dataset, "intended_use": use}
     if record and opened.checkpoint == "checkpoint.pt":
         card |= {"split": record.split, "evaluated": record.evaluated, "miou": record.predictors[name]}

@@ -24,9 +24,10 @@ from ..config import RunConfig
 from ..data import IGNORE, DataError, load_split, open_dataset
 from ..data.base import colormap, read_image, some
 from ..data.pictures import absolute, find_pictures
-from ..evaluate import Predictor
+from ..evaluate import LARGE, Predictor
 from ..progress import Progress
 from ..trained import OpenRun, open_run
+from .figures import overlay
 
 Pixels = NDArray[np.uint8]
 
@@ -70,10 +71,10 @@ def predict(
     kinds = [out / kind for kind in ("masks", "confidence", "overlays")]
     _check([folder / name for folder in kinds for name in items], [*items.values()], overwrite, progress)
     for name, image, label, confidence in _labels(model, net, items, progress):
-        colours = opened.palette[label].astype(np.uint16)
         save_png(kinds[0] / name, label.numpy(), opened.palette)
         save_png(kinds[1] / name, (255 * confidence).round().byte().numpy())
-        save_png(kinds[2] / name, ((_pixels(image) + colours + 1) // 2).astype(np.uint8))
+        seen = overlay(_pixels(image) / 255, label, opened.palette, opened.classes)
+        save_png(kinds[2] / name, (255 * seen).round().astype(np.uint8))
     return [kinds[0] / name for name in items]
 
 
@@ -110,7 +111,7 @@ def pseudo_label(
     pictures = [item.file for item in items.values() if item.generated]
     made = [*texts, *(out / "masks" / name for name in items), *pictures]
     _check(made, [item for item in items.values() if not item.generated], overwrite, progress)
-    (out / "train.txt").unlink(missing_ok=True)  # where it stands, the data set is complete
+    (out / "train.txt").unlink(missing_ok=True)  # only where the data set is complete
 
     def write(name: str, mask: Tensor) -> None:
         save_png(out / "masks" / name, mask.numpy(), opened.palette)
@@ -145,8 +146,14 @@ def open_predictor(
 
 def _labels(model: Predictor, net: str, items: Items, progress: Progress) -> Iterator[Labeled]:
     """Label the items one after the other."""
+    told = model.protocol != "whole"
     for k, (name, item) in enumerate(items.items(), 1):
         image = item.image()
+        if not told and image.shape[1:].numel() > LARGE:
+            print(
+                f"images above {LARGE:,} pixels are predicted in windows of {model.window} (protocol sliding)"
+            )
+            told = True
         yield name, image, *model.label(image, net)
         progress(f"{k:,} of {len(items):,} images", now=k == len(items))
 
@@ -192,6 +199,10 @@ def _texts(opened: OpenRun, out: Path, items: Items, parts: Sequence[list[Item]]
     """The texts of a data set of pseudo-labels by their paths; train.txt comes last."""
     lines = {}
     for name, item in items.items():
+        if odd := set(str(item.file)) & set("\t\n\r"):
+            raise ValueError(
+                f"{str(item.file)!r}: lists part names by tabs and lines, this one holds {odd.pop()!r}: rename it"
+            )
         lines[item.file] = f"{relative(item.file, out)}\tmasks/{name}\n"
     new, labeled, evaluated = ("".join(lines[item.file] for item in part) for part in parts)
     keys = opened.config.model_dump() | {"dataset": "folder", "root": str(out), "split": "full"}
@@ -217,8 +228,10 @@ def _report(table: pd.DataFrame, threshold: float, out: Path) -> None:
     print(table.to_string(float_format="{:.1f}".format, na_rep="-"))
     if table["kept"]["all"] < 1:
         print("WARNING: under 1 % of the pixels are kept; lower the threshold or train longer")
-    if gone := list(table.index[table["kept"].fillna(0) == 0]):
-        print(f"WARNING: no pixel is labeled as {', '.join(gone)}: a network trained on this forgets it")
+    if gone := list(table.index[:-1][table["kept"][:-1].fillna(0) == 0]):
+        print(
+            f"WARNING: no pixel is pseudo-labeled as {', '.join(gone)}: trained on these alone, a network forgets it"
+        )
     command = ["mkd", "run", str(records.ROOT / "notebooks/10_run.ipynb"), "-f", str(out / "train.yaml")]
     lacks = "" if (out / "val.txt").exists() else ", once there is a val.txt (--val writes the run's own)"
     print(f"Data set: {out}\nNext{lacks}: {shlex.join(command)}")
@@ -251,11 +264,15 @@ def _check(made: Sequence[Path], items: Sequence[Item], overwrite: bool, progres
     for k, item in enumerate(items, 1):
         progress(f"checking image {k:,} of {len(items):,}")
         try:
-            item.image()
+            size = item.image().shape[1:]
+            if item.truth and (found := item.truth().shape) != size:
+                bad.append(f"{item.file}: an image of {tuple(size)} pixels, its mask has {tuple(found)}")
         except DataError as error:
             bad.append(str(error))
     if bad:
-        raise DataError(f"{len(bad)} of {len(items)} images cannot be read:\n" + "\n".join(bad))
+        raise DataError(
+            f"{len(bad)} of {len(items)} images or their masks cannot be read:\n" + "\n".join(bad)
+        )
     for folder in {path.parent for path in made}:
         folder.mkdir(parents=True, exist_ok=True)
 
