@@ -45,7 +45,8 @@ def read(path: Path, device: torch.device | str) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         return {key: state[key] for key in keys} | {"classes": state.get("classes", [])}
-    except (OSError, MemoryError, torch.OutOfMemoryError):  # not the file's fault: nothing to delete
+    # Not the file's fault, nothing to delete. Of a file that was cut, torch raises a plain OSError.
+    except (PermissionError, IsADirectoryError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch raises half a dozen unrelated classes here, with advice to unpickle
         what = f"damaged, or no checkpoint of this suite ({type(error).__name__})"

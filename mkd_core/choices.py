@@ -56,6 +56,10 @@ def _model(owner: str, make: Callable[..., Any], skip: str) -> type[Checked]:
     """Make the options of a constructor a pydantic model, once: a table asks hundreds of times."""
     hints = get_type_hints(make.__init__, include_extras=True)  # type: ignore[misc]
     known = {name: p.default for name, p in inspect.signature(make).parameters.items() if name != skip}
+    if bare := known.keys() - hints.keys():
+        raise ValueError(
+            f"{owner}: the option {bare.pop()!r} of its constructor needs a type, as in methods/base.py"
+        )
     required = inspect.Parameter.empty
     fields: Any = {name: (hints[name], ... if of is required else of) for name, of in known.items()}
     return create_model(owner, __base__=Checked, **fields)

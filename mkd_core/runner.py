@@ -50,6 +50,10 @@ def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Rec
                         raise ValueError(f"{folder}/record.json is of another run ({found.id}); delete it")
                     with suppress(DataError):  # data that are gone prove nothing
                         refuse_other_data(folder, found.split, data_identity(*open_data(config)))
+                    if not quiet and found.commit != (now := records.commit()):
+                        print(
+                            f"{config.id}: not run again, its record is of commit {found.commit}; the code is at {now}"
+                        )
                     return found
                 return _Run(config, folder, quiet).finish()
             finally:

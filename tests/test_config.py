@@ -17,7 +17,7 @@ INF, SEEDS = float("inf"), {"seeds": [0]}
 
 OUT_OF_RANGE = {
     "seed": -1, "dropout": 1.0, "bn_momentum": 0, "power": -1, "weight_decay": -1, "channels": 0, "encoder_depth": 2,
-    "workers": -1, "quality_images": -1, "evaluate_every": -5, "checkpoint_every": 0, "log_every": 0,
+    "workers": -2, "quality_images": -1, "evaluate_every": -5, "checkpoint_every": 0, "log_every": 0,
 }  # fmt: skip
 
 # What is wrong with a run: its keys, and part of the one message.

@@ -44,7 +44,7 @@ class Method(nn.Module):
 
     label: str  # its name in tables and figures
     colour: str  # "#rrggbb" in figures
-    passes: tuple[int, int]  # batches through an encoder in a step, with and without gradient
+    passes: tuple[int, int]  # labeled batches through an encoder in a step, with and without gradient
     terms: tuple[str, ...]  # names of the loss terms
     unlabeled = True  # False: no unlabeled image is loaded (U = 0) before a stage has pseudo-labels
     views = 0  # strong views of each unlabeled image
@@ -54,7 +54,7 @@ class Method(nn.Module):
     stages: tuple[float, ...] = ()  # shares of training at which a further stage begins, see relabel
 
     def forward(self, batch: Batch, progress: float) -> tuple[Terms, Terms]:
-        """progress 0..1 -> weighted loss terms, which the loop only sums; scalars, which it only logs."""
+        """Weighted loss terms, which the loop only sums; scalar tensors, which it only logs. progress: share done, < 1."""
         raise NotImplementedError
 
     def update(self, step: int) -> None:
@@ -69,7 +69,11 @@ class Method(nn.Module):
 
     @property
     def predictors(self) -> dict[str, nn.Module]:
-        """What is evaluated, by name; the first one is the reported one."""
+        """What is evaluated, by name (here: self.net); the first one is the reported one."""
+        if not hasattr(self, "net"):
+            raise NotImplementedError(
+                f"{type(self).__name__} has no `net`: say in `predictors` what is evaluated"
+            )
         return {"net": self.get_submodule("net")}
 
     @property

@@ -130,6 +130,11 @@ def _batch(words: Words) -> int:
         raise ValueError("--slots are this machine's; a cluster has as many as it has workers")
     table = ROOT / "notebooks" / f"{words.file.stem}.ipynb"
     seeds = [f"seeds=[{words.seeds}]"] if words.seeds is not None else []
+    if not table.is_file():
+        print(
+            f"There is no notebook {table.stem}: the runs of {words.file.name} belong to no report",
+            file=sys.stderr,
+        )
     ready = read_all(read_cell(table) if table.is_file() else PLAIN, words.file, [*words.pairs, *seeds])
     grid, parameters = ready.grid, ready.parameters
     assert grid is not None

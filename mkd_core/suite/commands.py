@@ -210,8 +210,12 @@ def _methods(words: Words) -> int:
 
     for name in [choose("method", words.name, METHODS)] if words.name else METHODS:
         about = inspect.getdoc(sys.modules[METHODS[name].__module__]) or ""
-        options = inspect.getdoc(METHODS[name])
-        print(f"{about}\n\n{options}" if words.name else f"{name:16} {about.splitlines()[0]}")
+        method = METHODS[name]
+        if not words.name:
+            print(f"{name:16} {about.splitlines()[0]}")
+            continue
+        options = [str(p) for p in inspect.signature(method).parameters.values()][1:]
+        print(about, inspect.getdoc(method), "\n".join(["Options:", *options]), sep="\n\n")
     return 0
 
 
