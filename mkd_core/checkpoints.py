@@ -41,10 +41,10 @@ def read(path: Path, device: torch.device | str) -> dict[str, Any]:
     """Read the state that a run left; nothing is unpickled. ValueError where there is none or it is damaged."""
     if not path.exists():
         raise ValueError(f"there is no checkpoint {path}: the run is not so far, or kept none (keep_every)")
-    keys = ("step", "method", "optimizers", "history", "data", "seconds", "seconds_training")
+    keys = ("step", "method", "optimizers", "history", "data", "classes", "seconds", "seconds_training")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        return {key: state[key] for key in keys} | {"classes": state.get("classes", [])}
+        return {key: state[key] for key in keys}
     # Not the file's fault, nothing to delete. Of a file that was cut, torch raises a plain OSError.
     except (PermissionError, IsADirectoryError, MemoryError, torch.OutOfMemoryError):
         raise

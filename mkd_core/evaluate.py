@@ -247,22 +247,20 @@ def evaluate(
     quality: a confidence threshold in [0, 1]; with it, the pseudo-label quality of each name too.
     """
     classes, device = len(dataset.classes), predictor.device
-    confusion = {
-        name: torch.zeros(classes, classes, dtype=torch.int64, device=device) for name in predictor.names
-    }
-    qualities = (
-        {name: PseudoLabelQuality(classes, quality, device) for name in predictor.names}
-        if quality is not None
-        else {}
-    )
+    names, qualities = predictor.names, dict[str, PseudoLabelQuality]()
+    confusion = {name: torch.zeros(classes, classes, dtype=torch.int64, device=device) for name in names}
+    if quality is not None:
+        qualities = {name: PseudoLabelQuality(classes, quality, device) for name in names}
+        confusion = {name: of.all for name, of in qualities.items()}  # which they count too
     for images, labels in _equal_sizes(
         DataLoader(_Items(dataset, ids), batch_size=None, num_workers=workers)
     ):
         labels = labels.to(device)
         for rows, name, prob in predictor.parts(images):
-            confusion[name] += confusion_matrix(prob.max(1).indices, labels[:, rows], classes)
             if qualities:
                 qualities[name].update(prob, labels[:, rows])
+            else:
+                confusion[name] += confusion_matrix(prob.max(1).indices, labels[:, rows], classes)
     return confusion, qualities
 
 

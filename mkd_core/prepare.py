@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def prepare(
     """Open the data and build the method of a run. DataError, ValueError for all that is wrong; deep: opens all files."""
     dataset, split = open_data(config)
     method = build_method(config, len(dataset.classes))
-    loaders(config)
+    _check_shared_memory(config)
     check_data(config, dataset, split, method.min_batch, deep, report)
     return dataset, split, method
 
@@ -51,6 +52,17 @@ def check_data(
     result.raise_if_bad()
     for warning in result.warnings if deep else ():
         print(f"WARNING: {warning}", flush=True)
+
+
+def _check_shared_memory(config: RunConfig) -> None:
+    """ValueError where loaders, which send a step's images through shared memory, would wait for ever for want of it."""
+    count, place = loaders(config), Path("/dev/shm")
+    needed = count * 2 * 9 * config.batch * math.prod(config.crop) / 2**20  # each has two steps ready
+    if count and place.is_dir() and (free := shutil.disk_usage(place).free / 2**20) < needed:
+        how = "workers=0, or more of it (docker run --shm-size=8g)"
+        raise ValueError(
+            f"{place} has {free:,.0f} MB free, {count} workers need up to {needed:,.0f} MB: {how}"
+        )
 
 
 def try_largest(dataset: SegDataset, predictor: Predictor) -> None:

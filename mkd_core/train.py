@@ -6,7 +6,6 @@ step number. So a run that was killed ends with the same weights, bit for bit on
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import time
@@ -201,21 +200,11 @@ def make_batch(crops: Crops, config: RunConfig, views: int, device: torch.device
 
 
 def loaders(config: RunConfig) -> int:
-    """Loader processes: at most a core each; -1: up to 8 beside a GPU, none on a CPU. Results do not depend on them.
-
-    ValueError where shared memory, through which they send a step's images, is too small: they would wait for ever.
-    """
+    """Loader processes: at most a core each; -1: up to 8 beside a GPU, none on a CPU. Results do not depend on them."""
     cores = len(os.sched_getaffinity(0))
-    count = min(config.workers, cores)
-    if count < 0:
-        count = min(8, cores - 1) if pick_device(config.device).type == "cuda" else 0
-    needed = count * 2 * 9 * config.batch * math.prod(config.crop) / 2**20  # each has two steps ready
-    if count and Path("/dev/shm").is_dir() and (free := shutil.disk_usage("/dev/shm").free / 2**20) < needed:
-        how = "workers=0, or more of it (docker run --shm-size=8g)"
-        raise ValueError(
-            f"/dev/shm has {free:,.0f} MB free, {count} workers need up to {needed:,.0f} MB: {how}"
-        )
-    return count
+    if config.workers < 0:
+        return min(8, cores - 1) if pick_device(config.device).type == "cuda" else 0
+    return min(config.workers, cores)
 
 
 def streams(

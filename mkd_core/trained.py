@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from . import checkpoints, records
 from .choices import choose
 from .config import RunConfig, read_config
-from .data import DATASETS, open_dataset
+from .data import DATASETS
 from .data.base import colormap, local
 from .evaluate import Predictor, pick_device
 from .methods import Method
@@ -46,18 +46,16 @@ def open_run(run: RunConfig | str | Path, step: int | str | None = None, device:
     kept = sorted(path.name for path in folder.glob("checkpoint-*.pt"))
     name = "checkpoint.pt" if step is None else choose("checkpoint", f"checkpoint-{step}.pt", kept)
     saved = checkpoints.read(folder / name, where)
-    state, (names, palette) = saved["method"], _classes(config, folder, saved["classes"])
+    state, names = saved["method"], saved["classes"]  # kept there: a person's folder may have gone
     try:
         with torch.random.fork_rng():
-            classes = next(len(value) for key, value in state.items() if key.endswith("classifier.weight"))
             # The checkpoint holds the encoder too: its ImageNet file may be gone.
-            method = build_method(config.model_copy(update={"weights": "", "weights2": ""}), classes).to(
-                where
-            )
+            bare = config.model_copy(update={"weights": "", "weights2": ""})
+            method = build_method(bare, len(names)).to(where)
         method.load_state_dict(state)
-    except (RuntimeError, StopIteration) as error:
+    except RuntimeError as error:
         raise ValueError(f"{folder / name} does not fit config.json beside it: {str(error)[:300]}") from error
-    return OpenRun(folder, config, name, method.eval(), names, palette, where)
+    return OpenRun(folder, config, name, method.eval(), names, _palette(config, len(names)), where)
 
 
 def find_run(run: RunConfig | str | Path) -> Path:
@@ -71,12 +69,10 @@ def find_run(run: RunConfig | str | Path) -> Path:
     return records.RUNS / choose("run (a folder, or an id under runs/)", str(run), known)
 
 
-def _classes(config: RunConfig, folder: Path, saved: list[str]) -> tuple[list[str], NDArray[np.uint8]]:
-    """Class names and colours: the data set's own; a person's folder may have gone, so the checkpoint's names come before those found there."""
+def _palette(config: RunConfig, classes: int) -> NDArray[np.uint8]:
+    """The data set's colours (C, 3)."""
     if config.dataset != "folder":
         made: Any = DATASETS[config.dataset]
-        return list(made.classes), made.palette
+        return made.palette
     colours = config.dataset_options["palette"]
-    known = None if saved else records.load(folder)
-    names = saved or (known or open_dataset(config.dataset, config.root, **config.dataset_options)).classes
-    return list(names), colormap(len(names)) if colours is None else np.array(colours, np.uint8)
+    return colormap(classes) if colours is None else np.array(colours, np.uint8)

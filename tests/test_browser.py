@@ -94,7 +94,8 @@ def make_run(runs, root, method, seed, **options):
                 head.bias.sub_(mean).div_(spread / 2)
                 head.weight.div_(spread[:, None, None, None] / 2)
         state = {"step": step, "method": drawn.state_dict(), "optimizers": [], "history": "[]"}
-        checkpoints.write(state | {"data": "{}", "seconds": 0.0, "seconds_training": 0.0}, folder, [name])
+        state |= {"data": "{}", "classes": list(Shapes.classes), "seconds": 0.0, "seconds_training": 0.0}
+        checkpoints.write(state, folder, [name])
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -286,6 +285,4 @@ def save_png(path: Path, array: Pixels, palette: Pixels | None = None) -> None:
     picture = Image.fromarray(array)
     if palette is not None:
         picture.putpalette(np.concatenate((palette, colormap(256)[len(palette) :])).tobytes())
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    records.write_atomically(path, buffer.getvalue())
+    records.write_atomically(path, partial(picture.save, format="PNG"))
