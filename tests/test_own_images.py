@@ -1,6 +1,7 @@
 """A person's folder made a data set: layouts, what masks mean, draws, originals untouched, and what is trained on it."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +162,7 @@ def test_palettes_that_disagree_are_read_as_colours(tmp_path):
         palette(truth(k), (0, 1, 2) if k % 2 else (2, 0, 1)).save(path)
         masks.append(path)
     meaning = understand(masks, ["a", "c", "b"], {})
-    assert meaning.colours and all(
+    assert not meaning.as_is and all(
         (meaning.read(m) == np.array([0, 2, 1])[truth(k)]).all() for k, m in enumerate(masks)
     )
     assert understand([masks[1], masks[3]], ["a", "b", "c"], {}).as_is
@@ -203,31 +204,153 @@ def test_what_masks_do_not_tell_is_asked_for(tmp_path, form, classes, said):
     assert not (tmp_path / "mkd").exists()
 
 
+# Outlines in JSON.
+
+
+SHAPES = [
+    {"label": "wall", "points": [[2, 4], [30, 4], [30, 20], [2, 20]], "shape_type": None},
+    {
+        "label": "door",
+        "points": [[20, 30], [8, 10]],
+        "shape_type": "rectangle",
+    },  # from its last corner; over the wall
+    {"label": "__ignore__", "points": [[25, 36], [25, 42]], "shape_type": "circle"},
+    {"label": "_background_", "points": [[10, 12], [11, 13]], "shape_type": "rectangle"},
+]
+
+
+def labelme(path, shapes, **keys):
+    content = {"shapes": shapes, "imagePath": "?", "imageHeight": 48, "imageWidth": 40, "imageData": None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content | keys))
+
+
+def instances(path, images, outline, categories, **keys):
+    """A file of COCO's kind: two objects in each image but the last."""
+    boxes = [(category, outline) for category, outline in zip((2, 1), outline, strict=True)]
+    annotations = [
+        {"image_id": k, "category_id": c, "segmentation": [o]}
+        for k in range(len(images) - 1)
+        for c, o in boxes
+    ]
+    listed = [{"id": k, "file_name": name, "height": 48, "width": 40} for k, name in enumerate(images)]
+    named = [{"id": id, "name": name} for id, name in categories.items()]
+    content = {"images": listed, "annotations": annotations, "categories": named}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content | keys))
+
+
+@pytest.mark.parametrize(
+    "names", ["{}.jpg {}.json", "images/{}.jpg json/{}.json", "train/{}.jpg train/ann/{}.jpg.json"]
+)
+def test_outlines_of_labelme(tmp_path, names, capsys):
+    image, drawn = names.split()
+    for k in range(8):
+        save(tmp_path / image.format(k), photo(k))
+        labelme(tmp_path / drawn.format(k), SHAPES if k < 6 else [])
+    config = prepare_folder(tmp_path, weights="")
+    assert "no outline in it" in capsys.readouterr().out
+    data = open_dataset("folder", config.root, **config.dataset_options)
+    assert data.classes == ("background", "door", "wall") and len(load_split(data, "labeled").unlabeled) == 2
+    want = np.zeros((48, 40), np.uint8)
+    want[4:20, 2:30] = 2
+    want[10:30, 8:20] = 1
+    y, x = np.mgrid[:48, :40]
+    far = np.hypot(x - 25, y - 36)
+    want[far <= 6] = 255
+    want[12:13, 10:11] = 0
+    edge = abs(far - 6) < 1  # of the circle, a polygon here
+    assert (data.label(data.val[0]).numpy() == want)[~edge].all()
+
+
+def test_outlines_of_coco_in_the_order_of_their_ids(tmp_path):
+    wide, small = [2, 4, 30, 4, 30, 20, 2, 20], [8, 10, 20, 10, 20, 18, 8, 18]
+    for part, count in (
+        ("train", 5),
+        ("valid", 3),
+    ):  # as exporters write it, a category without objects first
+        files = [save(tmp_path / f"{part}/{part}_{k}.jpg", photo(10 * count + k)).name for k in range(count)]
+        instances(
+            tmp_path / f"{part}/_annotations.coco.json",
+            files,
+            (small, wide),
+            {0: "things", 1: "pit", 2: "crack"},
+        )
+    config = prepare_folder(tmp_path, weights="", quiet=True)
+    data = open_dataset("folder", config.root, **config.dataset_options)
+    assert data.classes == ("background", "pit", "crack") and len(data.val) == 2
+    want = np.zeros((48, 40), np.uint8)
+    want[4:20, 2:30] = 1
+    want[10:18, 8:20] = 2  # the small one stays on top, though it comes first
+    assert all((data.label(id).numpy() == want).all() for id in data.val)
+    assert len(load_split(data, "labeled").unlabeled) == 2  # without an object: nobody looked, perhaps
+
+
+@pytest.mark.parametrize(
+    ("shapes", "keys", "said"),
+    [
+        ([SHAPES[0] | {"shape_type": "linestrip"}], {}, "0.json: shape 1 is a linestrip of 4 points: outlines are polygons of "),
+        ([SHAPES[0] | {"points": [[1, 1], [5, 5]]}], {}, "0.json: shape 1 is a polygon of 2 points: outlines"),
+        (SHAPES, {"imageHeight": 40}, r"0.json: a mask of \(40, 40\) pixels, its photo 0.jpg \(upright\) has \(48, 40\)"),
+        (SHAPES, {"imageHeight": None}, "0.json: not JSON as labelme or COCO has it"),
+        ([SHAPES[0] | {"label": "roof"}], {}, r"1 labels \(roof\), in .*0.json first, are not among wall, door"),
+        ([], {}, "(?s)no photo has a mask.*no outline in it.*0.json"),
+    ],
+)  # fmt: skip
+def test_outlines_that_cannot_be_used(tmp_path, shapes, keys, said):
+    save(tmp_path / "0.jpg", photo(0))
+    labelme(tmp_path / "0.json", shapes, **keys)
+    (tmp_path / "labels.txt").write_text("__ignore__\n_background_\nwall\ndoor\n")
+    with pytest.raises(DataError, match=said):
+        prepare_folder(tmp_path, quiet=True)
+    assert not (tmp_path / "mkd").exists()
+
+
+def test_masks_and_outlines_are_not_mixed(tmp_path):
+    folder(tmp_path, lambda y: y, 2)
+    for k in range(2):
+        labelme(tmp_path / f"images/0{k}.json", SHAPES)
+    pairs, left_out = find_pairs(
+        tmp_path, tmp_path / "mkd"
+    )  # masks drawn from outlines, by labelme's exporter
+    assert {p.mask.suffix for p in pairs} == {".png"} and "another form of a mask" in left_out[0]
+    (tmp_path / "masks/01.png").unlink()
+    with pytest.raises(DataError, match="00.png is a mask, .*01.json holds outlines: move one kind"):
+        find_pairs(tmp_path, tmp_path / "mkd")
+
+
 # The data set.
 
 
 def test_photos_without_masks_are_unlabeled_and_what_is_left_out_is_told(tmp_path, capsys):
     folder(tmp_path, lambda y: y, 12, 5)
     (tmp_path / "classes.txt").write_text("a\nb\nc\n")
-    save(tmp_path / "masks/03.png", truth(3)[:20])
-    (tmp_path / "masks/04.png").write_bytes(b"no picture")
-    save(tmp_path / "masks/05.jpg", truth(5))
-    (tmp_path / "masks/05.png").unlink()
+    faulty = [
+        save(tmp_path / "masks/03.png", truth(3)[:20]),
+        tmp_path / "masks/04.png",
+        tmp_path / "images/05.png",
+    ]
+    for path in faulty[1:]:
+        path.write_bytes(b"no picture")
+    save(tmp_path / "masks/06.jpg", truth(6))
+    (tmp_path / "masks/06.png").unlink()
     save(tmp_path / "masks/nobody.png", truth(5))
+    assert main(["prepare", str(tmp_path)]) == 2  # what is damaged is not dropped, nor taken for unlabeled
+    text = capsys.readouterr().err
+    said = ("03.png: a mask of (20, 40) pixels", "04.png: not a readable mask", "05.png: not a readable picture", "06.jpg: a mask is a lossless")  # fmt: skip
+    assert all(
+        part in text for part in (*said, "4 faulty files", "move them away: a photo without its mask is unlabeled")
+    )
+    for path in (*faulty, tmp_path / "masks/06.jpg"):
+        path.unlink()
     assert main(["prepare", str(tmp_path), "weights=", "--test", "0.2"]) == 0
     text = capsys.readouterr().out
-    for name in (
-        "(20, 40) pixels",
-        "04.png: not a readable mask",
-        "05.jpg: a mask is a lossless",
-        "nobody.png",
-    ):
-        assert name in text
+    assert "nobody.png" in text and "classes.txt)" not in text
     assert f"Next: mkd train {tmp_path}" in text and (tmp_path / "mkd/sheet.png").is_file()
     data = open_dataset("folder", str(tmp_path / "mkd"))
     split = load_split(data, "labeled")
     test = open_dataset("folder", str(tmp_path / "mkd"), val="test.txt").val
-    assert len(split.unlabeled) == 5 and len(test) == 2 and len(data.val) == 2 and len(split.labeled) == 5
+    assert len(split.unlabeled) == 8 and len(test) == 2 and len(data.val) == 2 and len(split.labeled) == 4
     assert not set(data.val) & set(test) and not {*data.val, *test} & set(data.train)
     assert main(["prepare", str(tmp_path)]) == 2
     assert "--overwrite" in capsys.readouterr().err

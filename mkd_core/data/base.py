@@ -110,6 +110,17 @@ def some(items: Iterable[object], noun: str) -> str:
     return f"{len(names)} {noun} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
 
+def faulty(faults: Sequence[str]) -> str:
+    """The first five of what is wrong with files, a line each."""
+    return "\n  ".join([f"{len(faults)} faulty files:", *faults[:5], *["..."] * (len(faults) > 5)])
+
+
+def refuse_faulty(faults: Sequence[str]) -> None:
+    """DataError that says what is wrong with files and the way out, if there are any."""
+    if faults:
+        raise DataError(f"{faulty(faults)}\nMend or move them away: a photo without its mask is unlabeled")
+
+
 def local(path: str | Path) -> Path:
     """Fill in "~"; the home of nobody stays as written, where Path.expanduser raises."""
     return Path(os.path.expanduser(path))
@@ -192,6 +203,13 @@ def open_mask(path: Path) -> Iterator[Image.Image]:
         yield picture
         if (turned := _orientation(picture)) != 1:
             raise DataError(f"{path}: a mask with EXIF orientation {turned}; save it upright, unmarked")
+
+
+def mask_size(path: Path) -> tuple[int, int]:
+    """Height and width of a mask, all of which can be read."""
+    with open_mask(path) as picture:
+        picture.load()
+        return picture.size[::-1]
 
 
 def stored(picture: Image.Image) -> np.ndarray:

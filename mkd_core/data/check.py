@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .base import IGNORE, DataError, SegDataset, read_palette, read_turned, some
+from .base import IGNORE, DataError, SegDataset, faulty, read_palette, read_turned, some
 from .splits import Split, as_published
 
 Progress = Callable[[int, int], None]
@@ -166,8 +166,7 @@ def _check_contents(
         percent = (100 * count / max(1, int(count.sum()))).tolist()
         report.shares[part] = {name: percent[value] for value, name in names.items()}
     if faults:
-        first = [f"{len(faults)} faulty files:", *faults[:5], *["..."] * (len(faults) > 5)]
-        report.problems.append("\n  ".join(first))
+        report.problems.append(faulty(faults))
     elif len(ids) == len({*split.labeled, *split.unlabeled, *dataset.val}):
         _check_classes(report, dataset, counts)
 

@@ -59,33 +59,25 @@ class COCO(FileDataset):
 def render_masks(annotations: Path, out: Path, progress: Callable[[int, int], None] | None = None) -> int:
     """Write out/<id>.png (grey, 0..80, 255) for each image of an instances_*.json; return their number.
 
-    Rule (our choice, none is standard): objects are painted in decreasing order of area, so that
-    small ones stay on top; crowds, and the boxes of objects without outline, become 255, the rest 0.
     Masks that exist are kept, so that a second call continues a first.
     `progress(done, total)` is called after each image.
     """
     content = json.loads(Path(annotations).read_text(encoding="utf-8"))
-    objects = defaultdict(list)
-    try:
-        names = {each["id"]: each["name"] for each in content["categories"]}
-        if own := [name for name in names.values() if name not in CLASSES[1:]]:
-            what = f"{some(own, 'categories')} not of COCO's 80"
-            raise DataError(f"{annotations}: {what}; own classes belong in data set 'folder'")
-        for each in content["annotations"]:
-            objects[each["image_id"]].append((each, CLASSES.index(names[each["category_id"]])))
-        images = [(each["id"], each["height"], each["width"]) for each in content["images"]]
-    except KeyError as error:
-        raise DataError(f"{annotations}: there is no {error}; an instances_*.json is needed") from error
+    names, images, objects = read_instances(annotations, content)
+    if own := [name for name in names.values() if name not in CLASSES[1:]]:
+        what = f"{some(own, 'categories')} not of COCO's 80"
+        raise DataError(f"{annotations}: {what}; own classes belong in data set 'folder'")
     out.mkdir(parents=True, exist_ok=True)
     written = 0
-    for done, (id, height, width) in enumerate(images, 1):
-        path = out / f"{int(id):012d}.png"
+    for done, image in enumerate(images, 1):
+        path = out / f"{int(image['id']):012d}.png"
         if not path.exists():
             part = path.with_suffix(".part")
             try:
-                mask = _render(objects[id], height, width)
+                mine = [(each, CLASSES.index(name)) for each, name in objects[image["id"]]]
+                mask = paint(mine, image["height"], image["width"])
             except DataError as error:
-                raise DataError(f"{annotations}: image {id}, {error}") from error
+                raise DataError(f"{annotations}: image {image['id']}, {error}") from error
             Image.fromarray(mask).save(part, "png")
             os.replace(part, path)  # a killed run leaves no half mask under a final name
             written += 1
@@ -94,8 +86,29 @@ def render_masks(annotations: Path, out: Path, progress: Callable[[int, int], No
     return written
 
 
-def _render(objects: list[tuple[dict[str, Any], int]], height: int, width: int) -> np.ndarray:
-    """(H, W) uint8 from (annotation, class) of each object."""
+Objects = dict[Any, list[tuple[dict[str, Any], str]]]
+
+
+def read_instances(path: Path, content: dict[str, Any]) -> tuple[dict[Any, str], list[Any], Objects]:
+    """Read names by category id, images, and (annotation, name) by image id; DataError where a key is missing."""
+    objects: Objects = defaultdict(list)
+    try:
+        names = {each["id"]: each["name"] for each in content["categories"]}
+        for each in content["annotations"]:
+            objects[each["image_id"]].append((each, names[each["category_id"]]))
+        for each in content["images"]:
+            each["id"], each["height"], each["width"]
+    except KeyError as error:
+        raise DataError(f"{path}: there is no {error}; an instances_*.json is needed") from error
+    return names, content["images"], objects
+
+
+def paint(objects: list[tuple[dict[str, Any], int]], height: int, width: int) -> np.ndarray:
+    """Paint (annotation, class) of each object: (H, W) uint8.
+
+    Rule (our choice, none is standard): in decreasing order of area, so that small ones stay on top;
+    crowds, and the boxes of objects without outline, become 255, the rest 0.
+    """
     parts = []
     for number, (each, index) in enumerate(objects):
         try:

@@ -9,13 +9,14 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from .base import DataError, some
+from .base import DataError, refuse_faulty, some
+from .outlines import Drawing, read_drawings
 from .pictures import PICTURES, absolute, find_pictures
 
 IMAGE_FOLDERS = "images image imgs img photos jpegimages leftimg8bit rgb frames inputs"
 MASK_FOLDERS = (
     "masks mask ann anns annotations annotation labels label gts gt gtfine targets "
-    "segmentationclass segmentationclasspng segmentations segmentation"
+    "segmentationclass segmentationclasspng segmentations segmentation json"
 )
 IMAGE_ENDINGS = "_leftImg8bit _image _img _rgb _photo"
 # The first are taken where a photo has several.
@@ -26,16 +27,22 @@ MASK_ENDINGS = (
 OTHERS = re.compile(r"(_color|_instanceIds)$|(^|/)(SegmentationObject|masks_human|instances)/", re.IGNORECASE)
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 PARTS |= {"test": "test", "testing": "test"}
+CLASS_FILES = "classes.txt class_names.txt labels.txt names.txt codes.txt"
+TABLE_FILES = "labelmap.txt label_colors.txt label_colours.txt colors.txt colours.txt class_dict.csv"
 DONE = "mkd.yaml"  # written last: where it lies, a folder is prepared
 
 
 class Pair(NamedTuple):
-    """A photo, its mask (None: unlabeled), a name for both, and the part that a folder calls it ("" where none does)."""
+    """A photo, its mask (None: unlabeled), a name for both, and the part that a folder calls it ("" where none does).
+
+    Of outlines, mask is their JSON file, or a name below it.
+    """
 
     name: str
     image: Path
     mask: Path | None
     part: str
+    drawing: Drawing | None = None
 
 
 class _File(NamedTuple):
@@ -50,18 +57,55 @@ def find_pairs(root: Path, out: Path, images: str = "", masks: str = "") -> tupl
     """Pair the photos below `root` with their masks; returns also what was left out and why.
 
     images/a.jpg + masks/a.png, train/img/a.jpg + train/ann/a.jpg.png, JPEGImages + SegmentationClass,
-    leftImg8bit/.../a_leftImg8bit.png + gtFine/.../a_gtFine_labelIds.png, a.jpg + a_mask.png, and the like.
+    leftImg8bit/.../a_leftImg8bit.png + gtFine/.../a_gtFine_labelIds.png, a.jpg + a_mask.png, a.jpg + a.json
+    of labelme, one JSON file of COCO's kind, and the like.
     images, masks: folders below root, where their names tell nothing. DataError where two of one name are found.
     """
-    pictures, left_out = find_pictures([root], out)
+    found, left_out = find_pictures([root], out, f".json {CLASS_FILES} {TABLE_FILES}")
     prepared = {path.parent for path in root.rglob(DONE)}
-    pictures = [path for path in pictures if not prepared.intersection(path.parents)]
-    names = {path: path.relative_to(root).as_posix() for path in pictures}
-    others = [path for path in pictures if OTHERS.search(names[path].removesuffix(path.suffix))]
+    found = [path for path in found if not prepared.intersection(path.parents)]
+    pictures = [path for path in found if path.suffix.lower() in PICTURES.split()]
+    drawings = _drawings([path for path in found if path.suffix.lower() == ".json"], root, left_out)
+    others = [path for path in pictures if OTHERS.search(path.relative_to(root).with_suffix("").as_posix())]
     _tell(left_out, "colours, instances or objects, no classes", root, others)
     own = [(absolute(root / masks), True)] * bool(masks) + [(absolute(root / images), False)] * bool(images)
     files = [_look(path, root, own) for path in pictures if path not in set(others)]
     photos = [file for file in files if not file.is_mask]
+    drawn = [_look(root / of.place, root, own)._replace(path=path, rank=99) for path, of in drawings.items()]
+    chosen = _choose(photos, [*(file for file in files if file.is_mask), *drawn], root, left_out)
+    if not chosen:
+        where = f"JSON of labelme or COCO, folders called {MASK_FOLDERS.replace(' ', ', ')}, or names that end in _mask, _gt ..."
+        how = "name yours: --masks FOLDER, and --images FOLDER"
+        fault = f"{root}: no photo has a mask of its name. Masks are sought in {where}; {how}"
+        raise DataError("\n".join([fault, *left_out]))
+    kinds = {mask in drawings: mask for mask in chosen.values()}
+    if len(kinds) == 2:
+        raise DataError(f"{kinds[False]} is a mask, {kinds[True]} holds outlines: move one kind of them away")
+    pairs = []
+    for file in photos:
+        name, mask = "/".join((*file.place, file.stems[0])), chosen.get(file.path)
+        pairs.append(Pair(name, file.path, mask, _part(file.place), drawings.get(mask or root)))
+    return sorted(pairs), left_out
+
+
+def _drawings(paths: list[Path], root: Path, left_out: list[str]) -> dict[Path, Drawing]:
+    found: dict[Path, Drawing] = {}
+    faults, others = [], []
+    for path in paths:
+        try:
+            found |= (mine := read_drawings(path, root))
+            others += [] if mine else [path]
+        except DataError as error:
+            faults.append(str(error))
+    refuse_faulty(faults)
+    _tell(left_out, "JSON neither of labelme nor of COCO's instances", root, others)
+    why = "no outline in it, so the photo is unlabeled (a shape _background_: nothing there)"
+    _tell(left_out, why, root, [path for path, drawing in found.items() if not drawing.objects])
+    return {path: drawing for path, drawing in found.items() if drawing.objects}
+
+
+def _choose(photos: list[_File], masks: list[_File], root: Path, left_out: list[str]) -> dict[Path, Path]:
+    """Photo -> mask."""
     known: dict[tuple[tuple[str, ...], str], _File] = {}
     for file in photos:
         if (twin := known.setdefault((file.place, file.stems[0]), file)) is not file:
@@ -72,7 +116,7 @@ def find_pairs(root: Path, out: Path, images: str = "", masks: str = "") -> tupl
     for (_, stem), file in known.items():
         by_stem[stem].add(file)
     masks_of, alone, spare = defaultdict(list), [], []
-    for file in (file for file in files if file.is_mask):
+    for file in masks:
         near = [known[file.place, stem] for stem in file.stems if (file.place, stem) in known]
         # Masks in another tree of folders: by the name, where it is the only one.
         far = [photo for stem in file.stems if len(by_stem[stem]) == 1 for photo in by_stem[stem]]
@@ -89,19 +133,7 @@ def find_pairs(root: Path, out: Path, images: str = "", masks: str = "") -> tupl
         spare += [file.path for file in same[1:]]
     _tell(left_out, "another form of a mask", root, spare)
     _tell(left_out, "a mask without a photo of its name", root, alone)
-    if not chosen:
-        where = f"folders called {MASK_FOLDERS.replace(' ', ', ')}, or names that end in _mask, _gt, _labelIds ..."
-        how = "name yours: --masks FOLDER, and --images FOLDER"
-        raise DataError(
-            "\n".join(
-                [f"{root}: no photo has a mask of its name. Masks are sought in {where}; {how}", *left_out]
-            )
-        )
-    pairs = [
-        Pair("/".join((*file.place, file.stems[0])), file.path, chosen.get(file.path), _part(file.place))
-        for file in photos
-    ]
-    return sorted(pairs), left_out
+    return chosen
 
 
 def draw_parts(
@@ -131,8 +163,8 @@ def draw_parts(
             for name in sorted(groups, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest()):
                 if len(parts[part]) < max(1, round(share * every)):
                     parts[part] += groups[name]
-            drawn = set(parts[part])
-            parts["train"] = [pair for pair in parts["train"] if pair not in drawn]
+            drawn = {pair.image for pair in parts[part]}
+            parts["train"] = [pair for pair in parts["train"] if pair.image not in drawn]
     if not parts["train"] or not parts["val"]:
         counts = ", ".join(f"{part} {len(of)}" for part, of in parts.items())
         raise DataError(

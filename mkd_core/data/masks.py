@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,25 +23,17 @@ INDEX_MODES = ("L", "P", "1")
 class Meaning:
     """How the numbers in mask files become classes.
 
-    values    number -> class index; a colour is the number r * 65536 + g * 256 + b
-    colours   whether the files are read as colours
+    read      reads a mask as (H, W) uint8 class indices, 255 ignored
     as_is     whether the files are masks of class indices already
     palette   a colour for each class, None where the files have none
     notes     what was decided, for people
     """
 
     classes: tuple[str, ...]
-    values: dict[int, int]
-    colours: bool
+    read: Callable[[Path], np.ndarray]
     as_is: bool
     palette: list[list[int]] | None
     notes: list[str]
-
-    def read(self, path: Path) -> np.ndarray:
-        """Read a mask as (H, W) uint8 class indices, 255 ignored."""
-        keys = np.array(sorted(self.values))
-        indices = np.array([self.values[key] for key in keys.tolist()], np.uint8)
-        return indices[np.searchsorted(keys, _numbers(path, self.colours))]
 
 
 @dataclass
@@ -50,18 +43,6 @@ class _Look:
     coloured: bool
     mode: str
     palette: dict[int, tuple[int, ...]]
-    size: tuple[int, int]
-
-
-def sizes(paths: Sequence[Path]) -> tuple[dict[Path, tuple[int, int]], dict[Path, str]]:
-    """Height and width of the masks that can be read; of the others what is wrong with them."""
-    found, faults = {}, {}
-    for path, look in zip(paths, _each(_look, paths), strict=True):
-        if isinstance(look, str):
-            faults[path] = look
-        else:
-            found[path] = look.size
-    return found, faults
 
 
 def understand(
@@ -71,14 +52,13 @@ def understand(
 
     table: colour (r, g, b) -> name; {} where there is none.
     """
-    looks = [look for look in _each(_look, paths) if isinstance(look, _Look)]
+    looks = each(_look, paths)
     palettes: dict[int, tuple[int, ...]] = {}
-    agree = all(
-        palettes.setdefault(k, colour) == colour for look in looks for k, colour in look.palette.items()
-    )
+    used = [pair for look in looks for pair in look.palette.items()]
+    agree = all([palettes.setdefault(k, colour) == colour for k, colour in used])
     colours = bool(table) or not agree or any(look.coloured for look in looks)
     counts, where = Counter[int](), dict[int, Path]()
-    for path, found in zip(paths, _each(lambda path: _count(path, colours), paths), strict=True):
+    for path, found in zip(paths, each(lambda path: _count(path, colours), paths), strict=True):
         for value, count in found.items():
             counts[value] += count
             where.setdefault(value, path)
@@ -93,17 +73,13 @@ def understand(
     names = [f"class {k}" for k in range(classes)] if isinstance(classes, int) else list(classes or [])
     if colours:
         return _of_colours(counts, where, names, table, shown, agree)
-    palette = (
-        [list(palettes[k]) for k in range(len(names))] if palettes.keys() >= set(range(len(names))) else None
-    )
     values, said = _of_values(set(counts), names, shown)
-    if not names:
-        names = ["background", "foreground"]
+    names = names or ["background", "foreground"]
     same = all(value == index for value, index in values.items())
     as_is = same and all(look.mode in INDEX_MODES for look in looks)
-    return Meaning(
-        tuple(names), values, False, as_is, palette if same and names and palette else None, [said]
-    )
+    palette = [list(palettes[k]) for k in range(len(names)) if same and k in palettes]
+    whole = palette if len(palette) == len(names) else None
+    return Meaning(tuple(names), partial(_read, values, False), as_is, whole, [said])
 
 
 def _of_values(values: set[int], names: list[str], shown: str) -> tuple[dict[int, int], str]:
@@ -120,9 +96,7 @@ def _of_values(values: set[int], names: list[str], shown: str) -> tuple[dict[int
     order = proper if len(proper) == len(names) else sorted(values) if len(values) == len(names) else None
     if order:
         listed = ", ".join(f"{value} is {name}" for value, name in zip(order[:8], names, strict=False))
-        return {value: k for k, value in enumerate(order)} | {
-            v: IGNORE for v in ignored if v not in order
-        }, listed
+        return ignored | {value: k for k, value in enumerate(order)}, listed
     have = f"{len(names)} class names do not fit them" if names else "which classes are they?"
     raise DataError(f"the masks hold these numbers:\n{shown}\n{have} Give the names in their order, --classes a,b,c "
                     f"({len(proper)} for the numbers without {IGNORE}), or their count alone")  # fmt: skip
@@ -131,9 +105,7 @@ def _of_values(values: set[int], names: list[str], shown: str) -> tuple[dict[int
 def _of_colours(
     counts: Counter[int], where: dict[int, Path], names: list[str], table: dict[tuple[int, ...], str], shown: str, agree: bool
 ) -> Meaning:  # fmt: skip
-    notes = ["colours are read as classes"] + ["palettes of different order are read as colours"] * (
-        not agree
-    )
+    notes = ["colours are read as classes", *["as palettes differ in their order"] * (not agree)]
     if table:
         known = {r << 16 | g << 8 | b: name for (r, g, b), name in table.items()}
         if other := [f"{_colour(value)} in {where[value].name}" for value in counts if value not in known]:
@@ -148,14 +120,13 @@ def _of_colours(
             raise DataError(f"the masks hold {len(counts)} colours:\n{shown}\n{have} Give the names in this order, "
                             "--classes a,b,c (void: ignored), or a table, --colours FILE with lines 'r g b name'")  # fmt: skip
         order = [name for name in names if name.lower() not in VOID]
-        values = {
-            v: order.index(n) if n in order else IGNORE for v, n in zip(sorted(counts), names, strict=True)
-        }
-        notes += [f"{_colour(value)} is {name}" for value, name in zip(sorted(counts), names, strict=True)]
+        named = dict(zip(sorted(counts), names, strict=True))
+        values = {value: order.index(n) if n in order else IGNORE for value, n in named.items()}
+        notes += [f"{_colour(value)} is {name}" for value, name in named.items()]
         names = order
     first = {index: value for value, index in reversed(values.items())}
     palette = [[first[k] >> 16, first[k] >> 8 & 255, first[k] & 255] for k in range(len(names))]
-    return Meaning(tuple(names), values, True, False, palette, notes)
+    return Meaning(tuple(names), partial(_read, values, True), False, palette, notes)
 
 
 def read_table(path: Path) -> dict[tuple[int, ...], str]:
@@ -171,20 +142,25 @@ def read_table(path: Path) -> dict[tuple[int, ...], str]:
     return table
 
 
-def _each(look, paths):  # type: ignore[no-untyped-def]
+def each(look, paths):  # type: ignore[no-untyped-def]
+    """What `look` says of each path, in threads."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(look, paths))
 
 
-def _look(path: Path) -> _Look | str:
-    try:
-        with open_mask(path) as picture:
-            mode, pixels, palette = picture.mode, np.array(picture), picture.getpalette() or []
-    except DataError as error:
-        return str(error)
+def _look(path: Path) -> _Look:
+    with open_mask(path) as picture:
+        mode, pixels, palette = picture.mode, np.array(picture), picture.getpalette() or []
     coloured = mode in ("RGB", "RGBA") and bool((pixels[..., :3] != pixels[..., :1]).any())
     used = np.flatnonzero(np.bincount(pixels.ravel())).tolist() if mode == "P" else ()
-    return _Look(coloured, mode, {k: tuple(palette[3 * k : 3 * k + 3]) for k in used}, pixels.shape[:2])
+    return _Look(coloured, mode, {k: tuple(palette[3 * k : 3 * k + 3]) for k in used})
+
+
+def _read(values: dict[int, int], colours: bool, path: Path) -> np.ndarray:
+    """Read a mask by number -> class; a colour is the number r * 65536 + g * 256 + b."""
+    keys = np.array(sorted(values))
+    indices = np.array([values[key] for key in keys.tolist()], np.uint8)
+    return indices[np.searchsorted(keys, _numbers(path, colours))]
 
 
 def _numbers(path: Path, colours: bool) -> np.ndarray:

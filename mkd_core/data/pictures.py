@@ -11,10 +11,11 @@ from .base import DataError, local, some
 PICTURES = ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .mpo .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
 
 
-def find_pictures(paths: Sequence[str | Path], out: Path) -> tuple[list[Path], list[str]]:
+def find_pictures(paths: Sequence[str | Path], out: Path, beside: str = "") -> tuple[list[Path], list[str]]:
     """Files as they are and, of folders, every picture at any depth: (pictures, what was left out and why).
 
     Links are followed. Hidden folders and what lies below `out` are passed over without a word.
+    beside: names and suffixes of other files that are wanted.
     """
     files: list[Path] = []
     left_out = []
@@ -22,7 +23,7 @@ def find_pictures(paths: Sequence[str | Path], out: Path) -> tuple[list[Path], l
         if not path.is_dir():
             files.append(path)
             continue
-        found = _search(path, out)
+        found = _search(path, out, (PICTURES + " " + beside).split())
         files += (pictures := sorted(found.pop("", [])))
         for why, others in found.items():
             left_out.append(f"Left out, {why}: {some((file.relative_to(path) for file in others), 'files')}")
@@ -34,7 +35,7 @@ def find_pictures(paths: Sequence[str | Path], out: Path) -> tuple[list[Path], l
     return list(dict.fromkeys(files)), left_out
 
 
-def _search(top: Path, out: Path) -> dict[str, list[Path]]:
+def _search(top: Path, out: Path, wanted: Sequence[str]) -> dict[str, list[Path]]:
     """The files below a folder by the reason why they are left out; "": pictures."""
     found, seen = defaultdict(list), set()
     for folder, below, names in os.walk(top, followlinks=True):
@@ -45,7 +46,7 @@ def _search(top: Path, out: Path) -> dict[str, list[Path]]:
         seen.add(place.resolve())
         below[:] = sorted(name for name in below if not name.startswith("."))
         for file in map(place.joinpath, names):
-            known = file.suffix.lower() in PICTURES.split()
+            known = file.suffix.lower() in wanted or file.name in wanted
             why = "" if known else "no known kind of picture (HEIC: convert it)"
             why = "hidden" if file.name[0] == "." else why if file.exists() else "a link to nothing"
             found[why].append(file)

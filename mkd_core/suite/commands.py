@@ -17,17 +17,8 @@ def add_commands(command: Callable[..., Any]) -> None:
     add = command(_prepare, "my_photos --classes wall,window,door --group-by 8")
     _add_folder(add)
     add("--test", type=float, default=0.0, metavar="SHARE", help="of the photos with masks, for test.txt")
-    add(
-        "--labeled",
-        default="",
-        help="1/4, 40 or all of the photos with masks (default: all; 1/4 where all have one)",
-    )
-    add(
-        "--group-by",
-        default="",
-        metavar="N|REGEX",
-        help="photos of equal first N letters, or match, stay together",
-    )
+    add("--labeled", default="", help="1/4, 40 or all with masks (default: all; 1/4 where all have one)")
+    add("--group-by", default="", metavar="N|REGEX", help="equal first N letters, or match, stay together")
     add("--colours", default="", metavar="FILE", help="lines 'r g b name' (default: a table in the folder)")
     add("--images", default="", metavar="DIR", help="folder of the photos, where its name does not tell")
     add("--masks", default="", metavar="DIR", help="folder of the masks, where its name does not tell")
@@ -64,15 +55,12 @@ def add_commands(command: Callable[..., Any]) -> None:
     add("--onnx", action="store_true", help="write an .onnx file instead (needs the extra onnx)")
     add("--licence", default="", help="of the data, for the model card")
     command(_methods, "mkd")("name", nargs="?", help="of the method")
-    command(_runs, "--remove RUN")(
-        "--remove", nargs="+", metavar="RUN", help="folders or ids of runs to delete"
-    )
+    add = command(_runs, "--remove RUN")
+    add("--remove", nargs="+", metavar="RUN", help="folders or ids of runs to delete")
 
 
 def _add_folder(add: Any) -> None:
-    add(
-        "folder", metavar="FOLDER", help="photos and masks, in folders or with names that tell which is which"
-    )
+    add("folder", metavar="FOLDER", help="photos with masks or JSON of labelme or COCO, told apart by names")
     add("pairs", nargs="*", metavar="key=value", help="parameters of the runs: weights=FILE, steps=5000")
     add("-o", "--out", metavar="DIR", help="folder of lists and report (default: FOLDER/mkd)")
     add("--classes", help="names in the order of the values in the masks, a,b,c; or their number")
@@ -102,9 +90,8 @@ def _prepare(words: Words) -> int:
 
     names = ["val", "test", "labeled", "group_by", "colours", "images", "masks", "seed", "overwrite"]
     options = {name: getattr(words, name) for name in names}
-    prepare_folder(
-        words.folder, words.out, classes=_classes(words), **options, **parse_values(words.pairs, TEXT)
-    )
+    options |= parse_values(words.pairs, TEXT)
+    prepare_folder(words.folder, words.out, classes=_classes(words), **options)
     return 0
 
 
@@ -117,24 +104,14 @@ def _train(words: Words) -> int:
     from ..parameters import parse_values
     from .own_training import TEXT, train_folder
 
-    keys = parse_values(words.pairs, TEXT)
-    train_folder(
-        words.folder,
-        words.methods.split(","),
-        quick=words.quick,
-        out=words.out,
-        classes=_classes(words),
-        **keys,
-    )
+    options = {"quick": words.quick, "out": words.out, "classes": _classes(words)}
+    train_folder(words.folder, words.methods.split(","), **options, **parse_values(words.pairs, TEXT))
     return 0
 
 
 def _classes(words: Words) -> list[str] | int | None:
-    if not words.classes:
-        return None
-    return (
-        int(words.classes) if words.classes.isdigit() else [name.strip() for name in words.classes.split(",")]
-    )
+    names = [name.strip() for name in (words.classes or "").split(",")]
+    return int(names[0]) if names[0].isdigit() and not names[1:] else names if names[0] else None
 
 
 def _check(words: Words) -> int:

@@ -15,26 +15,26 @@ import yaml
 from .. import records
 from ..config import PARAMETERS, RunConfig
 from ..data import DataError, SegDataset, check, load_split, open_dataset
-from ..data.base import colormap, local, picture_size, read_text
-from ..data.layouts import DONE, Pair, draw_parts, find_pairs
-from ..data.masks import Meaning, read_table, sizes, understand
+from ..data.base import colormap, local, mask_size, picture_size, read_text, refuse_faulty
+from ..data.layouts import CLASS_FILES, DONE, TABLE_FILES, Pair, draw_parts, find_pairs
+from ..data.masks import Meaning, each, read_table, understand
+from ..data.outlines import understand_drawings
 from ..data.pictures import absolute
 from ..parameters import read_parameters
 from . import figures
 from .predict import relative, save_png
 
 RECIPE = PARAMETERS / "recipes/own_images.yaml"
-CLASS_FILES = "classes.txt class_names.txt labels.txt names.txt codes.txt"
-TABLE_FILES = "labelmap.txt label_colors.txt label_colours.txt colors.txt colours.txt class_dict.csv"
+Classes = Sequence[str] | int | None
 TEXT = {name for name, field in RunConfig.model_fields.items() if isinstance(field.default, str)}
 
 
 def prepare_folder(
-    folder: str | Path, out: str | Path | None = None, *, classes: Sequence[str] | int | None = None,
+    folder: str | Path, out: str | Path | None = None, *, classes: Classes = None,
     colours: str | Path = "", images: str = "", masks: str = "", val: float = 0.2, test: float = 0.0, labeled: str = "",
     group_by: str = "", seed: int = 0, overwrite: bool = False, quiet: bool = False, **keys: Any,
 ) -> RunConfig:  # fmt: skip
-    """Make a data set of kind `folder` from photos and masks as they lie; return the configuration of a run on it.
+    """Make a data set of kind `folder` from photos and masks, or outlines in JSON, as they lie; return the configuration of a run on it.
 
     out       default <folder>/mkd: train.txt, val.txt, test.txt where asked for, the split "labeled", classes.txt, a
               sheet.png to look at, mkd.yaml (parameters of a run), and masks/ where masks had to be converted. Nothing
@@ -48,7 +48,7 @@ def prepare_folder(
     group_by  regular expression of a name, or a number of characters from its start: photos alike in it stay together
     keys      of RunConfig, over recipes/own_images.yaml
 
-    DataError, ValueError for what cannot be understood. What is left out is printed, and so is the check of the data.
+    DataError, ValueError for what cannot be understood or read. What is left out is printed, and so is the check of the data.
     """
     root = absolute(folder)
     if not root.is_dir():
@@ -58,13 +58,11 @@ def prepare_folder(
         raise ValueError(f"{out} is prepared already; --overwrite prepares it anew, --out elsewhere")
     say = (lambda *lines: None) if quiet else (lambda *lines: print(*lines, sep="\n") if lines else None)
     pairs, left_out = find_pairs(root, out, images, masks)
-    pairs, unfit = _fitting(pairs)
-    say(*left_out, *unfit)
+    say(*left_out)
+    refuse_faulty([*filter(None, each(_fault, pairs))])
     meaning = _understand(root, pairs, classes, colours)
-    say(
-        "Masks: "
-        + "; ".join([*meaning.notes, "read as they lie" if meaning.as_is else f"converted to {out}/masks"])
-    )
+    done = "read as they lie" if meaning.as_is else f"converted to {out}/masks"
+    say(f"Masks: {'; '.join([*meaning.notes, done])}")
     parts, apart = draw_parts(pairs, val, test, group_by, seed)
     say(*apart)
     values = _write(out, parts, meaning) | {"seed": seed}
@@ -85,9 +83,7 @@ def _found(root: Path, names: str) -> Path | None:
     return next((root / name for name in names.split() if (root / name).is_file()), None)
 
 
-def _understand(
-    root: Path, pairs: list[Pair], classes: Sequence[str] | int | None, colours: str | Path
-) -> Meaning:
+def _understand(root: Path, pairs: list[Pair], classes: Classes, colours: str | Path) -> Meaning:
     """Judge the masks, by the class names and the colour table that are given or found in the folder."""
     table = local(colours) if colours else _found(root, TABLE_FILES)
     listed = _found(root, CLASS_FILES) if classes is None else None
@@ -95,29 +91,23 @@ def _understand(
         classes = [line.strip() for line in read_text(listed).splitlines()]
     if not isinstance(classes, int | None):
         classes = [name for name in classes if name and name != "__ignore__"]
-    meaning = understand([p.mask for p in pairs if p.mask], classes, read_table(table) if table else {})
+    if drawings := {pair.mask: pair.drawing for pair in pairs if pair.mask and pair.drawing}:
+        meaning, table = understand_drawings(drawings, classes), None
+    else:
+        meaning = understand([p.mask for p in pairs if p.mask], classes, read_table(table) if table else {})
     found = [f"classes of {listed}"] * bool(listed and not table) + [f"colours of {table}"] * bool(table)
     return replace(meaning, notes=found + meaning.notes)
 
 
-def _fitting(pairs: list[Pair]) -> tuple[list[Pair], list[str]]:
-    """The pairs whose mask can be read and has the size of its photo; the others with the reason."""
-    size, faults = sizes([pair.mask for pair in pairs if pair.mask])
-    for pair in pairs:
-        try:
-            found = picture_size(pair.image)
-            if pair.mask in size and size[pair.mask] != found:
-                faults[pair.mask] = (
-                    f"{pair.mask}: a mask of {size[pair.mask]} pixels, its photo (upright) has {found}"
-                )
-        except DataError as error:
-            faults[pair.mask or pair.image] = str(error)
-    kept = [pair for pair in pairs if pair.mask not in faults and pair.image not in faults]
-    lines = [f"Left out: {fault}" for fault in [*faults.values()][:5]]
-    lines += [f"Left out: {len(faults) - 5} more like these"] * (len(faults) > 5)
-    if not any(pair.mask for pair in kept):
-        raise DataError("\n".join(["no mask can be used", *lines]))
-    return kept, lines
+def _fault(pair: Pair) -> str:
+    """Say why a photo and its mask cannot be used, "" where they can."""
+    try:
+        found = picture_size(pair.image)
+        size = pair.drawing.size if pair.drawing else mask_size(pair.mask) if pair.mask else found
+    except DataError as error:
+        return str(error)
+    what = f"{pair.mask}: a mask of {size} pixels, its photo {pair.image.name} (upright) has {found}"
+    return what if size != found else ""
 
 
 def _write(out: Path, parts: dict[str, list[Pair]], meaning: Meaning) -> dict[str, Any]:
@@ -135,9 +125,8 @@ def _write(out: Path, parts: dict[str, list[Pair]], meaning: Meaning) -> dict[st
                 written.parent.mkdir(parents=True, exist_ok=True)
                 save_png(written, meaning.read(mask), palette)
                 mask = written
-            lines[part or "train"].append(
-                "\t".join(relative(file, out) for file in (pair.image, mask) if file)
-            )
+            files = [relative(file, out) for file in (pair.image, mask) if file]
+            lines[part or "train"].append("\t".join(files))
     for part, text in lines.items():
         if not text:
             (out / f"{part}.txt").unlink(missing_ok=True)  # of an earlier draw
@@ -149,13 +138,9 @@ def _write(out: Path, parts: dict[str, list[Pair]], meaning: Meaning) -> dict[st
     large = max(height, width) > 768  # native crops would show too little of it
     factor = 512 / max(height, width) if large else 1
     crop = [int(min(320, max(32, side * factor // 16 * 16))) for side in (height, width)]
-    values = {
-        "dataset": "folder",
-        "root": str(out),
-        "dataset_options": {"palette": palette.tolist()},
-        "split": "labeled",
-    }
-    return values | {"crop": crop, "base": 512 if large else 0, "protocol": "long512" if large else "whole"}
+    values: dict[str, Any] = {"dataset": "folder", "root": str(out), "split": "labeled", "crop": crop}
+    values |= {"base": 512 if large else 0, "protocol": "long512" if large else "whole"}
+    return values | {"dataset_options": {"palette": palette.tolist()}}
 
 
 def _draw(out: Path, dataset: SegDataset, labeled: str, seed: int) -> None:
