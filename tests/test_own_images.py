@@ -339,7 +339,8 @@ def test_photos_without_masks_are_unlabeled_and_what_is_left_out_is_told(tmp_pat
     text = capsys.readouterr().err
     said = ("03.png: a mask of (20, 40) pixels", "04.png: not a readable mask", "05.png: not a readable picture", "06.jpg: a mask is a lossless")  # fmt: skip
     assert all(
-        part in text for part in (*said, "4 faulty files", "move them away: a photo without its mask is unlabeled")
+        part in text
+        for part in (*said, "4 faulty files", "move them away: a photo without its mask is unlabeled")
     )
     for path in (*faulty, tmp_path / "masks/06.jpg"):
         path.unlink()
