@@ -24,7 +24,8 @@ from .records import ROOT
 # Not in the id: where things lie, on what they run (other hardware changes bits, and training
 # amplifies them), how often the run is logged and saved. Weights enter by their hash.
 PLACES = {"root", "weights", "weights2"}
-NOT_IDENTITY = PLACES | {"device", "threads", "workers", "checkpoint_every", "keep_every", "log_every"}
+MACHINE = {"device", "threads", "workers", "checkpoint_every", "keep_every", "log_every", "tensorboard"}
+NOT_IDENTITY = PLACES | MACHINE
 # Younger than the runs in figures/, which keep their ids: at these values they are not in it either.
 YOUNGER: dict[str, Any] = {"encoder2": "", "arch2": "", "supervised_loss": "cross_entropy"}
 YOUNGER |= {"ohem_keep": 50_000, "fixmatch.decay": 0.0}
@@ -106,6 +107,7 @@ class RunConfig(Checked):
     checkpoint_every: int = Field(1_000, gt=0)
     keep_every: int = Field(0, ge=0, description="steps between checkpoints that stay; 0: the last alone")
     log_every: int = Field(50, gt=0)
+    tensorboard: bool = Field(False, description="TensorBoard's event files too, in the run's folder")
 
     @field_validator("weights", "weights2")
     @classmethod

@@ -4,6 +4,7 @@ import hashlib
 import math
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ def prepare(
     config: RunConfig, deep: bool = False, report: Report | None = None
 ) -> tuple[SegDataset, Split, Method]:
     """Open the data and build the method of a run. DataError, ValueError for all that is wrong; deep: opens all files."""
+    if config.tensorboard and not find_spec("tensorboard"):
+        raise ValueError("tensorboard=true needs a package that is missing: pip install tensorboard")
     dataset, split = open_data(config)
     method = build_method(config, len(dataset.classes))
     _check_shared_memory(config)

@@ -1,4 +1,4 @@
-"""What a run leaves: runs/<id>/{config.json, history.jsonl, record.json, checkpoint.pt}; and files of many records."""
+"""What a run leaves: runs/<id>/{config.json, history.{jsonl,csv}, record.json, checkpoint.pt}; and files of many records."""
 
 import json
 import os
@@ -110,6 +110,25 @@ def history(folder: str | Path) -> list[dict[str, Any]]:
     except ValueError as error:
         advice = "delete it, and a run that goes on writes it anew from its checkpoint"
         raise ValueError(f"{path} is damaged ({error}); {advice}") from error
+
+
+def numbers(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Lay out the numbers of a history, not its lists: a row each, a column each, as in "miou/student 1"."""
+    return pd.json_normalize(rows, sep="/").select_dtypes("number")
+
+
+def board(folder: Path, step: int) -> Callable[[dict[str, Any]], None]:
+    """Open TensorBoard's event files of a run that goes on after `step`; return what adds a row of the history."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def add(row: dict[str, Any]) -> None:
+        for name, value in numbers([row]).iloc[0].items():
+            writer.add_scalar(name, value, row["step"])
+        writer.flush()
+
+    return add
 
 
 def environment() -> dict[str, str]:

@@ -110,12 +110,11 @@ class _Run:
         self.unfinished: dict[str, Any] | None = None  # the last step's row, not evaluated yet
         self.step, self.seconds, self.seconds_training = 0, 0.0, 0.0
         self._restore()
+        self.board = records.board(folder, self.step) if config.tensorboard else None
         records.write_atomically(folder / "config.json", config.absolute().model_dump_json(indent=1) + "\n")
         start = Path(config.weights).name or "random weights"
-        about = (
-            f"{config.method} on {config.dataset}, {self.split}; {config.encoder} from {start}; {self.device}"
-        )
-        self.progress(about, now=True)
+        about = f"{config.method} on {config.dataset}, {self.split}; {config.encoder} from {start}"
+        self.progress(f"{about}; {self.device}", now=True)
 
     def finish(self) -> Record:
         for stage, (start, end) in enumerate(pairwise(self.marks)):
@@ -214,9 +213,8 @@ class _Run:
         predicted = confusion[predictor.names[0]].sum(0)
         if int((predicted > 0).sum()) == 1:
             only = self.dataset.classes[int(predicted.argmax())]
-            self.progress(
-                f"WARNING: every pixel is predicted as {only}: train longer, or look at lr", now=True
-            )
+            text = f"WARNING: every pixel is predicted as {only}: train longer, or look at lr"
+            self.progress(text, now=True)
         found["confusion"] = confusion[predictor.names[0]].tolist()  # (truth, prediction)
         found["iou"] = {
             name: [v if v == v else None for v in iou(c).tolist()] for name, c in confusion.items()
@@ -224,10 +222,8 @@ class _Run:
         if self.withheld:
             _, quality = measure(self.withheld, quality=QUALITY_THRESHOLD)
             found["pseudo_labels"] = {name: q.summary() for name, q in quality.items()}
-            if (
-                not any(q["kept"] for q in found["pseudo_labels"].values())
-                and self.config.method != "supervised"
-            ):
+            kept = any(q["kept"] for q in found["pseudo_labels"].values())
+            if not kept and self.config.method != "supervised":
                 text = f"WARNING: no pixel is predicted with a confidence of {QUALITY_THRESHOLD} yet"
                 self.progress(f"{text}: no pseudo-label is kept where T is as high", now=True)
         return found
@@ -238,6 +234,8 @@ class _Run:
         self.history.append(row)
         with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        if self.board:
+            self.board(row)
 
     def _best(self) -> dict[str, Any]:
         """The evaluation with the highest mIoU of the reported predictor; of several, the first."""
@@ -251,6 +249,8 @@ class _Run:
             "data": json.dumps(self.data), "classes": list(self.dataset.classes), "seconds": self.seconds, "seconds_training": self.seconds_training,
         }  # fmt: skip
         checkpoints.write(state, self.folder, names)
+        table = records.numbers(self.history).to_csv(index=False)
+        records.write_atomically(self.folder / "history.csv", table)
 
     def _restore(self) -> None:
         path = self.folder / "checkpoint.pt"
@@ -264,9 +264,7 @@ class _Run:
             except (KeyError, RuntimeError, ValueError) as error:
                 raise ValueError(f"{path} is of another run; delete it to start anew: {error}") from error
             self.step, self.history = state["step"], json.loads(state["history"])
-            if (
-                self._evaluates(self.step) and "miou" not in self.history[-1]
-            ):  # it ended while it was evaluated
+            if self._evaluates(self.step) and "miou" not in self.history[-1]:  # it ended while evaluating
                 self.unfinished = self.history.pop()
             self.seconds, self.seconds_training = state["seconds"], state["seconds_training"]
             self.progress(f"goes on from step {self.step:,}", now=True)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,13 +98,8 @@ def assert_same(a: Path, b: Path, also_config: bool = True) -> None:
 
     equal(state, other)
     assert tensors > 100  # weights, buffers, momenta were there to be compared
-    leftovers = [
-        p.name
-        for p in b.iterdir()
-        if p.name
-        not in ("lock", "config.json", "history.jsonl", "record.json", "checkpoint.pt", "checkpoint-best.pt")
-    ]
-    assert not leftovers
+    usual = {"lock", "config.json", "history.jsonl", "history.csv", "record.json"}
+    assert {p.name for p in b.iterdir()} <= usual | {"checkpoint.pt", "checkpoint-best.pt"}
 
 
 def rows(folder: Path) -> int:
@@ -734,6 +730,31 @@ def test_checkpoints_stay_at_the_stride_that_was_asked_for(tmp_path):
     loaded = open_run(folder, 4).method.state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in states[0]["method"].items())
     assert any(not torch.equal(loaded[key], value) for key, value in states[1]["method"].items())
+
+
+def test_a_history_is_a_csv_too(tmp_path):
+    folder = tmp_path / run(long("supervised"), tmp_path, quiet=True).id
+    table, rows = pd.read_csv(folder / "history.csv", float_precision="round_trip"), records.history(folder)
+    assert table["term/sup"].tolist() == [row["term/sup"] for row in rows]
+    assert table["miou/net"].dropna().tolist() == [row["miou"]["net"] for row in rows if "miou" in row]
+
+
+def test_tensorboard_is_refused_before_the_run_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("mkd_core.prepare.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        run(long("supervised", tensorboard=True), tmp_path, quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_reads_a_resumed_run_as_one(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = tmp_path / run(long("supervised", tensorboard=True), tmp_path, quiet=True).id
+    rows = records.history(folder)
+    records.board(folder, 8)({"step": 10, "loss": 5.0})  # what came after step 8 is void
+    found = events.EventAccumulator(str(folder)).Reload()
+    losses = [(row["step"], row["loss"]) for row in rows if row["step"] <= 8] + [(10, 5.0)]
+    assert [(e.step, e.value) for e in found.Scalars("loss")] == [(s, pytest.approx(v)) for s, v in losses]
+    assert "miou/net" in found.Tags()["scalars"] and "iou/net" not in found.Tags()["scalars"]
 
 
 def test_a_record_of_other_images_under_the_same_names_is_not_handed_out(tmp_path):
