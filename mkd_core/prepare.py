@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -86,18 +87,21 @@ def try_largest(dataset: SegDataset, predictor: Predictor) -> None:
 def data_identity(dataset: SegDataset, split: Split) -> dict[str, Any]:
     """Say what data a run has: kept from its start, compared when it goes on and when its record is asked for.
 
-    files: hex sha256 of the sizes in bytes of every image and mask of one's own folder: cheap, and other images
-    under the same names show. "" where a file is missing, and for data sets whose names say what they hold.
+    contents: hex sha256 of the sizes and last 64 bytes, where a PNG has its check sums, of every image and mask of
+    one's own folder: cheap, and other images under the same names show. "" where a file is missing, and for data sets whose names say what they hold.
     """
     digest, complete = hashlib.sha256(), dataset.name == "folder"
     for id in (*split.labeled, *split.unlabeled, *dataset.val) if complete else ():
         for file in filter(None, dataset.files(id)):
-            complete = complete and file.is_file()
-            digest.update(f"{file.stat().st_size if file.is_file() else ''}\n".encode())
+            if complete := complete and file.is_file():
+                with open(file, "rb") as content:
+                    size = content.seek(0, os.SEEK_END)
+                    content.seek(max(0, size - 64))
+                    digest.update(f"{size}\n".encode() + content.read())
     return {
         "name": split.name, "sha256": split.sha256, "sha256_unlabeled": split.sha256_unlabeled,
         "sha256_val": set_hash(dataset.val), "labeled": len(split.labeled), "unlabeled": len(split.unlabeled),
-        "files": digest.hexdigest() if complete else "",
+        "contents": digest.hexdigest() if complete else "",
     }  # fmt: skip
 
 

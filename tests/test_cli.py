@@ -180,14 +180,15 @@ def test_the_kernel_is_this_interpreter_with_this_package_whatever_is_named_pyth
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     (tmp_path / "mine.txt").touch()
     (tmp_path / "p.yaml").write_text("divisor: 8\nname: nowhere.txt\n")
-    notebook = notebook.rename((tmp_path / "a/b").mkdir(parents=True) or tmp_path / "a/b" / notebook.name)
+    (tmp_path / "a/{b}").mkdir(parents=True)  # braces are no template
+    notebook = notebook.rename(tmp_path / "a/{b}" / notebook.name)
     monkeypatch.chdir(tmp_path)
-    assert main(["run", str(notebook), "-f", "p.yaml", "name=mine.txt", "--out", "out"]) == 0
-    text = printed(tmp_path / "out/divide.ipynb")
+    assert main(["run", str(notebook), "-f", "p.yaml", "name=mine.txt", "--out", "{out}"]) == 0
+    text = printed(tmp_path / "{out}/divide.ipynb")
     assert f"{sys.executable} {ROOT / 'mkd_core/__init__.py'}" in text
     assert "result 0.125" in text and "found True 'mine.txt'" in text
-    assert "out/divide.ipynb" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["divide.ipynb"]
+    assert "{out}/divide.ipynb" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "{out}").iterdir()] == ["divide.ipynb"]
 
 
 def test_a_notebook_that_fails_is_kept_apart_and_named(notebook, tmp_path, capsys):

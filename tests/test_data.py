@@ -672,7 +672,9 @@ def test_lists_of_any_encoding(own, encoding):
     assert open_dataset("folder", own).train == ("a.png", "u.png")
 
 
-@pytest.mark.parametrize("line", ["c", "c.png,c_.png", "c.png;c_.png", "my photo.png"])
+@pytest.mark.parametrize(
+    "line", ["c", "c.png,c_.png", "c.png;c_.png", "my photo.png", "c\\d.png", '"c.png" "c_.png"']
+)
 def test_a_line_of_another_form_is_a_missing_image(own, line):
     (own / "train.txt").write_text(f"a.png a_.png\n{line}\n")
     problem, _ = examine(own)

@@ -102,6 +102,9 @@ def test_what_cannot_be_paired_is_refused(tmp_path):
         find_pairs(tmp_path / "a", tmp_path / "mkd")
     pairs, _ = find_pairs(tmp_path, tmp_path / "mkd", images="a", masks="b")
     assert [p.mask.parent.name for p in pairs] == ["b", "b"]
+    save(tmp_path / "b/train/00.png", truth(0))  # in another folder, of a photo that has one: as in IDD
+    pairs, left_out = find_pairs(tmp_path, tmp_path / "mkd", images="a", masks="b")
+    assert pairs[0].mask.parent.name == "b" and "b/train/00.png" in left_out[0]
     save(tmp_path / "a/00.jpg", photo(0))
     with pytest.raises(DataError, match="photos of one name"):
         find_pairs(tmp_path, tmp_path / "mkd", images="a", masks="b")
@@ -202,6 +205,17 @@ def test_what_masks_do_not_tell_is_asked_for(tmp_path, form, classes, said):
     with pytest.raises(DataError, match=said):
         prepare_folder(folder(tmp_path, form, 4), classes=classes, quiet=True)
     assert not (tmp_path / "mkd").exists()
+
+
+@pytest.mark.parametrize("lines", ["# mine\n\n__ignore__\na\nb\nc\n", "id,name\na\nb\nc\n"])
+def test_class_lists_are_read_as_those_of_a_data_set(tmp_path, lines):
+    (folder(tmp_path, lambda y: y) / "labels.txt").write_text(lines)
+    if "," in lines:
+        with pytest.raises(DataError, match=r"labels.txt: 'id,name' is no class name"):
+            prepare_folder(tmp_path, quiet=True)
+    else:
+        config = prepare_folder(tmp_path, quiet=True, weights="")
+        assert open_dataset("folder", config.root).classes == ("a", "b", "c")
 
 
 # Outlines in JSON.
@@ -355,6 +369,8 @@ def test_photos_without_masks_are_unlabeled_and_what_is_left_out_is_told(tmp_pat
     assert not set(data.val) & set(test) and not {*data.val, *test} & set(data.train)
     assert main(["prepare", str(tmp_path)]) == 2
     assert "--overwrite" in capsys.readouterr().err
+    save(tmp_path / "images/t\tab.png", photo(1))
+    assert main(["prepare", str(tmp_path), "--overwrite"]) == 2 and "rename it" in capsys.readouterr().err
 
 
 def test_draws_repeat_keep_groups_together_and_know_folders_called_val(tmp_path):

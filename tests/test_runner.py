@@ -782,13 +782,20 @@ def test_a_record_of_other_images_under_the_same_names_is_not_handed_out(tmp_pat
     other = first.model_copy(update={"root": str(tmp_path / "b")})
     assert other.id == first.id
     assert run(other, tmp_path, quiet=True) == record  # absent data prove nothing
+    (
+        tmp_path / first.id / "record.json"
+    ).unlink()  # as if it had been stopped, and a mask changed, its size not
+    mask = tmp_path / "a/photos/u_.png"
+    mask.write_bytes(mask.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match="other data .*contents"):
+        run(first, tmp_path, quiet=True)
     data(tmp_path / "b", 9)
     with pytest.raises(ValueError, match="other data .*sha256_unlabeled.*MKD_RUNS"):
         run(other, tmp_path, quiet=True)
 
 
 def test_a_record_of_a_folder_of_the_same_name_and_lists_is_not_handed_out(tmp_path):
-    """a/photos and b/photos have the same lists and, since the root is no part of it, the same id: the sizes of the files differ."""
+    """a/photos and b/photos have the same lists and, since the root is no part of it, the same id: the files differ."""
     configs = []
     for seed, place in enumerate((tmp_path / "a/photos", tmp_path / "b/photos")):
         place.mkdir(parents=True)
@@ -805,11 +812,18 @@ def test_a_record_of_a_folder_of_the_same_name_and_lists_is_not_handed_out(tmp_p
     first, other = configs
     assert first.id == other.id
     record = run(first, tmp_path, quiet=True)
-    assert run(first, tmp_path, quiet=True) == record and len(record.split["files"]) == 64
-    with pytest.raises(ValueError, match="other data .*files"):
+    assert run(first, tmp_path, quiet=True) == record and len(record.split["contents"]) == 64
+    with pytest.raises(ValueError, match="other data .*contents"):
         run(other, tmp_path, quiet=True)
     (tmp_path / "b/photos/u.png").unlink()
     assert run(other, tmp_path, quiet=True) == record  # absent data prove nothing
+    (
+        tmp_path / first.id / "record.json"
+    ).unlink()  # as if it had been stopped, and a mask changed, its size not
+    mask = tmp_path / "a/photos/u_.png"
+    mask.write_bytes(mask.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match="other data .*contents"):
+        run(first, tmp_path, quiet=True)
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def read_text(path: Path) -> str:
         content = path.read_bytes()
         return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable text file ({error})") from error
+        raise DataError(f"{path}: not a readable text file in UTF-8 ({error})") from error
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import posixpath
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -101,24 +101,35 @@ class Folder(FileDataset):
 
 
 def _class_names(root: Path, classes: Sequence[str] | int | None) -> tuple[str, ...]:
-    source = "classes"
-    if classes is None:
-        file = root / "classes.txt"
-        if not file.is_file():
-            ways = "Give classes=[names], classes=<number>, or one name per line in"
-            raise DataError(f"which classes do the masks hold? {ways} {file}")
-        lines = [line.strip() for line in read_text(file).splitlines()]
-        classes = [line for line in lines if line and not line.startswith("#")]
-        source = str(file)
-    names = tuple(map(str, [f"class {k}" for k in range(classes)] if isinstance(classes, int) else classes))
-    if names[:1] == ("__ignore__",):  # labelme's first line: value -1, which is 255 in its masks
+    file, given = (
+        root / "classes.txt",
+        [f"class {k}" for k in range(classes)] if isinstance(classes, int) else classes,
+    )
+    if given is None and not file.is_file():
+        ways = "Give classes=[names], classes=<number>, or one name per line in"
+        raise DataError(f"which classes do the masks hold? {ways} {file}")
+    names = tuple(read_classes(file) if given is None else _plain_names(map(str, given), "classes"))
+    if isinstance(classes, str) or not 1 < len(names) <= IGNORE or len(set(names)) < len(names):
+        raise DataError(
+            f"classes must be 2 to {IGNORE} different names, or their number; got {classes or names!r}"
+        )
+    return names
+
+
+def read_classes(file: Path) -> list[str]:
+    """Read a class list, a name a line, without lines that begin with "#"; DataError for what is no name."""
+    lines = [line.strip() for line in read_text(file).splitlines()]
+    return _plain_names((line for line in lines if line and not line.startswith("#")), str(file))
+
+
+def _plain_names(given: Iterable[str], source: str) -> list[str]:
+    names = list(given)
+    if names[:1] == ["__ignore__"]:  # labelme's first line: value -1, which is 255 in its masks
         names = names[1:]
     for number, name in enumerate(names):
         if name == "__ignore__" or NO_NAME.search(name) or (number == 0 and HEADER.fullmatch(name)):
             how = "give the names alone, one per class, the first for value 0"
             raise DataError(f"{source}: {name!r} is no class name; {how}")
-    if isinstance(classes, str) or not 1 < len(names) <= IGNORE or len(set(names)) < len(names):
-        raise DataError(f"classes must be 2 to {IGNORE} different names, or their number; got {classes!r}")
     return names
 
 

@@ -116,10 +116,13 @@ def _choose(photos: list[_File], masks: list[_File], root: Path, left_out: list[
     for (_, stem), file in known.items():
         by_stem[stem].add(file)
     masks_of, alone, spare = defaultdict(list), [], []
-    for file in masks:
-        near = [known[file.place, stem] for stem in file.stems if (file.place, stem) in known]
+    beside = [
+        [known[file.place, stem] for stem in file.stems if (file.place, stem) in known] for file in masks
+    ]
+    served = {photo for near in beside for photo in near}
+    for file, near in zip(masks, beside, strict=True):
         # Masks in another tree of folders: by the name, where it is the only one.
-        far = [photo for stem in file.stems if len(by_stem[stem]) == 1 for photo in by_stem[stem]]
+        far = [photo for stem in file.stems if len(by_stem[stem]) == 1 for photo in by_stem[stem] - served]
         if near or far:
             masks_of[(near or far)[0].path].append(file)
         else:

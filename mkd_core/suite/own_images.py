@@ -15,7 +15,8 @@ import yaml
 from .. import records
 from ..config import PARAMETERS, RunConfig
 from ..data import DataError, SegDataset, check, load_split, open_dataset
-from ..data.base import colormap, local, mask_size, picture_size, read_text, refuse_faulty
+from ..data.base import colormap, local, mask_size, picture_size, refuse_faulty
+from ..data.folder import read_classes
 from ..data.layouts import CLASS_FILES, DONE, TABLE_FILES, Pair, draw_parts, find_pairs
 from ..data.masks import Meaning, each, read_table, understand
 from ..data.outlines import understand_drawings
@@ -87,10 +88,7 @@ def _understand(root: Path, pairs: list[Pair], classes: Classes, colours: str | 
     """Judge the masks, by the class names and the colour table that are given or found in the folder."""
     table = local(colours) if colours else _found(root, TABLE_FILES)
     listed = _found(root, CLASS_FILES) if classes is None else None
-    if listed:
-        classes = [line.strip() for line in read_text(listed).splitlines()]
-    if not isinstance(classes, int | None):
-        classes = [name for name in classes if name and name != "__ignore__"]
+    classes = read_classes(listed) if listed else classes
     if drawings := {pair.mask: pair.drawing for pair in pairs if pair.mask and pair.drawing}:
         meaning, table = understand_drawings(drawings, classes), None
     else:

@@ -191,6 +191,9 @@ def _parts(
 
 def relative(file: Path, folder: Path) -> str:
     """The name of a file from a folder, the way that the system goes through links; the file itself may be one."""
+    if odd := set(str(file)) & set("\t\n\r"):
+        parted = f"lists part names by tabs and lines, this one holds {odd.pop()!r}"
+        raise ValueError(f"{str(file)!r}: {parted}: rename it")
     return os.path.join(os.path.relpath(file.parent.resolve(), folder.resolve()), file.name)
 
 
@@ -198,10 +201,6 @@ def _texts(opened: OpenRun, out: Path, items: Items, parts: Sequence[list[Item]]
     """The texts of a data set of pseudo-labels by their paths; train.txt comes last."""
     lines = {}
     for name, item in items.items():
-        if odd := set(str(item.file)) & set("\t\n\r"):
-            raise ValueError(
-                f"{str(item.file)!r}: lists part names by tabs and lines, this one holds {odd.pop()!r}: rename it"
-            )
         lines[item.file] = f"{relative(item.file, out)}\tmasks/{name}\n"
     new, labeled, evaluated = ("".join(lines[item.file] for item in part) for part in parts)
     keys = opened.config.model_dump() | {"dataset": "folder", "root": str(out), "split": "full"}
