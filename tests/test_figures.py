@@ -12,6 +12,8 @@ from tiny import record
 
 from mkd_core import records
 from mkd_core.augment import normalise
+from mkd_core.data.base import colormap, visible
+from mkd_core.data.cityscapes import Cityscapes
 from mkd_core.methods import METHODS
 from mkd_core.suite import figures, report
 
@@ -40,6 +42,29 @@ def test_colours_are_the_palette_and_ignored_pixels_are_grey():
     np.testing.assert_array_equal(colours[0], [[0, 0, 0], [1, 0, 0]])
     np.testing.assert_array_equal(colours[1, 0], [0, 0, 1])
     assert np.ptp(colours[1, 1]) == 0 and 0.5 < colours[1, 1, 0] < 1  # a light grey, in no palette
+
+
+def lab(colours):
+    """CIE L*a*b* of (n, 3) sRGB colours in 0..1, for D65."""
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    xyz = linear @ np.transpose(to_xyz) / [0.9505, 1, 1.089]
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
+
+
+def test_dark_classes_are_seen_on_black_and_differ_from_the_others_as_before():
+    for palette in (colormap(21)[1:], Cityscapes.palette):
+        before, after = (lab(colours / 255) for colours in (palette, visible(palette)))
+        assert before[:, 0].min() < 10 and after[:, 0].min() > 25  # lightness, 0 to 100
+        pairs = np.triu_indices(len(palette), 1)
+        least = [np.linalg.norm(of[:, None] - of, axis=-1)[pairs].min() for of in (before, after)]
+        assert least[1] >= least[0] - 1e-9
+        bright = before[:, 0] > 30
+        np.testing.assert_array_equal(visible(palette)[bright], palette[bright])
+    for name, black in (("footwear", False), ("background", True)):
+        drawn = figures.sheet({"": [np.zeros((2, 2), int)]}, palette=PALETTE, classes=(name, "red", "blue"))
+        assert (drawn.axes[0].images[0].get_array().max() == 0) == black
 
 
 def test_overlay_blends_classes_and_leaves_ignored_pixels():

@@ -256,3 +256,11 @@ def colormap(classes: int) -> np.ndarray:
     for bit in range(8):
         colours |= ((index >> (3 * bit + np.arange(3))) & 1) << (7 - bit)
     return colours.astype(np.uint8)
+
+
+def visible(palette: np.ndarray, classes: Sequence[str] = ()) -> np.ndarray:
+    """Mix dark colours (C, 3) uint8 with white, up to twice black's contrast, for pictures; background's stays."""
+    mixed = palette + np.linspace(0, 1, 256)[:, None, None] * (255 - palette)  # (256, C, 3)
+    luminance = (mixed / 255) ** 2.2 @ (0.2126, 0.7152, 0.0722)
+    spared = [name == "background" for name in classes] or [False] * len(palette)
+    return np.rint(mixed[((luminance >= 0.05) | spared).argmax(0), np.arange(len(palette))]).astype(np.uint8)

@@ -15,7 +15,7 @@ from .. import records
 from ..augment import STRONG, distort, geometry, mix, xor_boxes
 from ..config import RunConfig, read_config
 from ..data import open_dataset
-from ..data.base import IGNORE
+from ..data.base import IGNORE, visible
 from ..data.splits import load_split
 from ..methods import METHODS
 from ..metrics import confusion_matrix, miou
@@ -82,7 +82,8 @@ class Study:
         if odd := [folder for folder, its in zip(self.folders, data, strict=True) if its != data[0]]:
             raise ValueError(f"runs are compared on equal data; {odd[0].name} has other data than the first")
         self.data = open_dataset(first.dataset, first.root, **first.dataset_options)
-        self.classes, self.palette = self.data.classes, self.data.palette
+        self.classes = self.data.classes
+        self.palette = visible(self.data.palette, self.classes)
         split = load_split(self.data, first.split, first.seed)
         sets = {"unlabeled": split.unlabeled, "labeled": split.labeled, "val": self.data.val}
         self.sets = {name: list(ids) for name, ids in sets.items() if ids}

@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ..augment import MEAN, STD
-from ..data.base import IGNORE
+from ..data.base import IGNORE, visible
 from ..metrics import confusion_matrix, miou
 from ..records import write_atomically
 
@@ -95,7 +95,7 @@ def overlay(
     """Tint image (H, W, 3) float by its label map (H, W); IGNORE and a class named background leave it as it is."""
     clear = [IGNORE, *(k for k, name in enumerate(classes) if name == "background")]
     share = np.where(np.isin(label, clear), 0, alpha)[..., None]
-    return (1 - share) * image + share * colourise(label, palette)
+    return (1 - share) * image + share * colourise(label, visible(palette, classes))
 
 
 @styled
@@ -114,7 +114,7 @@ def sheet(
     every = [a for row in arrays.values() for a in row]
     columns = max(map(len, arrays.values()))
     tall = side * float(np.mean([a.shape[0] / a.shape[1] for a in every]))
-    palette = np.zeros((IGNORE, 3)) if palette is None else palette
+    palette = np.zeros((IGNORE, 3)) if palette is None else visible(palette, classes)
     figure = Picture(figsize=(side * columns + 0.6, tall * len(arrays) + 1), layout="compressed")
     axes = figure.subplots(len(arrays), columns, squeeze=False)
     for (name, row), strip in zip(arrays.items(), axes, strict=True):
