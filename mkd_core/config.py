@@ -58,23 +58,23 @@ class RunConfig(Checked):
     # Data.
     dataset: Dataset = Field("shapes", description="shapes, folder, voc, voc_aug, cityscapes, coco")
     root: str = Field("", description="folder of the data set; not needed for shapes")
-    dataset_options: dict[str, Any] = Field({})
+    dataset_options: dict[str, Any] = Field({}, description="of its class: classes, val ...")
     split: str = Field("random/32", description='"cps/1_16", "classic/92", "random/1_16", or a list folder')
     # Method and networks.
-    method: MethodName = "mkd"
-    options: dict[str, Any] = Field({})
+    method: MethodName = Field("mkd", description="mkd methods lists them")
+    options: dict[str, Any] = Field({}, description="of the method: mkd methods NAME")
     arch: Literal[ARCHITECTURES] = "deeplabv3plus"  # type: ignore[valid-type]
     encoder: Encoder = "resnet50"
     encoder_depth: int = Field(5, ge=3, le=5, description="stages that run; 4: a ResNet ends after layer3")
     weights: str = Field("", description="file of the encoder's weights; imagenet: fetched; '': random ones")
     # The second network of MKD, CPS and GCT, where it is another one.
     encoder2: Encoder | Literal[""] = ""
-    arch2: Literal["", *ARCHITECTURES] = ""  # type: ignore[valid-type]
+    arch2: Literal["", *ARCHITECTURES] = Field("", description="of encoder2")  # type: ignore[valid-type]
     weights2: str = Field("", description="of encoder2")
     channels: int = Field(256, gt=0, le=4096, description="of the decoder")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="in the decoder")
     norm: Literal["batch", "group"] = "batch"
-    bn_momentum: float = Field(0.1, gt=0, le=1)
+    bn_momentum: float = Field(0.1, gt=0, le=1, description="share of a batch in BatchNorm's averages")
     # Views.
     # Multiples of 16, on a vision transformer of its patch.
     crop: tuple[Side, Side] = Field((512, 512), description="height, width")
@@ -83,19 +83,19 @@ class RunConfig(Checked):
     strong: Literal[tuple(STRONG)] = "one_of"  # type: ignore[valid-type]
     weak_photometric: bool = Field(False, description="colour distortion in the weak view too (released MKD)")
     # Optimisation.
-    steps: int = Field(30_000, gt=0)
+    steps: int = Field(30_000, gt=0, description="of training")
     batch: int = Field(16, gt=0, description="labeled images a step, and as many unlabeled ones")
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(0.0025, gt=0)
+    lr: float = Field(0.0025, gt=0, description="of the encoders, at the start")
     head_lr: float = Field(1.0, gt=0, description="rate of all but the encoders in units of lr (UniMatch 10)")
-    weight_decay: float = Field(5e-4, ge=0)
+    weight_decay: float = Field(5e-4, ge=0, description="of the optimizer")
     supervised_loss: Literal["cross_entropy", "ohem"] = "cross_entropy"
     ohem_keep: int = Field(50_000, gt=0, description="pixels per labeled image that OHEM keeps at least")
     power: float = Field(0.9, ge=0, description="poly schedule: lr (1 - step / steps) ** power")
-    precision: Literal["float32", "bfloat16"] = "float32"
-    seed: int = Field(0, ge=0)
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="or bfloat16")
+    seed: int = Field(0, ge=0, description="of the first weights, the order of images, random splits")
     # Evaluation.
-    protocol: Literal["whole", "long512", "sliding"] = "whole"  # evaluate.PROTOCOLS
+    protocol: Literal["whole", "long512", "sliding"] = Field("whole", description="or long512, sliding")
     evaluate_every: int = Field(0, ge=0, description="steps; 0: at the end only")
     quality_images: int = Field(64, ge=0, description="unlabeled images on which pseudo-labels are measured")
     # Machine: not part of the id.
@@ -104,9 +104,9 @@ class RunConfig(Checked):
     workers: int = Field(
         -1, ge=-1, le=1024, description="loader processes; -1: up to 8 with a GPU, else none"
     )
-    checkpoint_every: int = Field(1_000, gt=0)
+    checkpoint_every: int = Field(1_000, gt=0, description="steps")
     keep_every: int = Field(0, ge=0, description="steps between checkpoints that stay; 0: the last alone")
-    log_every: int = Field(50, gt=0)
+    log_every: int = Field(50, gt=0, description="steps")
     tensorboard: bool = Field(False, description="TensorBoard's event files too, in the run's folder")
 
     @field_validator("weights", "weights2")

@@ -265,9 +265,9 @@ def weights_file(path: str | Path) -> Path:
     """The path, if there is such a file."""
     if not (found := local(path)).is_file():
         state = "is no file" if found.exists() else "does not exist"
-        how = "give a local .pth or .safetensors file of the encoder, or '' for random weights"
+        how = "give imagenet, a local .pth or .safetensors file of the encoder, or '' for random weights"
         if found.parent == Path(pooch.os_cache("mkd")):
             url = _address(found.name.removesuffix("_imagenet.safetensors"))
-            how = f"they could not be fetched. Put {url} there, or {how}"
+            how = f"it could not be fetched. Put {url} there, or {how.replace('imagenet, ', '')}"
         raise ValueError(f"weights file {path} {state}; {how}")
     return found

@@ -252,11 +252,12 @@ def test_check_reports_and_its_status_tells(capsys):
 def test_lists_of_parameters_methods_and_runs(tmp_path, monkeypatch, capsys):
     assert main(["run", str(ROOT / "notebooks/10_run.ipynb"), "--list"]) == 0
     text = capsys.readouterr().out
-    assert "workers = 0    loader processes" in text and "encoder_depth = 5    stages of" in text
+    assert "workers = 0    loader processes" in text and all("    " in line for line in text.splitlines())
     assert main(["methods"]) == 0
     assert "fixmatch" in capsys.readouterr().out
     assert main(["methods", "fixmatch"]) == 0
-    assert "probability of a box" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "probability of a box" in text and "\nthreshold = 0.95\n" in text
     monkeypatch.setattr(records, "RUNS", tmp_path)
     config = tiny.config()
     (tmp_path / config.id).mkdir()

@@ -1,7 +1,7 @@
 """MKD: two students teach each other, and the mean teacher of each one teaches the other.
 
 Yuan et al. 2023, arXiv:2208.11499. Students s_1, s_2, teachers t_1, t_2; x, y labeled images; u_w, u_s weak
-and strong views of unlabeled ones; mix: CutMix by one mask; j != i. No gradient into y_si, y_ti, t_i, w, Sigma.
+and strong views of unlabeled ones; mix: CutMix of `boxes`; j != i. No gradient into y_si, y_ti, t_i, w, Sigma.
 
 p_si = s_i(mix(u_s)),   p_ti = mix(t_i(u_w))                                                        logits
 y_si = argmax p_si,     y_ti = argmax p_ti  where max softmax p_ti >= T                            Eq. (3)

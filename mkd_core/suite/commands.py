@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 Words = argparse.Namespace
 
@@ -191,7 +191,11 @@ def _methods(words: Words) -> int:
         if not words.name:
             print(f"{name:16} {about.splitlines()[0]}")
             continue
-        options = [str(p) for p in inspect.signature(method).parameters.values()][1:]
+        options = []
+        for option in [*inspect.signature(method).parameters.values()][1:]:
+            values = get_args(option.annotation) if get_origin(option.annotation) is Literal else ()
+            one_of = f"    one of {', '.join(map(str, values))}" * bool(values)
+            options.append(f"{option.name} = {option.default!r}{one_of}")
         print(about, inspect.getdoc(method), "\n".join(["Options:", *options]), sep="\n\n")
     return 0
 

@@ -204,7 +204,8 @@ def _texts(opened: OpenRun, out: Path, items: Items, parts: Sequence[list[Item]]
         lines[item.file] = f"{relative(item.file, out)}\tmasks/{name}\n"
     new, labeled, evaluated = ("".join(lines[item.file] for item in part) for part in parts)
     keys = opened.config.model_dump() | {"dataset": "folder", "root": str(out), "split": "full"}
-    following = RunConfig(**keys | {"dataset_options": {}, "method": "supervised", "options": {}})
+    keys |= {"dataset_options": {"palette": opened.palette.tolist()}, "method": "supervised", "options": {}}
+    following = RunConfig(**keys)
     texts = {"classes.txt": "".join(f"{name}\n" for name in opened.classes)}
     texts |= {"train.yaml": yaml.safe_dump(following.model_dump(mode="json"), sort_keys=False)}
     texts |= {"val.txt": evaluated} if evaluated else {}
