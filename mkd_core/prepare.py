@@ -64,9 +64,8 @@ def _check_shared_memory(config: RunConfig) -> None:
     needed = count * 2 * 9 * config.batch * math.prod(config.crop) / 2**20  # each has two steps ready
     if count and place.is_dir() and (free := shutil.disk_usage(place).free / 2**20) < needed:
         how = "workers=0, or more of it (docker run --shm-size=8g)"
-        raise ValueError(
-            f"{place} has {free:,.0f} MB free, {count} workers need up to {needed:,.0f} MB: {how}"
-        )
+        has = f"{place} has {free:,.0f} MB free"
+        raise ValueError(f"{has}, {count} workers need up to {needed:,.0f} MB: {how}")
 
 
 def try_largest(dataset: SegDataset, predictor: Predictor) -> None:

@@ -51,9 +51,8 @@ def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Rec
                     with suppress(DataError):  # data that are gone prove nothing
                         refuse_other_data(folder, found.split, data_identity(*open_data(config)))
                     if not quiet and found.commit != (now := records.commit()):
-                        print(
-                            f"{config.id}: not run again, its record is of commit {found.commit}; the code is at {now}"
-                        )
+                        known = f"not run again, its record is of commit {found.commit}"
+                        print(f"{config.id}: {known}; the code is at {now}")
                     return found
                 return _Run(config, folder, quiet).finish()
             finally:
@@ -181,7 +180,7 @@ class _Run:
         needed = before if anew else folder
         if (stage > 1 or not anew) and not needed.is_dir():
             raise ValueError(
-                f"{needed}, pseudo-labels of the run, is gone; delete {self.folder} to start anew"
+                f"{needed}, the run's pseudo-labels, is gone; delete {self.folder} to start anew"
             )
         if anew:
             began = time.perf_counter()

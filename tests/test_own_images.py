@@ -53,11 +53,8 @@ def folder(root, form, n=12, photos=0, names="images/{}.png masks/{}.png", first
 
 
 def places(root):
-    return {
-        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in root.rglob("*")
-        if path.is_file()
-    }
+    files = [path for path in root.rglob("*") if path.is_file()]
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 # Which mask belongs to which photo.
@@ -91,9 +88,8 @@ def test_of_several_masks_the_class_ids_count_and_the_rest_is_told(tmp_path):
     assert {p.mask.name for p in pairs} == {f"0{k}_gtFine_labelTrainIds.png" for k in range(2)}
     assert {p.part for p in pairs} == {"val"}
     told = "\n".join(left_out)
-    assert all(
-        name in told for name in ("00_gtFine_labelIds", "_color", "_instanceIds", "zz_gtFine", "notes.docx")
-    )
+    names = ("00_gtFine_labelIds", "_color", "_instanceIds", "zz_gtFine", "notes.docx")
+    assert all(name in told for name in names)
 
 
 def test_what_cannot_be_paired_is_refused(tmp_path):
@@ -207,15 +203,16 @@ def test_what_masks_do_not_tell_is_asked_for(tmp_path, form, classes, said):
     assert not (tmp_path / "mkd").exists()
 
 
-@pytest.mark.parametrize("lines", ["# mine\n\n__ignore__\na\nb\nc\n", "id,name\na\nb\nc\n"])
-def test_class_lists_are_read_as_those_of_a_data_set(tmp_path, lines):
-    (folder(tmp_path, lambda y: y) / "labels.txt").write_text(lines)
-    if "," in lines:
-        with pytest.raises(DataError, match=r"labels.txt: 'id,name' is no class name"):
-            prepare_folder(tmp_path, quiet=True)
-    else:
-        config = prepare_folder(tmp_path, quiet=True, weights="")
-        assert open_dataset("folder", config.root).classes == ("a", "b", "c")
+def test_class_lists_are_read_as_those_of_a_data_set(tmp_path):
+    (folder(tmp_path, lambda y: y) / "labels.txt").write_text("id,name\na\nb\nc\n")
+    with pytest.raises(DataError, match=r"labels.txt: 'id,name' is no class name"):
+        prepare_folder(tmp_path, quiet=True)
+    (tmp_path / "labels.txt").write_text("# mine\n\n__ignore__\na\nb\nc\n")
+    assert open_dataset("folder", prepare_folder(tmp_path, quiet=True, weights="").root).classes == (
+        "a",
+        "b",
+        "c",
+    )
 
 
 # Outlines in JSON.
@@ -223,11 +220,8 @@ def test_class_lists_are_read_as_those_of_a_data_set(tmp_path, lines):
 
 SHAPES = [
     {"label": "wall", "points": [[2, 4], [30, 4], [30, 20], [2, 20]], "shape_type": None},
-    {
-        "label": "door",
-        "points": [[20, 30], [8, 10]],
-        "shape_type": "rectangle",
-    },  # from its last corner; over the wall
+    # From its last corner; over the wall.
+    {"label": "door", "points": [[20, 30], [8, 10]], "shape_type": "rectangle"},
     {"label": "__ignore__", "points": [[25, 36], [25, 42]], "shape_type": "circle"},
     {"label": "_background_", "points": [[10, 12], [11, 13]], "shape_type": "rectangle"},
 ]
@@ -239,23 +233,8 @@ def labelme(path, shapes, **keys):
     path.write_text(json.dumps(content | keys))
 
 
-def instances(path, images, outline, categories, **keys):
-    """A file of COCO's kind: two objects in each image but the last."""
-    boxes = [(category, outline) for category, outline in zip((2, 1), outline, strict=True)]
-    annotations = [
-        {"image_id": k, "category_id": c, "segmentation": [o]}
-        for k in range(len(images) - 1)
-        for c, o in boxes
-    ]
-    listed = [{"id": k, "file_name": name, "height": 48, "width": 40} for k, name in enumerate(images)]
-    named = [{"id": id, "name": name} for id, name in categories.items()]
-    content = {"images": listed, "annotations": annotations, "categories": named}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content | keys))
-
-
 @pytest.mark.parametrize(
-    "names", ["{}.jpg {}.json", "images/{}.jpg json/{}.json", "train/{}.jpg train/ann/{}.jpg.json"]
+    "names", ["{}.jpg {}.json", "images/{}.jpg json/{}.json", "a/{}.jpg a/ann/{}.jpg.json"]
 )
 def test_outlines_of_labelme(tmp_path, names, capsys):
     image, drawn = names.split()
@@ -278,18 +257,16 @@ def test_outlines_of_labelme(tmp_path, names, capsys):
 
 
 def test_outlines_of_coco_in_the_order_of_their_ids(tmp_path):
-    wide, small = [2, 4, 30, 4, 30, 20, 2, 20], [8, 10, 20, 10, 20, 18, 8, 18]
-    for part, count in (
-        ("train", 5),
-        ("valid", 3),
-    ):  # as exporters write it, a category without objects first
+    outlines = {2: [8, 10, 20, 10, 20, 18, 8, 18], 1: [2, 4, 30, 4, 30, 20, 2, 20]}
+    named = [
+        {"id": k, "name": name} for k, name in enumerate(("things", "pit", "crack"))
+    ]  # one has no object
+    for part, count in (("train", 5), ("valid", 3)):
         files = [save(tmp_path / f"{part}/{part}_{k}.jpg", photo(10 * count + k)).name for k in range(count)]
-        instances(
-            tmp_path / f"{part}/_annotations.coco.json",
-            files,
-            (small, wide),
-            {0: "things", 1: "pit", 2: "crack"},
-        )
+        images = [{"id": k, "file_name": name, "height": 48, "width": 40} for k, name in enumerate(files)]
+        objects = [{"image_id": k, "category_id": c, "segmentation": [o]} for k in range(count - 1) for c, o in outlines.items()]  # fmt: skip
+        content = {"images": images, "annotations": objects, "categories": named}
+        (tmp_path / part / "_annotations.coco.json").write_text(json.dumps(content))
     config = prepare_folder(tmp_path, weights="", quiet=True)
     data = open_dataset("folder", config.root, **config.dataset_options)
     assert data.classes == ("background", "pit", "crack") and len(data.val) == 2
@@ -324,9 +301,7 @@ def test_masks_and_outlines_are_not_mixed(tmp_path):
     folder(tmp_path, lambda y: y, 2)
     for k in range(2):
         labelme(tmp_path / f"images/0{k}.json", SHAPES)
-    pairs, left_out = find_pairs(
-        tmp_path, tmp_path / "mkd"
-    )  # masks drawn from outlines, by labelme's exporter
+    pairs, left_out = find_pairs(tmp_path, tmp_path / "mkd")  # as labelme's exporter leaves them
     assert {p.mask.suffix for p in pairs} == {".png"} and "another form of a mask" in left_out[0]
     (tmp_path / "masks/01.png").unlink()
     with pytest.raises(DataError, match="00.png is a mask, .*01.json holds outlines: move one kind"):
@@ -339,11 +314,8 @@ def test_masks_and_outlines_are_not_mixed(tmp_path):
 def test_photos_without_masks_are_unlabeled_and_what_is_left_out_is_told(tmp_path, capsys):
     folder(tmp_path, lambda y: y, 12, 5)
     (tmp_path / "classes.txt").write_text("a\nb\nc\n")
-    faulty = [
-        save(tmp_path / "masks/03.png", truth(3)[:20]),
-        tmp_path / "masks/04.png",
-        tmp_path / "images/05.png",
-    ]
+    faulty = [tmp_path / name for name in ("masks/03.png", "masks/04.png", "images/05.png")]
+    save(faulty[0], truth(3)[:20])
     for path in faulty[1:]:
         path.write_bytes(b"no picture")
     save(tmp_path / "masks/06.jpg", truth(6))
@@ -352,10 +324,7 @@ def test_photos_without_masks_are_unlabeled_and_what_is_left_out_is_told(tmp_pat
     assert main(["prepare", str(tmp_path)]) == 2  # what is damaged is not dropped, nor taken for unlabeled
     text = capsys.readouterr().err
     said = ("03.png: a mask of (20, 40) pixels", "04.png: not a readable mask", "05.png: not a readable picture", "06.jpg: a mask is a lossless")  # fmt: skip
-    assert all(
-        part in text
-        for part in (*said, "4 faulty files", "move them away: a photo without its mask is unlabeled")
-    )
+    assert all(part in text for part in (*said, "4 faulty files", "a photo without its mask is unlabeled"))
     for path in (*faulty, tmp_path / "masks/06.jpg"):
         path.unlink()
     assert main(["prepare", str(tmp_path), "weights=", "--test", "0.2"]) == 0

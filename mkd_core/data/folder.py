@@ -111,7 +111,7 @@ def _class_names(root: Path, classes: Sequence[str] | int | None) -> tuple[str, 
     names = tuple(read_classes(file) if given is None else _plain_names(map(str, given), "classes"))
     if isinstance(classes, str) or not 1 < len(names) <= IGNORE or len(set(names)) < len(names):
         raise DataError(
-            f"classes must be 2 to {IGNORE} different names, or their number; got {classes or names!r}"
+            f"classes are 2 to {IGNORE} different names, or their number; got {classes or names!r}"
         )
     return names
 

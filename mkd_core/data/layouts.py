@@ -171,7 +171,7 @@ def draw_parts(
     if not parts["train"] or not parts["val"]:
         counts = ", ".join(f"{part} {len(of)}" for part, of in parts.items())
         raise DataError(
-            f"photos with masks: {counts}; train and val need some. Are there enough, and enough groups?"
+            f"photos with masks: {counts}; train and val need some: more photos, or groups, are needed"
         )
     held = {group(pair) for pair in parts["val"] + parts["test"]} if pattern else set()
     bare = [pair for pair in pairs if not pair.mask]

@@ -88,9 +88,7 @@ def understand_drawings(drawings: Mapping[Path, Drawing], classes: Sequence[str]
     names = [name for name in classes or sorted(ids, key=lambda name: (ids[name], name)) if name not in index]
     index |= {name: k for k, name in enumerate(names, 1)}
     if other := ids.keys() - index.keys():
-        file = next(
-            file for file, drawing in drawings.items() if other & {name for _, name in drawing.objects}
-        )
+        file = next(file for file, of in drawings.items() if other & {name for _, name in of.objects})
         raise DataError(f"{some(sorted(other), 'labels')}, in {file} first, are not among {', '.join(names)}")
 
     def read(file: Path) -> np.ndarray:

@@ -100,9 +100,7 @@ def read_cell(notebook: Path) -> dict[str, Parameter]:
         raise ValueError(f"notebook {notebook} does not exist" + (f"; there are {near}" if near else ""))
     tree = notebook.resolve().parents[1]
     if (tree / "mkd_core").is_dir() and tree != ROOT:
-        raise ValueError(
-            f"{notebook} is of another copy of the project than this command, which is of {ROOT}"
-        )
+        raise ValueError(f"{notebook} is of another copy of the project than this command, of {ROOT}")
     cells = json.loads(notebook.read_bytes())["cells"]
     tagged = ("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", []))
     source, found = next(tagged, ""), {}
@@ -141,9 +139,8 @@ def read_all(known: Mapping[str, Parameter], file: Path | None, pairs: Sequence[
     merged = merge(whole if single else values, typed, whole)
     own = [key for key in ("common", "rows", "columns") if key in known and key not in merged]
     if own and merged.get("base") and known is not PLAIN:  # its smoke run; papermill takes it silently
-        raise ValueError(
-            f"the notebook's own {', '.join(own)} would lie over the file's base: state it in the file"
-        )
+        where = "would lie over the file's base: state it in the file"
+        raise ValueError(f"the notebook's own {', '.join(own)} {where}")
     if single:
         dataset = choose("data set", merged.get("dataset", known["dataset"].default), DATASETS)
         for key in (typed.keys() - known.keys()) & inspect.signature(DATASETS[dataset]).parameters.keys():

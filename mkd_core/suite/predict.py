@@ -149,9 +149,7 @@ def _labels(model: Predictor, net: str, items: Items, progress: Progress) -> Ite
     for k, (name, item) in enumerate(items.items(), 1):
         image = item.image()
         if not told and image.shape[1:].numel() > LARGE:
-            print(
-                f"images above {LARGE:,} pixels are predicted in windows of {model.window} (protocol sliding)"
-            )
+            print(f"images above {LARGE:,} pixels are predicted in windows of {model.window} (sliding)")
             told = True
         yield name, image, *model.label(image, net)
         progress(f"{k:,} of {len(items):,} images", now=k == len(items))
@@ -228,9 +226,8 @@ def _report(table: pd.DataFrame, threshold: float, out: Path) -> None:
     if table["kept"]["all"] < 1:
         print("WARNING: under 1 % of the pixels are kept; lower the threshold or train longer")
     if gone := list(table.index[:-1][table["kept"][:-1].fillna(0) == 0]):
-        print(
-            f"WARNING: no pixel is pseudo-labeled as {', '.join(gone)}: trained on these alone, a network forgets it"
-        )
+        lost = "trained on these alone, a network forgets it"
+        print(f"WARNING: no pixel is pseudo-labeled as {', '.join(gone)}: {lost}")
     command = ["mkd", "run", str(records.ROOT / "notebooks/10_run.ipynb"), "-f", str(out / "train.yaml")]
     lacks = "" if (out / "val.txt").exists() else ", once there is a val.txt (--val writes the run's own)"
     print(f"Data set: {out}\nNext{lacks}: {shlex.join(command)}")
@@ -270,7 +267,7 @@ def _check(made: Sequence[Path], items: Sequence[Item], overwrite: bool, progres
             bad.append(str(error))
     if bad:
         raise DataError(
-            f"{len(bad)} of {len(items)} images or their masks cannot be read:\n" + "\n".join(bad)
+            "\n".join([f"{len(bad)} of {len(items)} images or their masks cannot be read:", *bad])
         )
     for folder in {path.parent for path in made}:
         folder.mkdir(parents=True, exist_ok=True)
