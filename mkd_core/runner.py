@@ -180,7 +180,7 @@ class _Run:
         needed = before if anew else folder
         if (stage > 1 or not anew) and not needed.is_dir():
             raise ValueError(
-                f"{needed}, the run's pseudo-labels, is gone; delete {self.folder} to start anew"
+                f"{needed}, pseudo-labels of the run, is gone; delete {self.folder} to start anew"
             )
         if anew:
             began = time.perf_counter()
