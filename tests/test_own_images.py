@@ -234,13 +234,14 @@ def labelme(path, shapes, **keys):
 
 
 @pytest.mark.parametrize(
-    "names", ["{}.jpg {}.json", "images/{}.jpg json/{}.json", "a/{}.jpg a/ann/{}.jpg.json"]
+    "names",
+    ["{}.jpg {}.json", "images/{}.jpg json/{}.json", "b/{}.jpg b/ann/{}.jpg.json", "a/{}.jpg c/of_{}.json"],
 )
 def test_outlines_of_labelme(tmp_path, names, capsys):
     image, drawn = names.split()
     for k in range(8):
         save(tmp_path / image.format(k), photo(k))
-        labelme(tmp_path / drawn.format(k), SHAPES if k < 6 else [])
+        labelme(tmp_path / drawn.format(k), SHAPES if k < 6 else [], imagePath=f"..\\a\\{k}.jpg")
     config = prepare_folder(tmp_path, weights="")
     assert "no outline in it" in capsys.readouterr().out
     data = open_dataset("folder", config.root, **config.dataset_options)

@@ -40,20 +40,25 @@ def read_drawings(path: Path, root: Path) -> dict[Path, Drawing]:
             return {}
         objects = [_shape(k, each) for k, each in enumerate(content["shapes"], 1)]
         size = int(content["imageHeight"]), int(content["imageWidth"])
+        place = _place(path, root, content.get("imagePath") or "")
     except DataError as error:
         raise DataError(f"{path}: {error}".replace(f"{path}: {path}: ", f"{path}: ")) from error
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: not JSON as labelme or COCO has it ({error!r})") from error
-    return {path: Drawing(path.relative_to(root), size, objects)}
+    # A file that was renamed with its photo names the one of before.
+    return {path: Drawing(place if (root / place).is_file() else path.relative_to(root), size, objects)}
+
+
+def _place(path: Path, root: Path, name: str) -> Path:
+    place = absolute(path.parent / name.replace("\\", "/"))
+    return place.relative_to(root) if place.is_relative_to(root) else Path(place.name)
 
 
 def _coco(path: Path, root: Path, content: dict[str, Any]) -> dict[Path, Drawing]:
     drawings, (_, images, objects) = {}, read_instances(path, content)
     for image in images:
-        file = str(image["file_name"]).replace("\\", "/")
-        place = absolute(path.parent / file)
-        place = place.relative_to(root) if place.is_relative_to(root) else Path(place.name)
-        size = image["height"], image["width"]
+        file, size = str(image["file_name"]), (image["height"], image["width"])
+        place = _place(path, root, file)
         drawings[path / file.lstrip("/")] = Drawing(place, size, objects[image["id"]])
     return drawings
 
