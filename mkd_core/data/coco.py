@@ -13,6 +13,7 @@ from PIL import Image
 
 from .base import IGNORE, DataError, FileDataset, colormap, find_root, some
 
+Objects = dict[Any, list[tuple[dict[str, Any], str]]]  # annotation and class name, by the image's id
 # index 0 is background, a class like the others; then the 80 things in the order of their official ids
 CLASSES = (
     "background", "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat",
@@ -84,9 +85,6 @@ def render_masks(annotations: Path, out: Path, progress: Callable[[int, int], No
         if progress:
             progress(done, len(images))
     return written
-
-
-Objects = dict[Any, list[tuple[dict[str, Any], str]]]
 
 
 def read_instances(path: Path, content: dict[str, Any]) -> tuple[dict[Any, str], list[Any], Objects]:

@@ -58,8 +58,7 @@ def _coco(path: Path, root: Path, content: dict[str, Any]) -> dict[Path, Drawing
     drawings, (_, images, objects) = {}, read_instances(path, content)
     for image in images:
         file, size = str(image["file_name"]), (image["height"], image["width"])
-        place = _place(path, root, file)
-        drawings[path / file.lstrip("/")] = Drawing(place, size, objects[image["id"]])
+        drawings[path / file.lstrip("/")] = Drawing(_place(path, root, file), size, objects[image["id"]])
     return drawings
 
 
