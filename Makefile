@@ -21,8 +21,8 @@ bench: .venv/.ok  ## speed and memory of the parts, as ratios
 gpu: .venv/.ok  ## checks, speed and training on a GPU in eight minutes, into runs/gpu; ARGS="--data ROOT --runs FILE", "--dry" ...
 	$(PY) tests/gpu.py --out runs/gpu $(ARGS)
 
-lab: .venv/.ok  ## JupyterLab on the notebooks
-	.venv/bin/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. notebooks/00_quickstart.ipynb
+lab: .venv/.ok  ## JupyterLab on the notebooks: the demo's, where it is finished; its Run All makes no run again
+	.venv/bin/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. $(firstword $(wildcard runs/demo/00_quickstart.ipynb) notebooks/00_quickstart.ipynb)
 
 viewer: .venv/.ok  ## the explorer alone on the newest runs, or RUN="id id": this machine only, with a token; Ctrl-C stops it
 	MKD_EXPLORE="$(RUN)" .venv/bin/voila notebooks/50_explorer.ipynb --Voila.ip=127.0.0.1 --Voila.auto_token=True

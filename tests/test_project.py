@@ -1,6 +1,8 @@
 """The files around the package: README numbers come from committed records, recipes and parameters are valid, both lists of pins agree."""
 
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -124,3 +126,14 @@ def test_environment_and_citation_parse():
     assert environment["dependencies"][-1] == {"pip": ["-r requirements.txt"]}
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "title", "authors", "preferred-citation"} <= citation.keys()
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_jupyterlab_opens_the_demo_where_it_is_finished(tmp_path):
+    for name in ("Makefile", "requirements.lock", "pyproject.toml", "setup.sh"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = ["make", "-n", "-C", str(tmp_path), "lab"]
+    assert " notebooks/00_quickstart.ipynb" in subprocess.check_output(command, text=True)
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    (tmp_path / "runs/demo/00_quickstart.ipynb").touch()
+    assert " runs/demo/00_quickstart.ipynb" in subprocess.check_output(command, text=True)
