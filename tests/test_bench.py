@@ -50,6 +50,13 @@ def test_every_comparison_runs_small_and_has_a_number():
     assert sum(row.value for row in rows if row.what.startswith("loader")) == pytest.approx(100)
 
 
+def test_the_table_of_steps_has_a_vision_transformer():
+    frame = bench.steps(SMALL, ["supervised"], 1, "tu-test_vit")
+    assert list(frame.index) == ["supervised", "supervised, ViT", "mkd, ViT"]
+    assert list(frame.loc["mkd, ViT", ["gradient", "plain"]]) == [4, 2]
+    assert frame.loc["mkd, ViT", "x memory"] > 1.5 * frame.loc["supervised, ViT", "x memory"] > 0
+
+
 def test_a_target_is_met_or_missed():
     assert bench.Row("a", 3.0, target=2).met == "met" and bench.Row("a", 1.0, target=2).met == "MISSED"
     share = bench.Row("a", 3.0, target=2, unit="%")

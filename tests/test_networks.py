@@ -8,10 +8,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from tiny import CLASSES, config
+from tiny import CLASSES, batch, config, gradients
 from torch import Tensor
 
-from mkd_core.models import SegNet, load_encoder
+from mkd_core.models import SegNet, load_encoder, nearest
 from mkd_core.runner import run
 from mkd_core.train import build_method
 
@@ -262,6 +262,19 @@ def test_a_few_steps_on_the_embedded_data(keys, tmp_path):
     keys = {"method": "mkd"} | keys
     record = run(config(**keys), tmp_path, quiet=True)
     assert 0 <= record.miou <= 100 and record.config["arch"] == keys["arch"]
+
+
+def test_fda_s_moments_are_those_of_dpt_s_features():
+    method = build_method(config("mkd", **DPT, options={"fda": 1.5, "threshold": 1.0}), CLASSES).train()
+    b, student, moments = batch(padded=False), method.students[0], method.moments[0]
+    terms, _ = method(b, 0.5)
+    y, features = nearest(b.y, (16, 16)), student.features(b.x).detach().movedim(1, -1)
+    for c in range(CLASSES):  # T = 1: no unlabeled pixel has a label
+        mean, var = features[y == c].mean(0), features[y == c].var(0, correction=0)
+        torch.testing.assert_close(moments.mean[c], mean, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(moments.var[c], var, rtol=1e-3, atol=1e-5)
+    shift = moments.table(student.classifier.weight.flatten(1), 1.5 * 0.5)
+    assert shift.max() > 0 and gradients(terms["ss"], student.encoder) > 0
 
 
 def test_two_unlike_networks(tmp_path):

@@ -24,6 +24,8 @@ from mkd_core.suite.cli import main
 from mkd_core.suite.export import export
 from mkd_core.suite.predict import predict, pseudo_label
 
+DINOV2 = "tu-vit_small_patch14_dinov2"
+
 
 def trained(config, runs):
     """The folder of a short run, its classifiers rescaled so that every class is predicted somewhere, without ties."""
@@ -153,6 +155,26 @@ def test_the_explorer_shows_what_is_predicted(precise_run):
         for name, shown in found.items():
             label, confidence = label_of(precise_run, study.data.image(id), name)
             assert np.array_equal(shown.label, label) and np.array_equal(shown.confidence, confidence)
+
+
+def test_a_vision_transformer_is_predicted_and_explored_at_any_size(tmp_path):
+    """Its patch of 14 divides no padded side; 32 x 32 and 56 x 42 need no padding."""
+    from mkd_core.explorer.study import Study
+
+    keys = {"arch": "dpt", "encoder": DINOV2, "channels": 8, "crop": (28, 42), "steps": 1}
+    run = trained(tiny.config(**keys), tmp_path)
+    for k, (height, width) in enumerate(((1, 1), (33, 70), (32, 32), (56, 42), (75, 50))):
+        image = read_image(picture(tmp_path / f"{k}.png", height, width, seed=k))
+        confidence, label = expected(run, "net", image).max(0)
+        found = label_of(run, image)
+        assert torch.equal(found[0], label.byte()) and torch.equal(found[1], confidence)
+        sliding, _ = label_of(run, image, "", "sliding")
+        assert sliding.shape == label.shape
+    study = Study(run, device="cpu")
+    id = study.data.val[0]
+    shown = study.predict(0, study.checkpoints(0)["last"], id)["net"]
+    assert np.array_equal(shown.label, label_of(run, study.data.image(id))[0])
+    assert len(np.unique(shown.label)) > 1 and study.views(0, id, 0)["CutMix"].shape == (28, 42, 3)
 
 
 def labels_by(json_file, program, image):
@@ -559,17 +581,19 @@ def test_an_export_is_checked_and_stands_beside_its_facts(run, tmp_path, capsys,
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+@pytest.mark.parametrize("kind, keys, least", [
+    ("pt2", {"encoder": "resnet18"}, 32), ("onnx", {"encoder": "tu-test_resnet"}, 32),
+    ("pt2", {"arch": "dpt", "encoder": DINOV2}, 64)], ids=str)  # fmt: skip
 @torch.no_grad()
-def test_exports_take_every_batch_and_size_where_the_network_can_be_traced(tmp_path, kind):
-    net = SegNet(4, encoder="resnet18" if kind == "pt2" else "tu-test_resnet", channels=16).eval()
+def test_exports_take_every_batch_and_size_where_the_network_can_be_traced(tmp_path, kind, keys, least):
+    net = SegNet(4, channels=16, **keys).eval()
     if kind == "onnx":
         session = pytest.importorskip("onnxruntime").InferenceSession
         pytest.importorskip("onnxscript")
     content, sizes = exporting._program(getattr(exporting, f"_{kind}"), net, (48, 48))
-    assert len(set(sizes)) > 2
+    assert len(set(sizes)) > 2 and min(sizes) == (least, least)
     (tmp_path / "net").write_bytes(content)
-    for shape in ((1, 3, 32, 32), (3, 3, 160, 64)):
+    for shape in ((1, 3, least, least), (3, 3, 160, 64)):
         x = torch.randn(shape)
         if kind == "pt2":
             found = torch.export.load(tmp_path / "net").module()(x)

@@ -117,9 +117,15 @@ def finish(process: multiprocessing.Process) -> None:
     assert process.exitcode == 0
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run(method, tmp_path):
-    c = long(method)
+VIT = {"arch": "dpt", "encoder": "tu-test_vit"}
+UNLIKE = VIT | {"encoder2": "tu-test_resnet", "arch2": "deeplabv3plus_mmseg"}
+
+
+@pytest.mark.parametrize("method, keys", [
+    *(pytest.param(method, {}, id=method) for method in METHODS),
+    pytest.param("unimatch_v2", VIT, id="vit"), pytest.param("mkd", UNLIKE, id="unlike")])  # fmt: skip
+def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run(method, keys, tmp_path):
+    c = long(method, **keys)
     run(c, tmp_path / "whole", quiet=True)
     total = rows(tmp_path / "whole" / c.id)
     folder, chance = tmp_path / "killed" / c.id, random.Random(method)

@@ -30,9 +30,10 @@ def export(
     """Write <predictor>.pt2 (torch.export) or .onnx, and <predictor>.json, to `out`; return both.
 
     The program maps (B, 3, H, W) float32, preprocessed as the JSON says, to logits (B, C, H, W). B is
-    free; H and W are free multiples of MULTIPLE where the network can be traced so, else the run's crop:
-    the JSON says which. It is read back first, the .onnx by onnxruntime, and must give the logits of its
-    network on random images of several sizes. ValueError where it does not, or cannot be written.
+    free; H and W are free multiples of MULTIPLE where the network can be traced so (a .pt2 of a vision
+    transformer: from 64 on), else the run's crop: the JSON says which. It is read back first, the .onnx
+    by onnxruntime, and must give the logits of its network on random images of several sizes.
+    ValueError where it does not, or cannot be written.
 
     out      default: the run folder; run, predictor and step as in `predict`
     licence  of the data, for the model card
@@ -45,7 +46,8 @@ def export(
     program, about = (folder / f"{name.replace(' ', '_')}{suffix}" for suffix in suffixes)
     refuse_existing([program, about], overwrite)
     content, sizes = _program(_onnx if onnx else _pt2, model.nets[name].eval(), opened.config.crop)
-    height, width = [f"any multiple of {MULTIPLE}"] * 2 if len(set(sizes)) > 1 else sizes[0]
+    free = f"any multiple of {MULTIPLE}, at least {min(sizes)[0]}"
+    height, width = [free] * 2 if len(set(sizes)) > 1 else sizes[0]
     facts = _card(opened, name) | {
         "licence_of_data": licence or "not stated",
         "checkpoint_sha256": file_sha256(opened.folder / opened.checkpoint),
@@ -65,8 +67,10 @@ def export(
 
 def _program(write: Callable[..., Program], net: nn.Module, crop: Size) -> tuple[bytes, list[Size]]:
     """The content of a program and the image sizes it was checked on: different ones where they are free."""
-    free = {0: Dim("batch"), 2: MULTIPLE * Dim("rows"), 3: MULTIPLE * Dim("columns")}
-    for shapes, sizes in ((free, [(96, 128), (32, 32), (64, 160)]), ({0: Dim("batch")}, [crop, crop])):
+    for least in (1, 2, 0):  # a grid halved to one patch is traced as a case of its own; 0: at the crop alone
+        free = {2: MULTIPLE * Dim("rows", min=least), 3: MULTIPLE * Dim("columns", min=least)} if least else {}
+        sizes = [(96, 128), (least * MULTIPLE, least * MULTIPLE), (64, 160)] if least else [crop, crop]
+        shapes = {0: Dim("batch")} | free
         try:
             content, read = write(net, torch.rand(2, 3, *sizes[0]), shapes)
             for count, size in enumerate(sizes, 1):
