@@ -17,7 +17,7 @@ from .choices import Checked, choose, complete_options
 from .data import DATASETS
 from .data.base import local
 from .methods import METHODS
-from .models import ARCHITECTURES, file_sha256, imagenet_file
+from .models import ARCHITECTURES, file_sha256, imagenet_file, stride
 from .parameters import lay_over, read_parameters
 from .records import ROOT
 
@@ -127,9 +127,10 @@ class RunConfig(Checked):
     @field_validator("crop")
     @classmethod
     def _sides(cls, crop: tuple[int, int], info: ValidationInfo) -> tuple[int, int]:
-        # On a vision transformer build_method knows the patch.
-        if "dpt" not in (info.data.get("arch"), info.data.get("arch2")) and (crop[0] % 16 or crop[1] % 16):
-            raise ValueError(f"'crop': sides must be multiples of 16; got {crop}")
+        arch, encoder, arch2, encoder2 = map(info.data.get, ("arch", "encoder", "arch2", "encoder2"))
+        for net in ((arch, encoder), (arch2 or arch, encoder2 or encoder)) if arch and encoder else ():
+            if crop[0] % (least := stride(*net)) or crop[1] % least:
+                raise ValueError(f"'crop': sides must be multiples of {least}; got {crop}")
         return crop
 
     @model_validator(mode="after")

@@ -101,21 +101,25 @@ class Residual(nn.Module):
 
 
 class ViT(nn.Module):
-    """A vision transformer of timm as an encoder: [x, x, four maps (B, width, H/patch, W/patch)].
+    """A vision transformer of timm ("tu-...") as an encoder: [x, x, four maps (B, width, H/patch, W/patch)].
 
     The maps come after each quarter of the blocks, through the last LayerNorm. Position embeddings are
     interpolated to the image (bicubic; DINOv3's are rotary). An image whose sides are no multiples of
-    the patch is resized to the nearest ones, as UniMatch V2 evaluates.
+    the patch is resized to the nearest ones, as UniMatch V2 evaluates. ValueError for other models.
     """
 
     model: Any
 
     def __init__(self, name: str):
         super().__init__()
-        self.model = timm.create_model(name, num_classes=0, global_pool="", dynamic_img_size=True)
-        blocks = len(self.model.blocks)
+        try:
+            free = {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}
+            self.model = timm.create_model(name.removeprefix("tu-"), **free)
+            blocks, self.patch = len(self.model.blocks), self.model.patch_embed.patch_size[0]
+        except (AttributeError, RuntimeError, TypeError) as error:
+            needs = "a vision transformer of timm, as tu-vit_small_patch14_dinov2"
+            raise ValueError(f"arch 'dpt' needs {needs}; got {name}") from error
         self.indices = [blocks * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
-        self.patch = self.model.patch_embed.patch_size[0]
         self.out_channels = [3, 3, *[self.model.embed_dim] * 4]
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -31,7 +31,6 @@ class SegNet(nn.Module):
                    8 H/patch for DPT
     classifier     Conv2d D -> C, 1x1; its weight is FDA's W
     forward(x)     (B, C, H, W) logits, bilinear from (h, w), align_corners False
-    stride         crops must be multiples of it
 
     arch           "deeplabv3plus": smp's, output stride 16, ASPP rates (6, 12, 18), separable convolutions;
                    "deeplabv3plus_mmseg": the decoder of the released code (heads.py);
@@ -60,9 +59,7 @@ class SegNet(nn.Module):
         if arch not in parts:
             raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}; got {arch!r}")
         make = parts[arch]
-        self.encoder, self.decoder, width, self.stride = make(
-            encoder, encoder_depth, channels, dropout, num_classes
-        )
+        self.encoder, self.decoder, width = make(encoder, encoder_depth, channels, dropout, num_classes)
         if encoder_depth < 5:
             _drop_idle(self.encoder)
         self.classifier = nn.Conv2d(width, num_classes, 1)
@@ -79,8 +76,8 @@ class SegNet(nn.Module):
         return resize(self.classifier(self.features(x)), x.shape[-2:])
 
 
-# Encoder, decoder, channels of the decoder's output, stride.
-Parts = tuple[Any, nn.Module, int, int]
+# Encoder, decoder, channels of the decoder's output.
+Parts = tuple[Any, nn.Module, int]
 
 
 def _deeplab(encoder: str, depth: int, channels: int, dropout: float, classes: int) -> Parts:
@@ -88,7 +85,7 @@ def _deeplab(encoder: str, depth: int, channels: int, dropout: float, classes: i
         encoder, depth, encoder_weights=None, encoder_output_stride=16, classes=classes,
         decoder_atrous_rates=(6, 12, 18), decoder_channels=channels, decoder_aspp_dropout=dropout,
     )  # fmt: skip
-    return net.encoder, net.decoder, channels, 16
+    return net.encoder, net.decoder, channels
 
 
 def _pspnet(encoder: str, depth: int, channels: int, dropout: float, classes: int) -> Parts:
@@ -98,21 +95,27 @@ def _pspnet(encoder: str, depth: int, channels: int, dropout: float, classes: in
     )  # fmt: skip
     # Dilated, and five stages deep: with smp's defaults the last two never run.
     dilated = smp.encoders.get_encoder(encoder, in_channels=3, depth=depth, weights=None, output_stride=8)
-    return dilated, net.decoder, 2 * channels, 8
+    return dilated, net.decoder, 2 * channels
 
 
 def _mmseg(encoder: str, depth: int, channels: int, dropout: float, classes: int) -> Parts:
     net = smp.encoders.get_encoder(encoder, in_channels=3, depth=depth, weights=None, output_stride=16)
     decoder = SeparableASPP(net.out_channels[2], net.out_channels[-1], channels, dropout)
-    return net, decoder, channels, 1
+    return net, decoder, channels
 
 
 def _dpt(encoder: str, depth: int, channels: int, dropout: float, classes: int) -> Parts:
-    if not encoder.startswith("tu-") or "vit" not in encoder or depth != 5:
-        needs = "a vision transformer of timm, as tu-vit_small_patch14_dinov2, at encoder_depth 5"
-        raise ValueError(f"arch 'dpt' needs {needs}; got {encoder}, {depth}")
-    net = ViT(encoder.removeprefix("tu-"))
-    return net, DPT(net.out_channels[-1], channels, dropout), channels, net.patch
+    if depth != 5:
+        raise ValueError(f"arch 'dpt' needs encoder_depth 5; got {depth}")
+    net = ViT(encoder)
+    return net, DPT(net.out_channels[-1], channels, dropout), channels
+
+
+@cache
+def stride(arch: str, encoder: str) -> int:
+    """Return what the sides of a crop must be multiples of: 16, with DPT the patch of the transformer."""
+    with torch.device("meta"):
+        return ViT(encoder).patch if arch == "dpt" else 16
 
 
 def resize(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
@@ -219,19 +222,13 @@ def _from_openmmlab(state: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-@cache
 def imagenet_file(encoder: str) -> str:
-    """The file of an encoder's ImageNet weights in the cache, fetched once, verified; its path alone where it cannot be.
+    """The place in the cache of an encoder's ImageNet weights, which `weights_file` fetches.
 
-    Address and hash are those that smp, or timm for "tu-...", name. ValueError where they name none.
+    Their address is the one that smp, or timm for "tu-...", names. ValueError where they name none.
     """
-    path = Path(pooch.os_cache("mkd")) / f"{encoder}_imagenet.safetensors"
-    url = _address(encoder)
-    if not path.exists():
-        with suppress(Exception):  # a dozen types without a network; `weights_file` says what to do then
-            found = get_hf_file_metadata(url, timeout=10)  # the tag of a large file is its sha256
-            pooch.retrieve(url, f"sha256:{found.etag}", fname=path.name, path=path.parent)
-    return str(path)
+    _address(encoder)
+    return str(Path(pooch.os_cache("mkd")) / f"{encoder}_imagenet.safetensors")
 
 
 def _address(encoder: str) -> str:
@@ -262,12 +259,16 @@ def _sha256(path: Path, changed: int, size: int) -> str:
 
 
 def weights_file(path: str | Path) -> Path:
-    """The path, if there is such a file."""
-    if not (found := local(path)).is_file():
-        state = "is no file" if found.exists() else "does not exist"
-        how = "give imagenet, a local .pth or .safetensors file of the encoder, or '' for random weights"
-        if found.parent == Path(pooch.os_cache("mkd")):
-            url = _address(found.name.removesuffix("_imagenet.safetensors"))
-            how = f"it could not be fetched. Put {url} there, or {how.replace('imagenet, ', '')}"
-        raise ValueError(f"weights file {path} {state}; {how}")
-    return found
+    """The path, if there is such a file; one of `imagenet_file` is fetched, once, and verified."""
+    if (found := local(path)).is_file():
+        return found
+    state = "is no file" if found.exists() else "does not exist"
+    how = "give imagenet, a local .pth or .safetensors file of the encoder, or '' for random weights"
+    if found.parent == Path(pooch.os_cache("mkd")):
+        url = _address(found.name.removesuffix("_imagenet.safetensors"))
+        with suppress(Exception):  # a dozen types without a network
+            about = get_hf_file_metadata(url, timeout=10)  # the tag of a large file is its sha256
+            pooch.retrieve(url, f"sha256:{about.etag}", fname=found.name, path=found.parent)
+            return found
+        how = f"it could not be fetched. Put {url} there, or {how.replace('imagenet, ', '')}"
+    raise ValueError(f"weights file {path} {state}; {how}")

@@ -118,18 +118,15 @@ def build_net(config: RunConfig, num_classes: int, arch: str | None = None) -> S
 def build_method(config: RunConfig, num_classes: int) -> Method:
     """Make the method with networks drawn from the seed: the first network is the same for every method."""
     seed_step(config.seed, -1)
-    second, calls = bool(config.encoder2 or config.arch2), count()
+    built = count(1)
 
     def build(arch: str | None = None) -> SegNet:
-        return build_net(config.second if next(calls) == 1 and second else config, num_classes, arch)
+        return build_net(config.second if next(built) == 2 else config, num_classes, arch)
 
     method = METHODS[config.method](build, **config.options)
     method.ohem_keep = config.ohem_keep if config.supervised_loss == "ohem" else 0
-    if second and next(calls) != 2:
+    if (config.encoder2 or config.arch2) and next(built) != 3:
         raise ValueError(f"encoder2 and arch2 are of a second network; {config.method} has one")
-    for stride in (net.stride for net in method.modules() if isinstance(net, SegNet)):
-        if any(side % stride for side in config.crop):
-            raise ValueError(f"crop must be a multiple of {stride} for these networks; got {config.crop}")
     needs = {"crop": (min(config.crop), method.min_side), "batch": (config.batch, method.min_batch)}
     for what, (value, least) in needs.items():
         if value < least:

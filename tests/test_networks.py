@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny import CLASSES, batch, config, gradients
 from torch import Tensor
 
-from mkd_core.models import SegNet, load_encoder, nearest
+from mkd_core.models import SegNet, load_encoder, nearest, stride
 from mkd_core.runner import run
 from mkd_core.train import build_method
 
@@ -96,9 +96,9 @@ def test_the_network_of_the_released_code(layers, blocks):
     assert sum(p.numel() for p in net.parameters()) == numbers(head) + numbers(backbone) + 21 * 257
     # Strides 1, 2, 2, 1 and dilations 1, 1, 1, 2, contracted: the first block of the dilated stage has half.
     convs = {name: m for name, m in net.encoder.named_modules() if name.endswith("conv2")}
-    for stage, (stride, dilation, first) in enumerate(((1, 1, 1), (2, 1, 1), (2, 1, 1), (1, 2, 1)), 1):
+    for stage, (step, dilation, first) in enumerate(((1, 1, 1), (2, 1, 1), (2, 1, 1), (1, 2, 1)), 1):
         found = [(m.stride[0], m.dilation[0]) for n, m in convs.items() if f"layer{stage}." in n]
-        assert found == [(stride, first)] + [(1, dilation)] * (blocks[stage - 1] - 1)
+        assert found == [(step, first)] + [(1, dilation)] * (blocks[stage - 1] - 1)
     rates = [m.dilation[0] for n, m in net.decoder.named_modules() if n.endswith("depthwise_conv.conv")]
     assert rates == [6, 12, 18, 1, 1]
 
@@ -160,7 +160,7 @@ def test_vit_features_classifier_logits(encoder, patch):
     net = SegNet(CLASSES, arch="dpt", encoder=encoder, channels=8)
     x = torch.randn(2, 3, 4 * patch, 3 * patch)
     features = net.features(x)
-    assert net.stride == patch and features.shape == (2, 8, 32, 24)
+    assert stride("dpt", encoder) == patch and features.shape == (2, 8, 32, 24)
     expected = F.interpolate(net.classifier(features), x.shape[-2:], mode="bilinear", align_corners=False)
     torch.testing.assert_close(net(x), expected)
     net(x).square().mean().backward()
@@ -240,21 +240,23 @@ def test_files_of_timm_and_of_meta_go_in(encoder, metas, tmp_path):
 
 
 def test_dpt_is_for_vision_transformers():
-    for encoder in ("resnet18", "tu-resnet50c"):
-        with pytest.raises(ValueError, match=f"needs a vision transformer of timm, .*; got {encoder}, 5"):
-            SegNet(CLASSES, arch="dpt", encoder=encoder)
-    with pytest.raises(ValueError, match="cannot be built"):
-        build_method(config(arch="dpt", encoder="tu-levit_128"), CLASSES)
+    for encoder in ("resnet18", "tu-resnet50c", "tu-levit_128", "mit_b0"):
+        for keys in ({"arch": "dpt", "encoder": encoder}, {"arch2": "dpt", "encoder2": encoder}):
+            with pytest.raises(ValueError, match=f"needs a vision transformer of timm, .*; got {encoder}"):
+                config(**keys)
+    with pytest.raises(ValueError, match="'dpt' needs encoder_depth 5; got 4"):
+        build_method(config(**DPT, encoder_depth=4), CLASSES)
 
 
 # Runs.
 
 DPT = {"arch": "dpt", "encoder": "tu-test_vit", "channels": 8}
+UNLIKE = DPT | {"encoder2": "tu-test_resnet", "arch2": "deeplabv3plus_mmseg"}
 
 
 @pytest.mark.parametrize("keys", [
     {"arch": "deeplabv3plus_mmseg"}, DPT, DPT | {"precision": "bfloat16"}, DPT | {"options": {"fda": 1.0, "threshold": 0.3}},
-    DPT | {"encoder2": "tu-test_resnet", "arch2": "deeplabv3plus_mmseg", "options": {"fda": 1.0}},
+    UNLIKE | {"options": {"fda": 1.0}},
     DPT | {"method": "cps", "encoder2": "tu-test_resnet", "arch2": "deeplabv3plus"},
     DPT | {"method": "supervised", "supervised_loss": "ohem", "ohem_keep": 50},
 ], ids=str)  # fmt: skip
@@ -278,22 +280,25 @@ def test_fda_s_moments_are_those_of_dpt_s_features():
 
 
 def test_two_unlike_networks(tmp_path):
-    keys = DPT | {"encoder2": "tu-test_resnet", "arch2": "deeplabv3plus_mmseg"}
-    first, second = build_method(config("mkd", **keys), CLASSES).students
+    first, second = build_method(config("mkd", **UNLIKE), CLASSES).students
     assert "patch_embed" in str(first.encoder) and "patch_embed" not in str(second.encoder)
     file = tmp_path / "w.pth"
     torch.save({name: tensor + 1 for name, tensor in second.encoder.state_dict().items()}, file)
     one, two = (
-        build_method(config("cps", **keys, **w), CLASSES).students[1] for w in ({"weights2": str(file)}, {})
+        build_method(config("cps", **UNLIKE, **w), CLASSES).students[1] for w in ({"weights2": str(file)}, {})
     )
     name, tensor = next(iter(second.encoder.state_dict().items()))
     assert torch.equal(one.encoder.state_dict()[name], tensor + 1)
     assert not torch.equal(two.encoder.state_dict()[name], tensor + 1)
-    assert "tu-test_resnet" in config("mkd", **keys, weights2="imagenet").weights2
+    assert "tu-test_resnet" in config("mkd", **UNLIKE, weights2="imagenet").weights2
     for method in ("supervised", "fixmatch"):
         with pytest.raises(ValueError, match=f"encoder2 and arch2 are of a second network; {method} has one"):
-            build_method(config(method, **keys), CLASSES)
-    with pytest.raises(ValueError, match="crop must be a multiple of 16"):
-        build_method(config("mkd", **DPT, crop=(32, 40)), CLASSES)
-    with pytest.raises(ValueError, match="crop must be a multiple of 14 for these networks; got"):
-        build_method(config("supervised", arch="dpt", encoder=DINOV2, crop=(32, 32)), CLASSES)
+            build_method(config(method, **UNLIKE), CLASSES)
+
+
+@pytest.mark.parametrize("keys, least", [
+    (DPT | {"crop": (32, 40)}, 16), ({"arch": "dpt", "encoder": DINOV2, "crop": (32, 28)}, 14),
+    ({"arch2": "dpt", "encoder2": DINOV2}, 14), (UNLIKE | {"encoder": DINOV2, "crop": (42, 42)}, 16)], ids=str)  # fmt: skip
+def test_a_crop_is_of_whole_patches_of_both_networks(keys, least):
+    with pytest.raises(ValueError, match=f"'crop': sides must be multiples of {least}; got"):
+        config("mkd", **keys)

@@ -430,17 +430,20 @@ def test_the_five_lines_of_the_readme(tmp_path, monkeypatch):
 def test_imagenet_weights_by_name(tmp_path, monkeypatch):
     """A file in the cache is taken; without it and without a network, the error names file and address of smp's and timm's tables."""
     monkeypatch.setattr("pooch.os_cache", lambda name: tmp_path / name)
-    monkeypatch.setattr(
-        "mkd_core.models.get_hf_file_metadata",
-        lambda *args, **how: (_ for _ in ()).throw(OSError("no network")),
-    )
-    models.imagenet_file.cache_clear()
+    asked = []
+
+    def no_network(url, **how):
+        asked.append(url)
+        raise OSError("no network")
+
+    monkeypatch.setattr("mkd_core.models.get_hf_file_metadata", no_network)
     for encoder, owner in (("resnet18", "smp-hub/resnet18.imagenet"), ("tu-test_resnet", "timm/test_resnet")):
         path = tmp_path / f"mkd/{encoder}_imagenet.safetensors"
         config = mkd_core.RunConfig(encoder=encoder, weights="imagenet")
-        assert config.weights == str(path) and not config.named
+        assert config.weights == str(path) and not config.named and not asked  # a plan fetches nothing
         with pytest.raises(ValueError, match=f"{path} does not exist.*Put https://.*{owner}.*there"):
             models.weights_file(config.weights)
+        assert asked.pop().endswith("model.safetensors")
     path.parent.mkdir()
     net = models.SegNet(3, encoder="tu-test_resnet")
     save_file(net.encoder.state_dict(), path)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -48,9 +47,9 @@ class Run:
     column: str
     config: RunConfig
 
-    @cached_property
+    @property
     def folder(self) -> Path | None:
-        """runs/<id>; None where a file that the id takes in is missing."""
+        """runs/<id>; None where a file that the id takes in is missing: `check` may fetch it."""
         return records.RUNS / self.config.id if self.config.named else None
 
     @property
