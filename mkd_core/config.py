@@ -29,6 +29,7 @@ NOT_IDENTITY = PLACES | MACHINE
 # Younger than the runs in figures/, which keep their ids: at these values they are not in it either.
 YOUNGER: dict[str, Any] = {"encoder2": "", "arch2": "", "supervised_loss": "cross_entropy"}
 YOUNGER |= {"ohem_keep": 50_000, "fixmatch.decay": 0.0}
+GONE: dict[str, Any] = {"mkd_ablation": {"arch2": None}}  # options of those runs, which stay in their ids
 PARAMETERS = ROOT / "parameters"
 TABLE = {"common", "recipes", "rows", "columns"}  # keys of a table's file; a single run's has none of them
 # what a row takes of a single run's file
@@ -76,7 +77,7 @@ class RunConfig(Checked):
     norm: Literal["batch", "group"] = "batch"
     bn_momentum: float = Field(0.1, gt=0, le=1, description="share of a batch in BatchNorm's averages")
     # Views.
-    # Multiples of 16, on a vision transformer of its patch.
+    # Multiples of models.stride: 16, on a vision transformer its patch.
     crop: tuple[Side, Side] = Field((512, 512), description="height, width")
     scale: tuple[Zoom, Zoom] = Field((0.5, 2.0), description="range of the random scale")
     base: int = Field(0, ge=0, le=16_384, description="0: native size; else the long side is scale * base")
@@ -119,6 +120,7 @@ class RunConfig(Checked):
     @classmethod
     def _complete(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         if info.field_name == "options" and (name := info.data.get("method")):
+            options = {key: v for key, v in options.items() if GONE.get(name, {}).get(key, ...) != v}
             return complete_options(name, METHODS[name], options, "build")
         if info.field_name == "dataset_options" and (name := info.data.get("dataset")):
             return complete_options(f"data set {name!r}", DATASETS[name], options, "root")
@@ -174,6 +176,7 @@ class RunConfig(Checked):
         for keys, of in ((identity, ""), (identity["options"], f"{self.method}.")):
             for key in [key for key, value in keys.items() if YOUNGER.get(of + key, ...) == value]:
                 del keys[key]
+        identity["options"] |= GONE.get(self.method, {})
         identity["weights"] = file_sha256(self.weights) if self.weights else ""
         identity |= {"weights2": file_sha256(self.weights2)} if self.weights2 else {}
         if self.dataset == "folder":  # its lists tell one folder from another, wherever it lies

@@ -113,9 +113,9 @@ def _dpt(encoder: str, depth: int, channels: int, dropout: float, classes: int) 
 
 @cache
 def stride(arch: str, encoder: str) -> int:
-    """Return what the sides of a crop must be multiples of: 16, with DPT the patch of the transformer."""
+    """Return what a crop's sides must be multiples of: 16; DPT: the patch; MMSegmentation's decoder: 1."""
     with torch.device("meta"):
-        return ViT(encoder).patch if arch == "dpt" else 16
+        return ViT(encoder).patch if arch == "dpt" else 1 if arch == "deeplabv3plus_mmseg" else 16
 
 
 def resize(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:

@@ -94,11 +94,11 @@ def _refuse_bad(bad: Tensor, method: Method, step: int, steps: Steps) -> None:
         )
 
 
-def build_net(config: RunConfig, num_classes: int, arch: str | None = None) -> SegNet:
+def build_net(config: RunConfig, num_classes: int) -> SegNet:
     """Make a new network, its encoder from config.weights where given. Two calls differ in what is random."""
     try:
         net = SegNet(
-            num_classes, arch=arch or config.arch, encoder=config.encoder, encoder_depth=config.encoder_depth, channels=config.channels,
+            num_classes, arch=config.arch, encoder=config.encoder, encoder_depth=config.encoder_depth, channels=config.channels,
             dropout=config.dropout, norm=config.norm, bn_momentum=config.bn_momentum,
         )  # fmt: skip
     except (
@@ -108,7 +108,7 @@ def build_net(config: RunConfig, num_classes: int, arch: str | None = None) -> S
         RuntimeError,
         TypeError,
     ) as error:  # smp, timm, torch
-        what = f"{arch or config.arch} on {config.encoder}"
+        what = f"{config.arch} on {config.encoder}"
         raise ValueError(f"{what} cannot be built: {type(error).__name__} {error}") from error
     if config.weights:
         load_encoder(net, config.weights)
@@ -120,8 +120,8 @@ def build_method(config: RunConfig, num_classes: int) -> Method:
     seed_step(config.seed, -1)
     built = count(1)
 
-    def build(arch: str | None = None) -> SegNet:
-        return build_net(config.second if next(built) == 2 else config, num_classes, arch)
+    def build() -> SegNet:
+        return build_net(config.second if next(built) == 2 else config, num_classes)
 
     method = METHODS[config.method](build, **config.options)
     method.ohem_keep = config.ohem_keep if config.supervised_loss == "ohem" else 0

@@ -26,10 +26,9 @@ SECONDS |= {"tu-vit_base_patch14_dinov2": 1.48, "tu-vit_small_patch14_dinov2": 0
 
 
 @cache
-def passes(method: str, options: str, pspnet: bool) -> float:
+def passes(method: str, options: str) -> float:
     """Of a step, per image of the labeled batch, counted on a small network."""
-    encoder = "mobilenet_v2" if pspnet else "tu-test_resnet"
-    small = {"encoder": encoder, "channels": 16, "crop": (128, 128), "batch": 4, "device": "cpu"}
+    small = {"encoder": "tu-test_resnet", "channels": 16, "crop": (128, 128), "batch": 4, "device": "cpu"}
     step = Step(RunConfig(method=method, options=json.loads(options), **small))
     gradient, plain = step.passes()
     first = step.method.stages[0] if step.method.stages else 0  # the labeled images alone
@@ -39,8 +38,7 @@ def passes(method: str, options: str, pspnet: bool) -> float:
 def hours(config: RunConfig) -> float:
     rate = 2 * UNIMATCH / (SECONDS[config.encoder] + SECONDS[config.encoder2 or config.encoder])
     images = config.steps * config.batch * config.crop[0] * config.crop[1] / 513**2
-    options = config.options
-    count = passes(config.method, json.dumps(options), bool(options.get("arch2")))
+    count = passes(config.method, json.dumps(config.options))
     return images * count / rate / 3600
 
 

@@ -298,7 +298,8 @@ def test_two_unlike_networks(tmp_path):
 
 @pytest.mark.parametrize("keys, least", [
     (DPT | {"crop": (32, 40)}, 16), ({"arch": "dpt", "encoder": DINOV2, "crop": (32, 28)}, 14),
-    ({"arch2": "dpt", "encoder2": DINOV2}, 14), (UNLIKE | {"encoder": DINOV2, "crop": (42, 42)}, 16)], ids=str)  # fmt: skip
+    ({"arch2": "dpt", "encoder2": DINOV2}, 14), (UNLIKE | {"encoder": DINOV2, "arch2": "pspnet", "crop": (42, 42)}, 16)], ids=str)  # fmt: skip
 def test_a_crop_is_of_whole_patches_of_both_networks(keys, least):
     with pytest.raises(ValueError, match=f"'crop': sides must be multiples of {least}; got"):
         config("mkd", **keys)
+    assert config("mkd", **UNLIKE | {"encoder": DINOV2, "crop": (42, 28)}).crop == (42, 28)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from mkd_core.data import DataError
 from mkd_core.data.layouts import find_pairs
 from mkd_core.data.masks import read_table, understand
 from mkd_core.metrics import confusion_matrix, miou
+from mkd_core.suite import batch
 from mkd_core.suite.cli import main
 from mkd_core.suite.own_images import prepare_folder
 from mkd_core.train import build_net
@@ -446,8 +448,17 @@ def test_imagenet_weights_by_name(tmp_path, monkeypatch):
         assert asked.pop().endswith("model.safetensors")
     path.parent.mkdir()
     net = models.SegNet(3, encoder="tu-test_resnet")
-    save_file(net.encoder.state_dict(), path)
     with_file = mkd_core.RunConfig(encoder="tu-test_resnet", weights="imagenet")
+    monkeypatch.setattr(
+        "mkd_core.models.get_hf_file_metadata", lambda url, timeout: SimpleNamespace(etag="1")
+    )
+    monkeypatch.setattr(
+        "pooch.retrieve", lambda *_, fname, path: save_file(net.encoder.state_dict(), path / fname)
+    )
+    planned = batch.Run("a", "", with_file)
+    assert planned.folder is None
+    batch.check([planned])  # fetches
+    assert planned.folder == records.RUNS / with_file.id
     assert with_file.id == mkd_core.RunConfig(encoder="tu-test_resnet", weights=str(path)).id
     assert with_file.id != mkd_core.RunConfig(encoder="tu-test_resnet").id
     other = build_net(with_file, 3)

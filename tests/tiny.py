@@ -22,10 +22,11 @@ def build(arch: str = "deeplabv3plus", **options: Any) -> SegNet:
     return SegNet(CLASSES, arch=arch, encoder=encoder, channels=16, **options)
 
 
-def make(name: str, seed: int = 0, **options: Any) -> Method:
-    """A method in training mode, its networks drawn from `seed`."""
+def make(name: str, seed: int = 0, arch2: str = "deeplabv3plus", **options: Any) -> Method:
+    """A method in training mode, its networks drawn from `seed`; arch2: of its second network."""
     torch.manual_seed(seed)
-    return METHODS[name](build, **options).train()
+    archs = [arch2, "deeplabv3plus"]
+    return METHODS[name](lambda: build(archs.pop() if archs else "deeplabv3plus"), **options).train()
 
 
 def batch(seed: int = 0, n: int = 3, size: int = 32, padded: bool = True) -> Batch:

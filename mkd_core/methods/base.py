@@ -24,7 +24,7 @@ EMABuffers = Literal["none", "all"]
 Terms = dict[str, Tensor]
 Labels = Iterator[tuple[int, Tensor]]
 Prob = Callable[[nn.Module, Tensor], Tensor]
-Build = Callable[..., SegNet]  # build() or build(arch="pspnet"): a freshly initialised network
+Build = Callable[[], SegNet]  # a freshly initialised network
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Equations and notation: mkd.py, this equals it at its defaults, bit for bit.
 Table 4: alpha 0 removes the mean teachers, threshold 0 knowledge selection, fda 0 FDA; boxes 0 with
-the run's strong "none" removes SDA. Table 5: threshold, threshold_ss. Table 6: arch2.
+the run's strong "none" removes SDA. Table 5: threshold, threshold_ss. Table 6: the run's arch2.
 Released code: parameters/recipes/released.yaml.
 """
 
@@ -30,7 +30,6 @@ class MKDAblation(Method):
     fda_own        False: the class of a pixel in Eq. (4) is the target of the loss. True (released): it is
                    the network's own label, or the truth; teachers shift too; targets come after the shift
     mutual         False: each teacher labels for its own student, the paper's "naive MT"
-    arch2          architecture of the second branch, student and teacher; None: that of the first
     law            of the CutMix mask: "xor" of the boxes (CPS, released), or one box as U2PL ("half" the
                    area, on half the batches), UniMatch ("ratio", on half the images) or PS-MT ("beta") draw
                    it
@@ -49,7 +48,7 @@ class MKDAblation(Method):
         threshold_ss: Share = 0.0, fda: Weight = 0.0,
         fda_ramp: Literal["cosine", "linear", "constant"] = "cosine", fda_detach: bool = True,
         fda_own: bool = False, mutual: bool = True,
-        arch2: Literal["deeplabv3plus", "pspnet"] | None = None, decay: Share = 0.99, boxes: Count = 3,
+        decay: Share = 0.99, boxes: Count = 3,
         law: Literal["xor", "half", "ratio", "beta"] = "xor", rampup: Share = 0.0,
         stride: Literal[1, 2, 4, 8, 16] = 1, on_labeled: bool = False, ignore_padding: bool = True,
         denominator: Literal["selected", "valid"] = "selected", teacher_mode: TeacherMode = "train",
@@ -61,7 +60,7 @@ class MKDAblation(Method):
             raise ValueError("mkd_ablation: fda_ramp, fda_detach and fda_own belong to an fda above 0")
         if law != "xor" and boxes != 3:
             raise ValueError(f"mkd_ablation: boxes belongs to law='xor', law={law!r} has a box of its own")
-        students = [build(), build(arch=arch2) if arch2 else build()]
+        students = [build(), build()]
         teachers = [EMA(s, decay, buffers=ema_buffers, mode=teacher_mode) for s in students if alpha]
         self.students, self.teachers = nn.ModuleList(students), nn.ModuleList(teachers)
         # Networks 0 and 1 are the students, 2 and 3 their teachers.

@@ -68,9 +68,10 @@ def export(
 def _program(write: Callable[..., Program], net: nn.Module, crop: Size) -> tuple[bytes, list[Size]]:
     """The content of a program and the image sizes it was checked on: different ones where they are free."""
     for least in (1, 2, 0):  # a grid halved to one patch is traced as a case of its own; 0: at the crop alone
-        free = {2: MULTIPLE * Dim("rows", min=least), 3: MULTIPLE * Dim("columns", min=least)} if least else {}
-        sizes = [(96, 128), (least * MULTIPLE, least * MULTIPLE), (64, 160)] if least else [crop, crop]
-        shapes = {0: Dim("batch")} | free
+        sizes, shapes = [crop, crop], {0: Dim("batch")}
+        if least:
+            sizes = [(96, 128), (least * MULTIPLE, least * MULTIPLE), (64, 160)]
+            shapes |= {i: MULTIPLE * Dim(side, min=least) for i, side in ((2, "rows"), (3, "columns"))}
         try:
             content, read = write(net, torch.rand(2, 3, *sizes[0]), shapes)
             for count, size in enumerate(sizes, 1):
