@@ -77,8 +77,7 @@ class RunConfig(Checked):
     norm: Literal["batch", "group"] = "batch"
     bn_momentum: float = Field(0.1, gt=0, le=1, description="share of a batch in BatchNorm's averages")
     # Views.
-    # Multiples of models.stride: 16, on a vision transformer its patch.
-    crop: tuple[Side, Side] = Field((512, 512), description="height, width")
+    crop: tuple[Side, Side] = Field((512, 512), description="height, width; multiples of models.stride")
     scale: tuple[Zoom, Zoom] = Field((0.5, 2.0), description="range of the random scale")
     base: int = Field(0, ge=0, le=16_384, description="0: native size; else the long side is scale * base")
     strong: Literal[tuple(STRONG)] = "one_of"  # type: ignore[valid-type]

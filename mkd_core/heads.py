@@ -113,7 +113,7 @@ class ViT(nn.Module):
     def __init__(self, name: str):
         super().__init__()
         try:
-            free = {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}
+            free: Any = {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}
             self.model = timm.create_model(name.removeprefix("tu-"), **free)
             blocks, self.patch = len(self.model.blocks), self.model.patch_embed.patch_size[0]
         except (AttributeError, RuntimeError, TypeError) as error:
