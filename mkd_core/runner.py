@@ -109,7 +109,7 @@ class _Run:
         self.unfinished: dict[str, Any] | None = None  # the last step's row, not evaluated yet
         self.step, self.seconds, self.seconds_training = 0, 0.0, 0.0
         self._restore()
-        self.board = records.board(folder, self.step) if config.tensorboard else None
+        self.board = records.board(folder, self.step) if config.tensorboard else lambda row: None
         records.write_atomically(folder / "config.json", config.absolute().model_dump_json(indent=1) + "\n")
         start = Path(config.weights).name or "random weights"
         about = f"{config.method} on {config.dataset}, {self.split}; {config.encoder} from {start}"
@@ -233,8 +233,7 @@ class _Run:
         self.history.append(row)
         with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        if self.board:
-            self.board(row)
+        self.board(row)
 
     def _best(self) -> dict[str, Any]:
         """The evaluation with the highest mIoU of the reported predictor; of several, the first."""

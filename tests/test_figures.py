@@ -60,8 +60,7 @@ def test_dark_classes_are_seen_on_black_and_differ_from_the_others_as_before():
         pairs = np.triu_indices(len(palette), 1)
         least = [np.linalg.norm(of[:, None] - of, axis=-1)[pairs].min() for of in (before, after)]
         assert least[1] >= least[0] - 1e-9
-        bright = before[:, 0] > 30
-        np.testing.assert_array_equal(visible(palette)[bright], palette[bright])
+        assert not (visible(palette) != palette)[before[:, 0] > 30].any()
     for name, black in (("footwear", False), ("background", True)):
         drawn = figures.sheet({"": [np.zeros((2, 2), int)]}, palette=PALETTE, classes=(name, "red", "blue"))
         assert (drawn.axes[0].images[0].get_array().max() == 0) == black
