@@ -24,8 +24,8 @@ from .records import ROOT
 # Not in the id: where things lie, on what they run (other hardware changes bits, and training
 # amplifies them), how often the run is logged and saved. Weights enter by their hash.
 PLACES = {"root", "weights", "weights2"}
-MACHINE = {"device", "threads", "workers", "checkpoint_every", "keep_every", "log_every", "tensorboard"}
-NOT_IDENTITY = PLACES | MACHINE
+MACHINE = {"device", "devices", "threads", "workers"}
+NOT_IDENTITY = PLACES | MACHINE | {"checkpoint_every", "keep_every", "log_every", "tensorboard"}
 # Younger than the runs in figures/, which keep their ids: at these values they are not in it either.
 YOUNGER: dict[str, Any] = {"encoder2": "", "arch2": "", "supervised_loss": "cross_entropy"}
 YOUNGER |= {"ohem_keep": 50_000, "fixmatch.decay": 0.0}
@@ -100,6 +100,7 @@ class RunConfig(Checked):
     quality_images: int = Field(64, ge=0, description="unlabeled images on which pseudo-labels are measured")
     # Machine: not part of the id.
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda:1 ...")
+    devices: int = Field(1, ge=1, description="GPUs of this machine, a process each, that share every batch")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of torch; 0: as many as cores are idle")
     workers: int = Field(
         -1, ge=-1, le=1024, description="loader processes; -1: up to 8 with a GPU, else none"
@@ -142,6 +143,9 @@ class RunConfig(Checked):
             raise ValueError(f"base must be 0 or the long side of an image, from 16 on; got {self.base}")
         if self.batch < 2 and self.norm == "batch":
             raise ValueError("batch must be at least 2: BatchNorm cannot take one image, norm='group' can")
+        if self.batch % self.devices or (self.devices > 1 and ":" in self.device):
+            how = "devices share a batch equally and are the first ones (device: auto, cpu or cuda)"
+            raise ValueError(f"{how}; got {self.devices} devices, batch {self.batch}, device {self.device}")
         if self.keep_every % self.checkpoint_every:
             raise ValueError(f"keep_every must be a multiple of checkpoint_every, {self.checkpoint_every}")
         if self.weights2 and not self.encoder2:

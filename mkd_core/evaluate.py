@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from . import parallel
 from .augment import normalise
 from .choices import choose
 from .config import RunConfig
@@ -251,21 +252,24 @@ def evaluate(
     confusion = {name: torch.zeros(classes, classes, dtype=torch.int64, device=device) for name in names}
     if quality is not None:
         qualities = {name: PseudoLabelQuality(classes, quality, device) for name in names}
-        confusion = {name: of.all for name, of in qualities.items()}  # which they count too
-    for images, labels in _equal_sizes(
-        DataLoader(_Items(dataset, ids), batch_size=None, num_workers=workers)
-    ):
+    mine = _Items(dataset, ids[parallel.rank() :: parallel.world()])
+    for images, labels in _equal_sizes(DataLoader(mine, batch_size=None, num_workers=workers)):
         labels = labels.to(device)
         for rows, name, prob in predictor.parts(images):
             if qualities:
                 qualities[name].update(prob, labels[:, rows])
             else:
                 confusion[name] += confusion_matrix(prob.max(1).indices, labels[:, rows], classes)
+    for of in qualities.values():
+        of.all, of.kept = parallel.total(of.all), parallel.total(of.kept)
+    confusion = {
+        name: qualities[name].all if qualities else parallel.total(c) for name, c in confusion.items()
+    }
     return confusion, qualities
 
 
-def pick_device(name: str) -> torch.device:
-    """Turn "auto" into the first GPU where there is one, else the CPU; ValueError for what is not there."""
+def pick_device(name: str, count: int = 1) -> torch.device:
+    """Turn "auto" into the first GPU where there is one, else the CPU; ValueError where there are not `count` from it on."""
     allowed = "device must be auto, cpu, cuda or cuda:<number>"
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
@@ -273,6 +277,7 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"{allowed}; got {name!r}") from error
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"{allowed}; got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name} asked for, but torch sees {torch.cuda.device_count()} GPUs")
+    if device.type == "cuda" and (device.index or 0) + count > torch.cuda.device_count():
+        wanted = f"{count} devices" if count > 1 else f"device {name}"
+        raise ValueError(f"{wanted} asked for, but torch sees {torch.cuda.device_count()} GPUs")
     return device

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import parallel
 from .data.base import IGNORE
 
 
@@ -17,7 +18,7 @@ def cross_entropy(logits: Tensor, label: Tensor, over: Tensor | None = None) -> 
     which shrinks as fewer pixels are confident.
     """
     loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none").sum()
-    return loss / ((label != IGNORE) if over is None else over).sum().clamp_min(1)
+    return parallel.mean(loss, ((label != IGNORE) if over is None else over).sum())
 
 
 @torch.no_grad()
@@ -29,7 +30,8 @@ def hard_pixels(logits: Tensor, label: Tensor, keep: int, threshold: float = 0.7
     """
     prob = (-F.cross_entropy(_precise(logits), label, ignore_index=IGNORE, reduction="none")).exp()
     prob = prob.masked_fill(label == IGNORE, float("inf"))
-    limit = prob.flatten().kthvalue(min(keep, prob.numel())).values.clamp_min(threshold)
+    every = parallel.gather(prob).flatten()
+    limit = every.kthvalue(min(keep * parallel.world(), every.numel())).values.clamp_min(threshold)
     return label.masked_fill(prob > limit, IGNORE)
 
 
@@ -77,7 +79,7 @@ def squared_distance(prob: Tensor, target: Tensor) -> Tensor:
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Average values over the True pixels of mask; 0 where there are none."""
-    return (values * mask).sum() / mask.sum().clamp_min(1)
+    return parallel.mean((values * mask).sum(), mask.sum())
 
 
 def unit(tensor: Tensor) -> Tensor:
@@ -91,6 +93,7 @@ def percentiles(values: Tensor, mask: Tensor, shares: tuple[float, ...]) -> list
     shares in [0, 1]. torch.quantile stops at 2^24 values, and the host does not know how many there
     are. Where there is none, a percentile is infinite or not a number.
     """
+    values, mask = parallel.gather(values), parallel.gather(mask)
     ordered = values.masked_fill(~mask, float("inf")).flatten().sort().values
     found = []
     for share in shares:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pandas as pd
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
 
 # Notebooks and papermill start in different folders; the project's root is where the package lies.
@@ -64,6 +65,17 @@ class Record(BaseModel):
 
 Rows = Mapping[str, Sequence[Record]]
 Cells = Mapping[str, Mapping[str, Sequence[Record]]]  # row -> column -> one record a seed
+
+
+def is_busy(folder: Path) -> bool:
+    """Does a process hold the lock of this run folder, here or on another host that shares it?"""
+    if not (folder / "lock").exists():
+        return False
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], Any]) -> None:

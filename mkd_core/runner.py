@@ -7,18 +7,17 @@ import os
 import resource
 import shutil
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from filelock import FileLock, Timeout
 
-from . import checkpoints, records
+from . import checkpoints, parallel, records
 from .config import RunConfig
 from .data.base import DataError
 from .evaluate import QUALITY_THRESHOLD, Predictor, evaluate, pick_device
@@ -38,12 +37,16 @@ def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Rec
     """Train and evaluate one configuration; go on where it was interrupted; return its record at once where it exists.
 
     All that can be wrong with the input is found before the first step: DataError, ValueError. Raises NonFiniteLoss, and
-    Busy where another process is at the same run.
+    Busy where another process is at the same run. Of processes that share the batch, all call it; the first one writes.
     """
-    folder = (runs or records.RUNS) / config.id
+    folder, first = (runs or records.RUNS) / config.id, parallel.rank() == 0
+    if config.devices > parallel.world() and not (folder / "record.json").exists():
+        pick_device(config.device, config.devices)
+        return parallel.launch(run, config.devices, config, folder.parent, quiet)
     folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock", timeout=1)  # is_busy() of another process holds it for a moment
     try:
-        with FileLock(folder / "lock", timeout=1):  # is_busy() of another process holds it for a moment
+        with lock if first else nullcontext():
             try:
                 if found := records.load(folder):
                     if found.id != config.id:
@@ -56,7 +59,8 @@ def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Rec
                     return found
                 return _Run(config, folder, quiet).finish()
             finally:
-                if not (folder / "config.json").exists():  # refused before it began; other files may lie here
+                # Refused before it began; other files may lie here.
+                if first and not (folder / "config.json").exists():
                     (folder / "lock").unlink(missing_ok=True)
                     with suppress(OSError):
                         folder.rmdir()
@@ -64,41 +68,25 @@ def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Rec
         raise Busy(f"another process is at run {config.id}: it holds {folder}/lock") from error
 
 
-def is_busy(folder: Path) -> bool:
-    """Does a process hold the lock of this run folder, here or on another host that shares it?"""
-    if not (folder / "lock").exists():
-        return False
-    try:
-        with FileLock(folder / "lock", timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
-def free_cores() -> int:
-    """Cores that are idle at this moment, at least one: threads beyond them wait for each other."""
-    idle = sum(100 - busy for busy in psutil.cpu_percent(0.3, percpu=True)) / 100
-    return max(1, min(round(idle), len(os.sched_getaffinity(0))))
-
-
 class _Run:
-    """One run at work. What a checkpoint holds is in `_save`."""
+    """One run at work. What a checkpoint holds is in `_save`; of processes that share the batch, the first one writes."""
 
     def __init__(self, config: RunConfig, folder: Path, quiet: bool):
-        self.config, self.folder, self.progress = config, folder, Progress(config.id, quiet)
+        self.first = parallel.rank() == 0
+        self.config, self.folder, self.progress = config, folder, Progress(config.id, quiet or not self.first)
         if config.threads or "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(config.threads or free_cores())
+            torch.set_num_threads(config.threads or parallel.free_cores())
         self.device = pick_device(config.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         # Every file is opened before the first step; a run that goes on has been through that.
-        deep = not (folder / "checkpoint.pt").exists()
+        new, say = not (folder / "checkpoint.pt").exists(), "checking file {:,} of {:,}".format
         self.dataset, self.split, self.method = prepare(
-            config, deep, lambda done, of: self.progress(f"checking file {done:,} of {of:,}")
+            config, new and self.first, lambda *counts: self.progress(say(*counts))
         )
         self.data = data_identity(self.dataset, self.split)
         self.method.to(self.device)
-        if deep:
+        if new:
             try_largest(self.dataset, Predictor.of(config, self.method.predictors, self.device))
         self.optimizers = make_optimizers(config, self.method)
         self.marks = stage_marks(config, self.method)
@@ -109,8 +97,8 @@ class _Run:
         self.unfinished: dict[str, Any] | None = None  # the last step's row, not evaluated yet
         self.step, self.seconds, self.seconds_training = 0, 0.0, 0.0
         self._restore()
-        self.board = records.board(folder, self.step) if config.tensorboard else lambda row: None
-        records.write_atomically(folder / "config.json", config.absolute().model_dump_json(indent=1) + "\n")
+        self.board = records.board(folder, self.step) if config.tensorboard and self.first else lambda row: None
+        self._write("config.json", config.absolute().model_dump_json(indent=1) + "\n")
         start = Path(config.weights).name or "random weights"
         about = f"{config.method} on {config.dataset}, {self.split}; {config.encoder} from {start}"
         self.progress(f"{about}; {self.device}", now=True)
@@ -122,9 +110,10 @@ class _Run:
         if self.unfinished:
             self._keep(self.unfinished)
         record = self._record()
-        records.save(record, self.folder)
-        for labels in self.folder.glob("labels-*"):
-            shutil.rmtree(labels)
+        if self.first:
+            records.save(record, self.folder)
+            for labels in self.folder.glob("labels-*"):
+                shutil.rmtree(labels)
         self.progress(f"done, mIoU {record.miou:.1f} in {record.seconds:.0f} s", now=True)
         return record
 
@@ -185,7 +174,11 @@ class _Run:
         if anew:
             began = time.perf_counter()
             self.progress(f"labels {len(self.split.unlabeled):,} images for stage {stage}", now=True)
-            write_labels(self.config, self.method, stage, self.dataset, self.split.unlabeled, folder, before)
+            if self.first:
+                write_labels(
+                    self.config, self.method, stage, self.dataset, self.split.unlabeled, folder, before
+                )
+            parallel.broadcast(self.method)
             self.optimizers = make_optimizers(self.config, self.method)
             self.seconds += time.perf_counter() - began
         return folder
@@ -215,9 +208,8 @@ class _Run:
             text = f"WARNING: every pixel is predicted as {only}: train longer, or look at lr"
             self.progress(text, now=True)
         found["confusion"] = confusion[predictor.names[0]].tolist()  # (truth, prediction)
-        found["iou"] = {
-            name: [v if v == v else None for v in iou(c).tolist()] for name, c in confusion.items()
-        }
+        iou_of = {name: [v if v == v else None for v in iou(c).tolist()] for name, c in confusion.items()}
+        found["iou"] = iou_of
         if self.withheld:
             _, quality = measure(self.withheld, quality=QUALITY_THRESHOLD)
             found["pseudo_labels"] = {name: q.summary() for name, q in quality.items()}
@@ -231,14 +223,16 @@ class _Run:
 
     def _log(self, row: dict[str, Any]) -> None:
         self.history.append(row)
-        with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.first:
+            with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         self.board(row)
 
     def _best(self) -> dict[str, Any]:
         """The evaluation with the highest mIoU of the reported predictor; of several, the first."""
-        evaluations = [row for row in self.history if "miou" in row]
-        return max(evaluations, key=lambda row: next(iter(row["miou"].values())))
+        return max(
+            (row for row in self.history if "miou" in row), key=lambda row: next(iter(row["miou"].values()))
+        )
 
     def _save(self, *names: str) -> None:
         state = {
@@ -246,9 +240,13 @@ class _Run:
             "optimizers": [o.state_dict() for o in self.optimizers], "history": json.dumps(self.history),
             "data": json.dumps(self.data), "classes": list(self.dataset.classes), "seconds": self.seconds, "seconds_training": self.seconds_training,
         }  # fmt: skip
-        checkpoints.write(state, self.folder, names)
-        table = records.numbers(self.history).to_csv(index=False)
-        records.write_atomically(self.folder / "history.csv", table)
+        if self.first:
+            checkpoints.write(state, self.folder, names)
+        self._write("history.csv", records.numbers(self.history).to_csv(index=False))
+
+    def _write(self, name: str, text: str) -> None:
+        if self.first:
+            records.write_atomically(self.folder / name, text)
 
     def _restore(self) -> None:
         path = self.folder / "checkpoint.pt"
@@ -268,7 +266,7 @@ class _Run:
             self.progress(f"goes on from step {self.step:,}", now=True)
         # Rows after the checkpoint will be written again.
         rows = "".join(json.dumps(row) + "\n" for row in self.history)
-        records.write_atomically(self.folder / "history.jsonl", rows)
+        self._write("history.jsonl", rows)
 
     def _record(self) -> Record:
         config = self.config

@@ -8,6 +8,7 @@ It depends on the pixel only through c, so it is a row of a C x C table: N x C m
 import torch
 from torch import Tensor, nn
 
+from . import parallel
 from .data.base import IGNORE
 
 
@@ -40,11 +41,11 @@ class ClassMoments(nn.Module):
             features, labels = features.detach().float().movedim(1, -1).flatten(0, -2), labels.flatten()
             classes = torch.arange(len(self.count), device=labels.device)
             one_hot = (labels[:, None] == classes).to(features.dtype)  # (N, C), zero rows for IGNORE
-            seen = one_hot.sum(0, dtype=torch.float64)
+            seen = parallel.total(one_hot.sum(0, dtype=torch.float64))
             per_class = seen.clamp_min(1).to(features.dtype)[:, None]
-            mean = one_hot.T @ features / per_class
+            mean = parallel.total(one_hot.T @ features) / per_class
             centred = features - one_hot @ mean  # (N, A); rows of IGNORE carry weight 0 below
-            var = one_hot.T @ centred.square() / per_class
+            var = parallel.total(one_hot.T @ centred.square()) / per_class
             share = (seen / (seen + self.count).clamp_min(1)).to(features.dtype)[:, None]  # w of the batch
             apart = share * (1 - share) * (self.mean - mean).square()
             self.var.copy_((1 - share) * self.var + share * var + apart)

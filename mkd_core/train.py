@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from . import parallel
 from .augment import STRONG, distort, normalise
 from .config import RunConfig
 from .data import SegDataset
@@ -52,6 +53,7 @@ def train(
         enabled=config.precision == "bfloat16",
         cache_enabled=False,
     )
+    forward = parallel.wrap(method, unused=bool(method.stages))
     bad = torch.full((), -1, device=device)  # the first step with a loss that is not finite
     method.train()
     clock = time.perf_counter()
@@ -62,7 +64,7 @@ def train(
             group["lr"] = group["initial_lr"] * rate
         batch = make_batch(crops, config, method.views, device)  # colour stays in float32
         with autocast():
-            terms, stats = method(batch, step / config.steps)
+            terms, stats = forward(batch, step / config.steps)
         loss = torch.stack([t.float() for t in terms.values()]).sum()
         bad = torch.where((bad < 0) & ~loss.detach().isfinite(), step, bad)
         for optimizer in optimizers:
@@ -188,11 +190,12 @@ def seed_step(seed: int, step: int, *stage: int) -> None:
 def make_batch(crops: Crops, config: RunConfig, views: int, device: torch.device) -> Batch:
     """Send the crops of a step to the device, draw the colour views there, normalise."""
     x, y, u, valid, label = (t.to(device, non_blocking=True) for t in crops)
-    x, u = x.float() / 255, u.float() / 255
-    # Before the weak distortion, as released.
-    strong = tuple(normalise(STRONG[config.strong](u)) for _ in range(views if len(u) else 0))
+    # Colour is drawn for the whole batch, before the weak distortion as released.
+    x, u = parallel.gather(x).float() / 255, parallel.gather(u).float() / 255
+    strong = tuple(normalise(parallel.share(STRONG[config.strong](u))) for _ in range(views if len(u) else 0))
     if config.weak_photometric:
         x, u = distort(x), distort(u)
+    x, u = parallel.share(x), parallel.share(u)
     return Batch(normalise(x), y.long(), normalise(u), strong, valid, label.long())
 
 

@@ -23,7 +23,7 @@ from tiny import config
 from mkd_core import progress, records, runner
 from mkd_core.config import Grid, RunConfig
 from mkd_core.runner import Busy
-from mkd_core.suite import batch
+from mkd_core.suite import batch, execution
 from mkd_core.suite.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +73,7 @@ class Batch(server.Process):
         if self.limit:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.limit))
-        records.RUNS, batch.PAUSE = self.place / "runs", 0.5
+        records.RUNS, execution.PAUSE = self.place / "runs", 0.5
         sys.exit(main(["batch", str(self.place / "tiny.yaml"), *self.words]))
 
     def finish(self, status=0):
@@ -366,6 +366,7 @@ def test_the_runs_that_only_chooses(place):
         (["--slots", "cpu,77"], "cuda:77 asked for"),
         (["--engine", "dask"], "--address belongs to --engine dask"),
         (["--engine", "slurm", "--resources", "nowhere.yaml", "--slots", "0"], "--slots are this machine's"),
+        (["--slots", "cpu+cpu"], "a batch of 3 cannot be shared by 2 devices"),
         (["common.split=random/30"], "30"),
         (["common.dataset=folder", "common.dataset_options={}", "common.root=nowhere"], "nowhere"),
         (["colums={}"], "did you mean 'columns'"),
@@ -409,7 +410,7 @@ def test_a_runs_folder_that_cannot_be_made_is_refused(place, monkeypatch, capsys
 
 
 def here(config, *rest):
-    """`batch.execute` in this process."""
+    """`execute` in this process."""
     runner.run(RunConfig(**config), quiet=True)
 
 
@@ -418,7 +419,7 @@ def test_the_queue(place, monkeypatch, capsys):
     runs, calls, at_once, most = expect(place, "MKD", "SupOnly"), [], [], []
 
     def play(config, folder, where, threads):
-        device = batch.SLOT.device
+        device = execution.SLOT.device
         at_once.append(device)
         most.append(sorted(at_once))
         time.sleep(0.05)
@@ -430,7 +431,7 @@ def test_the_queue(place, monkeypatch, capsys):
             raise Busy("another process is at it")
 
     monkeypatch.setattr(batch, "execute", play)
-    with batch.executor("local", ["cuda:0", "cuda:1"]) as pool:
+    with execution.executor("local", ["cuda:0", "cuda:1"]) as pool:
         failed = batch.run_batch(runs, pool, 2, retries=1)
     assert failed == {runs[0]: "a first line\nits last line"}
     assert [calls.count(str(run.folder)) for run in runs] == [2, 2, 3, 1]
@@ -440,9 +441,9 @@ def test_the_queue(place, monkeypatch, capsys):
 
 
 def test_a_process_of_its_own_trains_tells_its_error_and_whom_it_waits_for(place, monkeypatch):
-    monkeypatch.setattr(batch, "PAUSE", 0.0)
+    monkeypatch.setattr(execution, "PAUSE", 0.0)
     (run,) = expect(place, "SupOnly")[:1]
-    execute = lambda config: batch.execute(config.model_dump(mode="json"), str(run.folder), str(place), 1)  # noqa: E731
+    execute = lambda config: execution.execute(config.model_dump(mode="json"), str(run.folder), str(place), 1)  # noqa: E731
     with pytest.raises(RuntimeError, match="DataError: .*30"):
         execute(run.config.model_copy(update={"split": "random/30"}))
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -502,9 +503,16 @@ def test_the_tables_notebook_follows_when_all_is_done(place, monkeypatch, capsys
 
 
 def test_without_a_gpu_the_files_slots_are_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(batch.torch.cuda, "device_count", lambda: 0)
-    assert batch.pick_slots("", 2) == ["cpu", "cpu"]
-    assert batch.pick_slots("cpu", 2) == ["cpu"] == batch.pick_slots("")
+    monkeypatch.setattr(execution.torch.cuda, "device_count", lambda: 0)
+    assert execution.pick_slots("", 2) == ["cpu", "cpu"]
+    assert execution.pick_slots("cpu", 2) == ["cpu"] == execution.pick_slots("")
+    assert execution.pick_slots("cpu+cpu,cpu") == ["cpu+cpu", "cpu"]
+    monkeypatch.setattr(execution.torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(execution.torch.cuda, "is_available", lambda: True)
+    assert execution.pick_slots("0+1,2+3") == ["cuda:0+1", "cuda:2+3"]
+    for words in ("0+cpu", "gpu", "0+", "3+4"):
+        with pytest.raises(ValueError, match="slots are numbers|torch sees 4"):
+            execution.pick_slots(words)
 
 
 def test_progress_is_a_line_now_and_then_and_ever_more_rarely(monkeypatch, capsys):

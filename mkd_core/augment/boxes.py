@@ -11,10 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import parallel
+
 
 def partner(tensor: Tensor) -> Tensor:
     """Shift the batch: sample i's partner is sample i + 1, the last one's is the first (released MKD)."""
-    return tensor.roll(-1, 0)
+    return parallel.following(tensor)
 
 
 def mix(tensor: Tensor, mask: Tensor) -> Tensor:
@@ -42,6 +44,7 @@ def xor_boxes(
     height, width = size
     if boxes == 0:
         return torch.ones(batch, height, width, dtype=torch.bool, device=device)
+    batch *= parallel.world()
     p = torch.empty(batch, boxes).uniform_(*area)
     y = p ** torch.rand(batch, boxes)
     sides = torch.stack((y, p / y), -1) * math.sqrt(1 / boxes)
@@ -65,6 +68,7 @@ def ratio_box(
     weighted by that room, which is the same law.
     """
     height, width = size
+    batch *= parallel.world()
     pixels = torch.empty(batch, 1).uniform_(*area) * height * width
     ratio = 0.3 + (1 / 0.3 - 0.3) * (torch.arange(128) + torch.rand(batch, 128)) / 128
     extents = torch.stack(
@@ -93,7 +97,7 @@ def beta_box(batch: int, size: Sequence[int], device: torch.device | str = "cpu"
         (1 - torch.distributions.Beta(4.0, 4.0, validate_args=False).sample()).sqrt() * sides
     ).floor() // 2
     first = sides // 8
-    centre = (first + torch.rand(batch, 1, 2) * (sides - first)).floor()
+    centre = (first + torch.rand(batch * parallel.world(), 1, 2) * (sides - first)).floor()
     return ~_inside(centre - half, centre + half, size, device)[:, 0]
 
 
@@ -106,6 +110,7 @@ def half_box(
     One coin for the whole batch: with `probability` it is mixed, else all True.
     """
     height, width = size
+    batch *= parallel.world()
     mixed = torch.rand(()) < probability
     wide = torch.randint(width // 2 + 1, width, (batch, 1))
     extent = torch.stack(((height * width / 2 / wide).round(), wide), -1)
@@ -121,16 +126,17 @@ def square(
     Its side is `share` of the shorter side; released are 100 pixels of a crop of 513.
     """
     side = round(share * min(size))
-    start = (torch.rand(batch, 1, 2) * (torch.tensor(size) - side + 1)).floor()
+    whole = batch * parallel.world()
+    start = (torch.rand(whole, 1, 2) * (torch.tensor(size) - side + 1)).floor()
     return ~_inside(start, start + side, size, device)[:, 0]
 
 
 def _inside(start: Tensor, end: Tensor, size: Sequence[int], device: torch.device | str) -> Tensor:
     """Fill boxes: corners (batch, boxes, 2), row and column, on the host -> (batch, boxes, H, W) bool.
 
-    Only the corners are sent to the device.
+    Only the corners are sent to the device, of the samples of this process.
     """
-    corners = send(torch.stack((start, end)), device)
+    corners = send(torch.stack((parallel.share(start), parallel.share(end))), device)
     inside = []
     for axis, side in enumerate(size):
         place = torch.arange(side, device=device)

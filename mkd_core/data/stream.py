@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .. import parallel
 from ..augment import geometry
 from .base import SegDataset
 
@@ -59,10 +60,11 @@ class Crops(NamedTuple):
 
 
 class Steps(Dataset):
-    """Item s: the Crops of training step s."""
+    """Item s: the Crops of training step s, this process's rows of them."""
 
     def __init__(self, labeled: Stream, unlabeled: Stream | None, batch: int):
         self.labeled, self.unlabeled, self.batch = labeled, unlabeled, batch
+        self.rank, self.processes = parallel.rank(), parallel.world()  # here: loaders are no part of them
 
     def __getitem__(self, step: int) -> Crops:
         x, y, inside = self._stack(self.labeled, step)
@@ -70,7 +72,8 @@ class Steps(Dataset):
         return Crops(x, y, u, valid, label)
 
     def _stack(self, stream: Stream, step: int) -> list[Tensor]:
-        samples = [stream[k] for k in range(step * self.batch, (step + 1) * self.batch)]
+        rows, first = self.batch // self.processes, step * self.batch
+        samples = [stream[first + self.rank * rows + i] for i in range(rows)]
         return [torch.stack(part) for part in zip(*samples, strict=True)]
 
     def ids(self, step: int) -> tuple[list[str], list[str]]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import parallel
 from ..data.base import IGNORE
 from ..losses import masked_mean, ramp, squared_distance
 from ..models import nearest, resize
@@ -56,7 +57,13 @@ def guided_cutout(features: Tensor, label: Tensor, classes: int) -> Tensor:
         first = torch.where(occupied, place, len(place)).amin(1, keepdim=True)
         last = torch.where(occupied, place, -1).amax(1, keepdim=True)
         extent = last - first  # negative where the class is absent: an empty rectangle
-        start = first + (torch.rand(first.shape, device=label.device) * ((0.6 * extent).floor() + 1)).floor()
+        start = (
+            first
+            + (
+                parallel.share(torch.rand_like(parallel.like(first), dtype=torch.float32))
+                * ((0.6 * extent).floor() + 1)
+            ).floor()
+        )
         inside.append((place >= start) & (place < start + (0.4 * extent).floor()))
     erased = (inside[0][:, :, None] & inside[1][:, None]).any(-1)
     return features * ~erased[:, None]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import parallel
 from ..losses import draw, masked_mean, ramp
 from ..models import nearest, resize
 from .base import Batch, Build, Method, Positive, PositiveCount, Share, Terms, Weight, both
@@ -70,6 +71,7 @@ class PC2Seg(Method):
 
         own, keys (U, dim, h, w) projections of the strong and the weak view, prob (U, C, h, w).
         """
+        own, keys, prob, valid = (parallel.gather(t) for t in (own, keys, prob, valid))
         place, found = draw(valid.flatten(1), self.anchors)  # (U, A)
         maps = [m.float().flatten(2) for m in (own, keys, prob)]
         maps = [m.gather(2, place[:, None].expand(-1, m.shape[1], -1)) for m in maps]

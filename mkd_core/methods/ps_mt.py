@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import parallel
 from ..augment import beta_box, mix
 from ..data.base import IGNORE
 from ..ema import EMA
@@ -106,7 +107,7 @@ class PSMT(Method):
         for net in nets:
             net.decoder.eval()
         with torch.autocast(deep.device.type, enabled=False):
-            d = (PROBE * unit(torch.rand_like(deep) - 0.5)).requires_grad_()
+            d = (PROBE * unit(parallel.share(torch.rand_like(parallel.like(deep))) - 0.5)).requires_grad_()
             with torch.no_grad():
                 target = logits(deep)
             (g,) = torch.autograd.grad(kl_divergence(logits(deep + d), target).sum(), d)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import parallel
 from ..augment import square
 from ..data.base import IGNORE
 from ..losses import cross_entropy, masked_mean, ramp
@@ -67,7 +68,7 @@ class PseudoSeg(Method):
         return {
             "sup": self.supervised(resize(logits, size), batch.y),
             "attention": cross_entropy(resize(attention, size), batch.y),
-            "image": F.binary_cross_entropy_with_logits(scores, present),
+            "image": parallel.average(F.binary_cross_entropy_with_logits(scores, present)),
             "consistency": self.weight * ramp(progress, self.rampup) * soft,
         }, {"confidence": masked_mean(target.amax(1), counted)}
 
@@ -105,6 +106,6 @@ class PseudoSeg(Method):
 def fuse(decoder: Tensor, attention: Tensor, temperature: float) -> Tensor:
     """Two logit maps -> soft labels, all (B, C, h, w): one scale for both, softmax, mean, sharpened."""
     both = torch.cat((decoder, attention)).float()
-    prob = (both * (both.square().mean() + 1e-8).rsqrt()).softmax(1)
+    prob = (both * (parallel.average(both.square().mean()) + 1e-8).rsqrt()).softmax(1)
     mean = (prob[: len(decoder)] + prob[len(decoder) :]) / 2
     return mean.pow(1 / temperature) / mean.pow(1 / temperature).sum(1, keepdim=True)

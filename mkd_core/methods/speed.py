@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import parallel
 from ..data.base import IGNORE
 from ..losses import cross_entropy, entropy, masked_mean, pseudo_label
 from ..models import nearest, resize
@@ -69,7 +70,7 @@ class SPEED(Method):
             found = [self._relations(*look, half, place, valid) for look in looks]
             terms["relation"] = torch.stack([self._distance(one, target, valid) for one in found]).sum()
         kept = masked_mean((label != IGNORE).float(), batch.valid)
-        return terms, {"kept": kept, "from first": from_first.float().mean()}
+        return terms, {"kept": kept, "from first": parallel.average(from_first.float().mean())}
 
     def _look(self, images: Tensor) -> Pair:
         """Features (B, D, h, w) and logits (B, C, h, w) at the decoder's resolution."""

@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
+from .. import parallel
 from ..augment import normalise, ratio_box
 from ..data.base import IGNORE
 from ..ema import EMA
@@ -54,7 +55,8 @@ class STPlusPlus(Method):
         if not len(batch.weak):  # the first stage
             return {"sup": self.supervised(self.net(batch.x), batch.y)}, {}
         keep = ratio_box(len(batch.weak), batch.weak.shape[-2:], batch.weak.device, self.cutout)
-        strong = torch.where(keep[:, None], batch.strong[0], normalise(torch.rand_like(batch.weak)))
+        noise = parallel.share(torch.rand_like(parallel.like(batch.weak)))
+        strong = torch.where(keep[:, None], batch.strong[0], normalise(noise))
         labeled, unlabeled = both(self.net, batch.x, strong, self.joint)
         label = batch.label.masked_fill(~keep, IGNORE)
         truth = self._hard(labeled, batch.y)

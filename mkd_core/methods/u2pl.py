@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import parallel
 from ..augment import half_box, mix
 from ..data.base import IGNORE
 from ..ema import EMA
@@ -94,14 +95,22 @@ class U2PL(Method):
         terms = {"sup": self.supervised(logits[:n], batch.y)}
         if self.weight:
             unsup = cross_entropy(logits[n:], label.masked_fill(~kept, IGNORE))
-            terms["unsup"] = self.weight * grown * unsup * valid.sum() / kept.sum().clamp_min(1)
+            terms["unsup"] = (
+                self.weight
+                * grown
+                * unsup
+                * parallel.total(valid.sum())
+                / parallel.total(kept.sum()).clamp_min(1)
+            )
         if self.contrast:
             known, grid = batch.y != IGNORE, features.shape[-2:]
             target = nearest(torch.cat((batch.y, label)), grid)
             sure = nearest(torch.cat((known, valid & (unsure <= low))), grid)
             doubtful = nearest(torch.cat((known, valid & (unsure >= high))), grid)
             own, keys, prob = self.head(features), self.head_teacher(theirs), judged.float().softmax(1)
-            contrast = self.contrastive(own, keys, prob, target, sure, doubtful, n)
+            own, keys, prob = (_whole(t, n) for t in (own, keys, prob))
+            target, sure, doubtful = (_whole(t, n) for t in (target, sure, doubtful))
+            contrast = self.contrastive(own, keys, prob, target, sure, doubtful, n * parallel.world())
             terms["contrast"] = contrast * self.contrast * grown
         stored = self.seen.clamp_max(self.bank.shape[1]).float().mean()
         return terms, {"kept": masked_mean(kept.float(), valid), "bank": stored}
@@ -161,3 +170,8 @@ class U2PL(Method):
     @property
     def predictors(self) -> dict[str, nn.Module]:
         return {"teacher": self.teacher, "student": self.net}
+
+
+def _whole(tensor: Tensor, labeled: int) -> Tensor:
+    """The rows of all processes, labeled ones first as in one process."""
+    return torch.cat([parallel.gather(part) for part in (tensor[:labeled], tensor[labeled:])])

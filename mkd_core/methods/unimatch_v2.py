@@ -9,6 +9,7 @@ CE_T: sum over pixels with q >= T / number of all inside the image
 import torch
 from torch import Tensor, nn
 
+from .. import parallel
 from ..augment import mix, ratio_box
 from ..data.base import IGNORE
 from ..ema import EMA
@@ -73,9 +74,9 @@ def complementary(maps: list[Tensor], share: float) -> list[Tensor]:
 
     Only a random `share` of the n images; maps of one width share their draws. Maps above 1/4 stay.
     """
-    n, device, drawn = len(maps[0]) // 2, maps[0].device, dict[int, Tensor]()
+    n, device, drawn = len(maps[0]) // 2 * parallel.world(), maps[0].device, dict[int, Tensor]()
     chosen = (torch.rand(n, device=device).argsort() < n - int(n * (1 - share)))[:, None]
     for width in {m.shape[1]: None for m in maps[2:]}:
         first = torch.where(chosen, 2.0 * torch.randint(2, (n, width), device=device), 1.0)
-        drawn[width] = torch.cat((first, 2 - first))[..., None, None]
+        drawn[width] = torch.cat((mine := parallel.share(first), 2 - mine))[..., None, None]
     return [m if i < 2 else m * drawn[m.shape[1]].to(m.dtype) for i, m in enumerate(maps)]

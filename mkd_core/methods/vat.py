@@ -10,6 +10,7 @@ L = CE(s(x), y) + w mean D(s(strong + r)) mean 1[q >= T],   q = max softmax t(we
 import torch
 from torch import Tensor, nn
 
+from .. import parallel
 from ..ema import EMA
 from ..losses import confidence, kl_divergence, masked_mean, unit
 from .base import Batch, Build, Method, Share, Terms, Weight, both
@@ -64,7 +65,7 @@ class VAT(Method):
 
     def _perturbation(self, images: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         """r (U, 3, H, W): direction by one step of the power iteration, length by the image's contrast."""
-        d = (PROBE * unit(torch.randn_like(images))).requires_grad_()
+        d = (PROBE * unit(parallel.share(torch.randn_like(parallel.like(images))))).requires_grad_()
         divergence = (kl_divergence(self.teacher.module(images + d), target) * valid).sum()
         (g,) = torch.autograd.grad(divergence, d)
         down, across = images[:, :, 2:] - images[:, :, :-2], images[..., 2:] - images[..., :-2]

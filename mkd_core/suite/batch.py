@@ -1,42 +1,32 @@
-"""Every run of a table, each in a process of its own: on this machine, a Dask cluster, or Slurm.
+"""Every run of a table: what there is, what is missing, and how it gets done.
 
 A run is done when its folder holds its record; whatever was killed, the same call goes on.
 """
 
-import json
 import os
 import statistics
-import subprocess
-import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
-
-import torch
 
 from .. import records
 from ..choices import choose
 from ..config import Grid, RunConfig
-from ..evaluate import pick_device
 from ..models import weights_file
 from ..parameters import parse_values
 from ..prepare import check_data, open_data
 from ..progress import Progress
-from ..runner import Busy, is_busy, run
+from ..runner import Busy, run
 from ..train import build_method
+from .execution import PROCESSES, execute, executor, pick_slots
 
-PAUSE = 3.0  # seconds before a run that failed, or that another process holds, is tried again
 DATA = {"dataset", "root", "dataset_options", "split", "seed"}
 SAME_STEP_TIME = ("dataset", "method", "options", "arch", "encoder", "crop", "batch", "precision")
-PROCESSES: WeakSet[subprocess.Popen[str]] = WeakSet()  # runs under way
-SLOT = threading.local()  # has the device of a slot's thread
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,15 +100,6 @@ def select(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:
     return [one for one in runs if all(str(one.value(key)) in values for key, values in wanted.items())]
 
 
-def pick_slots(words: str, slots: int = 1) -> list[str]:
-    """Return the devices of "0,1,cpu": ["cuda:0", "cuda:1", "cpu"]; "": every GPU, else `slots` CPUs."""
-    gpus = [str(i) for i in range(torch.cuda.device_count())]
-    names = [word.strip() for word in words.split(",")] if words else gpus or ["cpu"] * slots
-    if odd := [name for name in names if not name.isdigit() and name != "cpu"]:
-        raise ValueError(f"slots are numbers of GPUs, or cpu: 0,1,2,3 or cpu,cpu; got {odd[0]!r}")
-    return [str(pick_device(name if name == "cpu" else f"cuda:{name}")) for name in names]
-
-
 def check(runs: Sequence[Run]) -> None:
     """Look at all that runs need before any begins; ValueError with every fault, each once.
 
@@ -165,7 +146,9 @@ def plan(runs: Sequence[Run], slots: int = 1) -> str:
         with suppress(ValueError, OSError):  # damaged records of other work stop no batch
             known += filter(None, [records.load(folder)])
     for one in runs:
-        state = "done" if one.record else "running" if one.folder and is_busy(one.folder) else "to run"
+        state = (
+            "done" if one.record else "running" if one.folder and records.is_busy(one.folder) else "to run"
+        )
         counts[state] += 1
         where = one.folder.name if one.folder else "(no id: its weights or lists are missing)"
         lines.append(f"{state:8} {one!s:40} {where}")
@@ -183,39 +166,6 @@ def plan(runs: Sequence[Run], slots: int = 1) -> str:
     elif counts["done"] < len(runs):
         summary += f"; about {total:.1f} h" + f", {total / slots:.1f} h on {slots} slots" * (slots > 1)
     return "\n".join([*lines, summary])
-
-
-@contextmanager
-def executor(
-    engine: str, slots: Sequence[str] = (), address: str = "", resources: Mapping[str, Any] | None = None
-) -> Iterator[Executor]:
-    """Open where runs are executed: "local", a thread for each slot's device; "dask"; or "slurm".
-
-    address: of the Dask scheduler. resources: keywords of dask_jobqueue.SLURMCluster, and `jobs`,
-    how many at most. All workers see the project and runs/ at the same paths.
-    """
-    if engine == "local":
-        take = iter(slots).__next__
-        with ThreadPoolExecutor(len(slots), initializer=lambda: vars(SLOT).update(device=take())) as pool:
-            yield pool
-        return
-    from dask_jobqueue import SLURMCluster
-    from distributed import Client
-
-    if engine == "dask":
-        with Client(address) as client:
-            yield client.get_executor(pure=False)
-        return
-    keywords = {"jobs": 1, **(resources or {})}
-    jobs = keywords.pop("jobs")
-    with SLURMCluster(**keywords) as cluster, Client(cluster) as client:
-        script = cluster.job_script()
-        test = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True)
-        if test.returncode:
-            raise ValueError(f"Slurm refuses these resources: {test.stderr.strip()}")
-        # A job for every run that waits; one that Slurm ended is replaced, one without work is given back.
-        cluster.adapt(minimum_jobs=0, maximum_jobs=jobs, target_duration="1ms")
-        yield client.get_executor(pure=False)
 
 
 def run_batch(runs: Sequence[Run], pool: Executor, slots: int = 0, retries: int = 1) -> dict[Run, str]:
@@ -246,7 +196,7 @@ def run_batch(runs: Sequence[Run], pool: Executor, slots: int = 0, retries: int 
                 if not busy:
                     say(f"{one} failed, try {tries[one]}: {error}" if error else f"{one} is done", now=True)
             if say.due:
-                active = [one for one in futures.values() if one.folder and is_busy(one.folder)]
+                active = [one for one in futures.values() if one.folder and records.is_busy(one.folder)]
                 done = len(runs) - len(futures) - len(failed)
                 counts = f"{done} of {len(runs)} done, {len(active)} running, {len(failed)} failed"
                 say("; ".join([counts, *(_progress(one, seen) for one in active)]))
@@ -263,35 +213,3 @@ def _progress(one: Run, seen: dict[Run, tuple[float, int]]) -> str:
     began, first = seen.setdefault(one, (now, step))
     left = (steps - step) * (now - began) / (step - first) if step > first else 0
     return f"{one}: {100 * step / steps:.0f} %" + f", {left / 60:.0f} min left" * (left > 0)
-
-
-def execute(config: dict[str, Any], folder: str, where: str, threads: int = 0) -> None:
-    """Train a run in a process of its own, which ends with this one. Raises Busy, or RuntimeError.
-
-    where: the working directory. threads: where OMP_NUM_THREADS is not set; 0: torch's choice.
-    No pool of multiprocessing: a killed worker breaks it, and Dask's workers must not have one.
-    """
-    if Path(folder, "record.json").exists():  # made by another batch
-        return
-    if config["device"] == "auto":
-        config = config | {"device": getattr(SLOT, "device", "auto")}
-    code = f"import sys; sys.path.insert(0, {str(records.ROOT)!r}); from mkd_core.suite.batch import work; work()"
-    environment = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ
-    with subprocess.Popen(
-        ["setpriv", "--pdeathsig", "KILL", sys.executable, "-c", code], cwd=where, env=environment, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,  # no Ctrl-C
-    ) as process:  # fmt: skip
-        PROCESSES.add(process)
-        text = process.communicate(json.dumps([config, str(Path(folder).parent)]))[1]
-    errors = "\n".join(text.strip().splitlines()[-5:])
-    if status := process.returncode:
-        time.sleep(PAUSE)  # before it is tried again
-        if f"{Busy.__name__}: " in errors:
-            raise Busy(errors)
-        raise RuntimeError(f"ended by signal {-status}" if status < 0 else errors)
-
-
-def work() -> None:
-    """Train the run whose configuration, and folder of runs, come by stdin."""
-    config, runs = json.load(sys.stdin)
-    run(RunConfig(**config), Path(runs), quiet=True)

@@ -121,7 +121,7 @@ def _batch(words: Words) -> int:
     """
     from ..parameters import read_parameters
     from ..records import ROOT
-    from . import batch, tables
+    from . import batch, execution, tables
     from .notebook import PLAIN, read_all, read_cell
 
     if [words.engine == "dask", words.engine == "slurm"] != [bool(words.address), bool(words.resources)]:
@@ -142,7 +142,10 @@ def _batch(words: Words) -> int:
     tables.check(grid, parameters.get("published", ""), **shown)
     every = batch.expand(grid)
     runs = batch.select(every, words.only)
-    slots = batch.pick_slots(words.slots, parameters.get("slots", 1)) if words.engine == "local" else []
+    slots = execution.pick_slots(words.slots, parameters.get("slots", 1)) if words.engine == "local" else []
+    for count in {slot.count("+") + 1 for slot in slots}:
+        if odd := [run for run in runs if run.config.batch % count]:
+            raise ValueError(f"{odd[0]}: a batch of {odd[0].config.batch} cannot be shared by {count} devices")
     print(batch.plan(runs, len(slots)), flush=True)
     missing, failed = [run for run in runs if not run.record], dict[batch.Run, str]()
     batch.check(missing)
@@ -150,7 +153,7 @@ def _batch(words: Words) -> int:
         return 0
     if missing:
         resources = read_parameters(words.resources) if words.resources else None
-        with batch.executor(words.engine, slots, words.address, resources) as pool:
+        with execution.executor(words.engine, slots, words.address, resources) as pool:
             failed = batch.run_batch(missing, pool, len(slots), words.retries)
     for run, error in failed.items():
         print(f"\nmkd batch: {run} failed; its folder is {run.folder}\n{error}", file=sys.stderr)

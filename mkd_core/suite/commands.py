@@ -203,7 +203,7 @@ def _methods(words: Words) -> int:
 def _runs(words: Words) -> int:
     """List the runs under runs/: method, data, step, mIoU in percent, size. Or remove some."""
     from .. import records
-    from ..runner import is_busy
+    from ..records import is_busy
     from ..trained import find_run
 
     if words.remove:

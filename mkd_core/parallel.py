@@ -1,0 +1,195 @@
+"""One batch over several processes: each holds its rows, and means, partners, draws and statistics are of the whole.
+
+So n processes give the losses and weights of one, to rounding. With one process nothing here does anything. A loss
+is known to every process, and its gradient is n times that of the process's rows: DistributedDataParallel divides by n.
+"""
+
+import os
+import uuid
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+
+def world() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process; 0 does what is done once: it writes and reports."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def free_cores() -> int:
+    """Cores for each process that are idle at this moment, at least one: threads beyond them wait for each other."""
+    idle = sum(100 - busy for busy in psutil.cpu_percent(0.3, percpu=True)) / 100
+    return max(1, min(round(idle), len(os.sched_getaffinity(0))) // world())
+
+
+def share(whole: Tensor) -> Tensor:
+    """Take this process's rows of what is there, or drawn, for the whole batch."""
+    return whole.chunk(world())[rank()] if world() > 1 else whole
+
+
+def like(rows: Tensor) -> Tensor:
+    """Return an empty tensor as large as the whole batch, to draw for it."""
+    return torch.empty_like(rows) if world() == 1 else rows.new_empty(len(rows) * world(), *rows.shape[1:])
+
+
+def gather(rows: Tensor) -> Tensor:
+    """Return the whole batch from the rows (B / n, ...) of each process; gradients go to the own rows."""
+    if world() == 1:
+        return rows
+    sent = rows.detach().contiguous()
+    sent = sent.view(torch.uint8) if sent.dtype == torch.bool else sent
+    found = [torch.empty_like(sent) for _ in range(world())]
+    dist.all_gather(found, sent)
+    found = [part.view(rows.dtype) for part in found]
+    if rows.requires_grad:
+        found[rank()] = rows + (world() - 1) * (rows - rows.detach())
+    return torch.cat(found)
+
+
+def following(rows: Tensor) -> Tensor:
+    """Return the next row of the whole batch for each row, the first for the last."""
+    if world() == 1:
+        return rows.roll(-1, 0)
+    first = gather(rows[:1])[(rank() + 1) % world()]
+    return torch.cat((rows[1:], first[None]))
+
+
+def total(value: Tensor) -> Tensor:
+    """Add up a value of each process, without gradient."""
+    if world() > 1:
+        value = value.detach().clone()
+        dist.all_reduce(value)
+    return value
+
+
+class _Sum(torch.autograd.Function):
+    """`total` with a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return total(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return total(gradient)
+
+
+def broadcast(method: nn.Module) -> None:
+    """Give every process the weights and buffers of the first one, for which all wait."""
+    for tensor in method.state_dict().values() if world() > 1 else ():
+        dist.broadcast(tensor, 0)
+
+
+def mean(summed: Tensor, count: Tensor) -> Tensor:
+    """Divide the sum of what each process summed by the sum of its counts, at least 1."""
+    if world() == 1:
+        return summed / count.clamp_min(1)
+    both = total(torch.stack((summed.double(), count.double())))
+    whole, count = (both[0] / both[1].clamp_min(1)).to(summed.dtype), both[1].clamp_min(1).to(summed.dtype)
+    own = summed * world() / count
+    return own + (whole - own).detach()
+
+
+def average(value: Tensor) -> Tensor:
+    """Average a mean of each process, where all have equally many rows."""
+    return mean(value, torch.ones_like(value)) if world() > 1 else value
+
+
+def launch(function: Callable[..., Any], processes: int, *args: Any) -> Any:
+    """Call function(*args) in so many new processes of this machine, joined; return what the first returned.
+
+    function: of a module, not of a notebook's cell. Where one fails all end, and its error is raised: ValueError if it was one.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # with it, starts now and then hang
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, start_method="spawn",
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
+    )  # fmt: skip
+    try:
+        return elastic_launch(config, _joined)(function, args)[0]
+    except ChildFailedError as error:
+        number, failure = error.get_first_failure()
+        text = f"process {number} of {processes} failed: {failure.message}"
+        wrong = failure.message.split(":")[0] in ("DataError", "ValueError")
+        raise (ValueError if wrong else RuntimeError)(text) from None
+
+
+def _joined(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    join()
+    try:
+        result = function(*args)
+        return result if rank() == 0 else None
+    finally:
+        dist.destroy_process_group()
+
+
+def wrap(method: nn.Module, unused: bool = False) -> Callable[..., Any]:
+    """Return what to call in the method's place in training: gradients are averaged while the backward goes on.
+
+    unused: some parameters may have no gradient.
+    """
+    if world() == 1:
+        return method
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the name in torch 2.6
+        return DistributedDataParallel(method, broadcast_buffers=False, find_unused_parameters=unused)
+
+
+def join() -> None:
+    """Join the processes that `launch` or torchrun started, on the GPU of this one's number where there are GPUs.
+
+    Here torch's BatchNorm and dropout act on the whole batch from now on, whichever module calls them.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group(timeout=timedelta(hours=12))  # the others wait while the first one labels
+    F.batch_norm, F.dropout, F.dropout2d = _batch_norm, _dropout, _dropout2d  # type: ignore[assignment]
+
+
+_torch = F.batch_norm, F.dropout, F.dropout2d
+
+
+def _batch_norm(
+    x: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    if not training or world() == 1:
+        return _torch[0](x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if x.is_cuda:
+        return SyncBatchNorm.apply(
+            x, weight, bias, running_mean, running_var, eps, momentum, dist.group.WORLD, world()
+        )
+    # Which has no kernels for a CPU.
+    count, shape = x.numel() // x.shape[1] * world(), (1, -1, 1, 1)
+    centre = _Sum.apply(x.float().mean((0, 2, 3))) / world()
+    centred = x - centre.view(shape)
+    variance = _Sum.apply(centred.square().mean((0, 2, 3))) / world()
+    with torch.no_grad():
+        running_mean.lerp_(centre.to(running_mean), momentum)
+        running_var.lerp_((variance * count / (count - 1)).to(running_var), momentum)
+    out = centred * (variance + eps).rsqrt().view(shape)
+    return (out * weight.view(shape) + bias.view(shape)).to(x.dtype)
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return x * share(_torch[1](torch.ones_like(like(x)), p)) if training and p else x
+
+
+def _dropout2d(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return x * share(_torch[2](torch.ones_like(like(x[..., :1, :1])), p)) if training and p else x
