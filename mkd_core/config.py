@@ -24,16 +24,15 @@ from .records import ROOT
 # Not in the id: where things lie, on what they run (other hardware changes bits, and training
 # amplifies them), how often the run is logged and saved. Weights enter by their hash.
 PLACES = {"root", "weights", "weights2"}
-MACHINE = {"device", "devices", "threads", "workers"}
-NOT_IDENTITY = PLACES | MACHINE | {"checkpoint_every", "keep_every", "log_every", "tensorboard"}
+NOT_IDENTITY = PLACES | {"device", "devices", "threads", "workers", "tensorboard"}
+NOT_IDENTITY |= {"checkpoint_every", "keep_every", "log_every"}
 # Younger than the runs in figures/, which keep their ids: at these values they are not in it either.
 YOUNGER: dict[str, Any] = {"encoder2": "", "arch2": "", "supervised_loss": "cross_entropy"}
 YOUNGER |= {"ohem_keep": 50_000, "fixmatch.decay": 0.0}
 GONE: dict[str, Any] = {"mkd_ablation": {"arch2": None}}  # options of those runs, which stay in their ids
 PARAMETERS = ROOT / "parameters"
 TABLE = {"common", "recipes", "rows", "columns"}  # keys of a table's file; a single run's has none of them
-# what a row takes of a single run's file
-OF_METHOD = ("method", "options", "weak_photometric", "bn_momentum")
+OF_METHOD = ("method", "options", "weak_photometric", "bn_momentum")  # of a single run's file, for a row
 
 
 def _encoder(name: str) -> str:
@@ -144,8 +143,7 @@ class RunConfig(Checked):
         if self.batch < 2 and self.norm == "batch":
             raise ValueError("batch must be at least 2: BatchNorm cannot take one image, norm='group' can")
         if self.batch % self.devices or (self.devices > 1 and ":" in self.device):
-            how = "devices share a batch equally and are the first ones (device: auto, cpu or cuda)"
-            raise ValueError(f"{how}; got {self.devices} devices, batch {self.batch}, device {self.device}")
+            raise ValueError(f"{self.devices} devices share a batch equally; device is auto, cpu or cuda then")
         if self.keep_every % self.checkpoint_every:
             raise ValueError(f"keep_every must be a multiple of checkpoint_every, {self.checkpoint_every}")
         if self.weights2 and not self.encoder2:
@@ -157,9 +155,8 @@ class RunConfig(Checked):
     @property
     def second(self) -> Self:
         """This run with its second network as the first."""
-        weights = self.weights2 if self.encoder2 else self.weights
-        keys = {"encoder": self.encoder2 or self.encoder, "arch": self.arch2 or self.arch, "weights": weights}
-        return self.model_copy(update=keys)
+        keys = {"encoder": self.encoder2 or self.encoder, "arch": self.arch2 or self.arch}
+        return self.model_copy(update=keys | {"weights": self.weights2 if self.encoder2 else self.weights})
 
     def absolute(self) -> Self:
         """Return this run with absolute places of data and weights, which hold from anywhere."""

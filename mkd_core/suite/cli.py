@@ -145,7 +145,9 @@ def _batch(words: Words) -> int:
     slots = execution.pick_slots(words.slots, parameters.get("slots", 1)) if words.engine == "local" else []
     for count in {slot.count("+") + 1 for slot in slots}:
         if odd := [run for run in runs if run.config.batch % count]:
-            raise ValueError(f"{odd[0]}: a batch of {odd[0].config.batch} cannot be shared by {count} devices")
+            raise ValueError(
+                f"{odd[0]}: a batch of {odd[0].config.batch} cannot be shared by {count} devices"
+            )
     print(batch.plan(runs, len(slots)), flush=True)
     missing, failed = [run for run in runs if not run.record], dict[batch.Run, str]()
     batch.check(missing)
