@@ -29,7 +29,6 @@ NOT_IDENTITY |= {"checkpoint_every", "keep_every", "log_every"}
 # Younger than the runs in figures/, which keep their ids: at these values they are not in it either.
 YOUNGER: dict[str, Any] = {"encoder2": "", "arch2": "", "supervised_loss": "cross_entropy"}
 YOUNGER |= {"ohem_keep": 50_000, "fixmatch.decay": 0.0}
-GONE: dict[str, Any] = {"mkd_ablation": {"arch2": None}}  # options of those runs, which stay in their ids
 PARAMETERS = ROOT / "parameters"
 TABLE = {"common", "recipes", "rows", "columns"}  # keys of a table's file; a single run's has none of them
 OF_METHOD = ("method", "options", "weak_photometric", "bn_momentum")  # of a single run's file, for a row
@@ -101,9 +100,7 @@ class RunConfig(Checked):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda:1 ...")
     devices: int = Field(1, ge=1, description="GPUs of this machine, a process each, that share every batch")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of torch; 0: as many as cores are idle")
-    workers: int = Field(
-        -1, ge=-1, le=1024, description="loader processes; -1: up to 8 with a GPU, else none"
-    )
+    workers: int = Field(-1, ge=-1, le=1024, description="loaders; -1: up to 8 with a GPU, else none")
     checkpoint_every: int = Field(1_000, gt=0, description="steps")
     keep_every: int = Field(0, ge=0, description="steps between checkpoints that stay; 0: the last alone")
     log_every: int = Field(50, gt=0, description="steps")
@@ -143,7 +140,9 @@ class RunConfig(Checked):
         if self.batch < 2 and self.norm == "batch":
             raise ValueError("batch must be at least 2: BatchNorm cannot take one image, norm='group' can")
         if self.batch % self.devices or (self.devices > 1 and ":" in self.device):
-            raise ValueError(f"{self.devices} devices share a batch equally; device is auto, cpu or cuda then")
+            raise ValueError(
+                f"{self.devices} devices share a batch equally; device is auto, cpu or cuda then"
+            )
         if self.keep_every % self.checkpoint_every:
             raise ValueError(f"keep_every must be a multiple of checkpoint_every, {self.checkpoint_every}")
         if self.weights2 and not self.encoder2:
@@ -176,7 +175,7 @@ class RunConfig(Checked):
         for keys, of in ((identity, ""), (identity["options"], f"{self.method}.")):
             for key in [key for key, value in keys.items() if YOUNGER.get(of + key, ...) == value]:
                 del keys[key]
-        identity["options"] |= GONE.get(self.method, {})
+        identity["options"] |= {"arch2": None} if self.method == "mkd_ablation" else {}  # once an option
         identity["weights"] = file_sha256(self.weights) if self.weights else ""
         identity |= {"weights2": file_sha256(self.weights2)} if self.weights2 else {}
         if self.dataset == "folder":  # its lists tell one folder from another, wherever it lies
