@@ -126,9 +126,9 @@ def launch(function: Callable[..., Any], processes: int, *args: Any) -> Any:
         return elastic_launch(config, _joined)(function, args)[0]
     except ChildFailedError as error:
         number, failure = error.get_first_failure()
-        text = f"process {number} of {processes} failed: {failure.message}"
-        wrong = failure.message.split(":")[0] in ("DataError", "ValueError")
-        raise (ValueError if wrong else RuntimeError)(text) from None
+        said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
+        wrong = ValueError if said.split(":")[0] in ("DataError", "ValueError") else RuntimeError
+        raise wrong(f"process {number} of {processes} failed: {said}") from None
 
 
 def _joined(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
