@@ -29,6 +29,7 @@ NOT_IDENTITY |= {"checkpoint_every", "keep_every", "log_every"}
 # Younger than the runs in figures/, which keep their ids: at these values they are not in it either.
 YOUNGER: dict[str, Any] = {"encoder2": "", "arch2": "", "supervised_loss": "cross_entropy"}
 YOUNGER |= {"ohem_keep": 50_000, "fixmatch.decay": 0.0}
+GONE: dict[str, Any] = {"mkd_ablation": {"arch2": None}}  # options of those runs, which stay in their ids
 PARAMETERS = ROOT / "parameters"
 TABLE = {"common", "recipes", "rows", "columns"}  # keys of a table's file; a single run's has none of them
 OF_METHOD = ("method", "options", "weak_photometric", "bn_momentum")  # of a single run's file, for a row
@@ -54,7 +55,6 @@ class RunConfig(Checked):
     Defaults are filled in, so that the record of a run states every hyper-parameter.
     """
 
-    # Data.
     dataset: Dataset = Field("shapes", description="shapes, folder, voc, voc_aug, cityscapes, coco")
     root: str = Field("", description="folder of the data set; not needed for shapes")
     dataset_options: dict[str, Any] = Field({}, description="of its class: classes, val ...")
@@ -175,7 +175,7 @@ class RunConfig(Checked):
         for keys, of in ((identity, ""), (identity["options"], f"{self.method}.")):
             for key in [key for key, value in keys.items() if YOUNGER.get(of + key, ...) == value]:
                 del keys[key]
-        identity["options"] |= {"arch2": None} if self.method == "mkd_ablation" else {}  # once an option
+        identity["options"] |= GONE.get(self.method, {})
         identity["weights"] = file_sha256(self.weights) if self.weights else ""
         identity |= {"weights2": file_sha256(self.weights2)} if self.weights2 else {}
         if self.dataset == "folder":  # its lists tell one folder from another, wherever it lies
