@@ -1,10 +1,13 @@
 """One batch over several processes: each holds its rows, and means, partners, draws and statistics are of the whole.
 
-So n processes give the losses and weights of one, to rounding. With one process nothing here does anything. A loss
-is known to every process, and its gradient is n times that of the process's rows: DistributedDataParallel divides by n.
+So n processes give the losses and weights of one, to rounding; with one process these functions change nothing. Every
+process knows the loss of the whole batch; its backward is that of its own rows, times n, by which
+DistributedDataParallel divides. What a module draws itself follows the same law with other numbers: dropout where
+labeled and unlabeled images share a forward; DropPath, whose draws are the same on each process.
 """
 
 import os
+import signal
 import uuid
 import warnings
 from collections.abc import Callable
@@ -16,7 +19,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules._functions import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -33,7 +35,12 @@ def rank() -> int:
 def free_cores() -> int:
     """Cores for each process that are idle at this moment, at least one: threads beyond them wait for each other."""
     idle = sum(100 - busy for busy in psutil.cpu_percent(0.3, percpu=True)) / 100
-    return max(1, min(round(idle), len(os.sched_getaffinity(0))) // world())
+    return max(1, min(round(idle), len(os.sched_getaffinity(0))) // on_this_host())
+
+
+def on_this_host() -> int:
+    """Return the number of processes on this host."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if world() > 1 else 1
 
 
 def share(whole: Tensor) -> Tensor:
@@ -64,6 +71,7 @@ def following(rows: Tensor) -> Tensor:
     """Return the next row of the whole batch for each row, the first for the last."""
     if world() == 1:
         return rows.roll(-1, 0)
+    assert not rows.requires_grad, "no gradient goes to the row of another process"
     first = gather(rows[:1])[(rank() + 1) % world()]
     return torch.cat((rows[1:], first[None]))
 
@@ -88,8 +96,15 @@ class _Sum(torch.autograd.Function):
         return total(gradient)
 
 
+def meet() -> None:
+    """Wait, for days if need be, until all processes are here."""
+    if world() > 1:
+        dist.barrier(_PATIENT[0])
+
+
 def broadcast(method: nn.Module) -> None:
     """Give every process the weights and buffers of the first one, for which all wait."""
+    meet()
     for tensor in method.state_dict().values() if world() > 1 else ():
         dist.broadcast(tensor, 0)
 
@@ -112,12 +127,16 @@ def average(value: Tensor) -> Tensor:
 def launch(function: Callable[..., Any], processes: int, *args: Any) -> Any:
     """Call function(*args) in so many new processes of this machine, joined; return what the first returned.
 
-    function: of a module, not of a notebook's cell. Where one fails all end, and its error is raised: ValueError if it was one.
+    function: of a module, not of a notebook's cell. Where one fails all end, and RuntimeError names its error; DataError and
+    ValueError come as ValueError, OSError as itself.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # with it, starts now and then hang
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or it warns where every parameter has a gradient
+    handlers = {number: signal.getsignal(number) for number in STOPS}  # torch keeps its own
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, start_method="spawn",
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
@@ -127,28 +146,34 @@ def launch(function: Callable[..., Any], processes: int, *args: Any) -> Any:
     except ChildFailedError as error:
         number, failure = error.get_first_failure()
         said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
-        wrong = ValueError if said.split(":")[0] in ("DataError", "ValueError") else RuntimeError
-        raise wrong(f"process {number} of {processes} failed: {said}") from None
+        kind = {"DataError": ValueError, "ValueError": ValueError, "OSError": OSError}.get(said.split(":")[0])
+        raise (kind or RuntimeError)(f"process {number} of {processes} failed: {said}") from None
+    except SignalException as error:
+        raise (KeyboardInterrupt if error.sigval == signal.SIGINT else SystemExit(143)) from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_PATIENT: list[Any] = []  # the group in which processes wait for days
 
 
 def _joined(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which the end of the parent sends
     join()
-    try:
-        result = function(*args)
-        return result if rank() == 0 else None
-    finally:
-        dist.destroy_process_group()
+    result = function(*args)
+    # Not after an error: it would wait for the others.
+    dist.destroy_process_group()
+    return result if int(os.environ["RANK"]) == 0 else None
 
 
-def wrap(method: nn.Module, unused: bool = False) -> Callable[..., Any]:
-    """Return what to call in the method's place in training: gradients are averaged while the backward goes on.
-
-    unused: some parameters may have no gradient.
-    """
+def wrap(method: nn.Module) -> Callable[..., Any]:
+    """Return what to call in the method's place in training: gradients are averaged while the backward goes on."""
     if world() == 1:
         return method
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the name in torch 2.6
-        return DistributedDataParallel(method, broadcast_buffers=False, find_unused_parameters=unused)
+        return DistributedDataParallel(method, broadcast_buffers=False, find_unused_parameters=True)
 
 
 def join() -> None:
@@ -158,7 +183,8 @@ def join() -> None:
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group(timeout=timedelta(hours=12))  # the others wait while the first one labels
+    dist.init_process_group()
+    _PATIENT[:] = [dist.new_group(timeout=timedelta(days=7), backend="gloo")]
     F.batch_norm, F.dropout, F.dropout2d = _batch_norm, _dropout, _dropout2d  # type: ignore[assignment]
 
 
@@ -171,20 +197,16 @@ def _batch_norm(
 ) -> Tensor:  # fmt: skip
     if not training or world() == 1:
         return _torch[0](x, running_mean, running_var, weight, bias, training, momentum, eps)
-    if x.is_cuda:
-        return SyncBatchNorm.apply(
-            x, weight, bias, running_mean, running_var, eps, momentum, dist.group.WORLD, world()
-        )
-    # Which has no kernels for a CPU.
+    # nn.SyncBatchNorm has no kernels for a CPU, and on a GPU the host waits for each of its layers.
     count, shape = x.numel() // x.shape[1] * world(), (1, -1, 1, 1)
-    centre = _Sum.apply(x.float().mean((0, 2, 3))) / world()
-    centred = x - centre.view(shape)
-    variance = _Sum.apply(centred.square().mean((0, 2, 3))) / world()
+    var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+    centre = _Sum.apply(mean) / world()
+    variance = _Sum.apply(var + (mean - centre).square()) / world()
     with torch.no_grad():
         running_mean.lerp_(centre.to(running_mean), momentum)
         running_var.lerp_((variance * count / (count - 1)).to(running_var), momentum)
-    out = centred * (variance + eps).rsqrt().view(shape)
-    return (out * weight.view(shape) + bias.view(shape)).to(x.dtype)
+    scale = weight * (variance + eps).rsqrt()
+    return (x * scale.view(shape) + (bias - centre * scale).view(shape)).to(x.dtype)
 
 
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

@@ -37,7 +37,8 @@ def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Rec
     """Train and evaluate one configuration; go on where it was interrupted; return its record at once where it exists.
 
     All that can be wrong with the input is found before the first step: DataError, ValueError. Raises NonFiniteLoss, and
-    Busy where another process is at the same run. Of processes that share the batch, all call it; the first one writes.
+    Busy where another process is at the same run. Processes that share the batch all call it, and the first one writes;
+    of processes that `devices` starts, these two come as RuntimeError.
     """
     folder, first = (runs or records.RUNS) / config.id, parallel.rank() == 0
     if config.devices > parallel.world() and not (folder / "record.json").exists():
@@ -47,6 +48,7 @@ def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Rec
     lock = FileLock(folder / "lock", timeout=1)  # is_busy() of another process holds it for a moment
     try:
         with lock if first else nullcontext():
+            parallel.meet()
             try:
                 if found := records.load(folder):
                     if found.id != config.id:
@@ -84,6 +86,7 @@ class _Run:
         self.dataset, self.split, self.method = prepare(
             config, new and self.first, lambda *counts: self.progress(say(*counts))
         )
+        parallel.meet()
         self.data = data_identity(self.dataset, self.split)
         self.method.to(self.device)
         if new:
@@ -207,11 +210,11 @@ class _Run:
         predicted = confusion[predictor.names[0]].sum(0)
         if int((predicted > 0).sum()) == 1:
             only = self.dataset.classes[int(predicted.argmax())]
-            text = f"WARNING: every pixel is predicted as {only}: train longer, or look at lr"
-            self.progress(text, now=True)
+            self.progress(
+                f"WARNING: every pixel is predicted as {only}: train longer, or look at lr", now=True
+            )
         found["confusion"] = confusion[predictor.names[0]].tolist()  # (truth, prediction)
-        iou_of = {name: [v if v == v else None for v in iou(c).tolist()] for name, c in confusion.items()}
-        found["iou"] = iou_of
+        found["iou"] = {n: [v if v == v else None for v in iou(c).tolist()] for n, c in confusion.items()}
         if self.withheld:
             _, quality = measure(self.withheld, quality=QUALITY_THRESHOLD)
             found["pseudo_labels"] = {name: q.summary() for name, q in quality.items()}
@@ -237,13 +240,14 @@ class _Run:
         )
 
     def _save(self, *names: str) -> None:
+        if not self.first:
+            return
         state = {
             "step": self.step, "method": self.method.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers], "history": json.dumps(self.history),
             "data": json.dumps(self.data), "classes": list(self.dataset.classes), "seconds": self.seconds, "seconds_training": self.seconds_training,
         }  # fmt: skip
-        if self.first:
-            checkpoints.write(state, self.folder, names)
+        checkpoints.write(state, self.folder, names)
         self._write("history.csv", records.numbers(self.history).to_csv(index=False))
 
     def _write(self, name: str, text: str) -> None:
@@ -267,8 +271,7 @@ class _Run:
             self.seconds, self.seconds_training = state["seconds"], state["seconds_training"]
             self.progress(f"goes on from step {self.step:,}", now=True)
         # Rows after the checkpoint will be written again.
-        rows = "".join(json.dumps(row) + "\n" for row in self.history)
-        self._write("history.jsonl", rows)
+        self._write("history.jsonl", "".join(json.dumps(row) + "\n" for row in self.history))
 
     def _record(self) -> Record:
         config = self.config

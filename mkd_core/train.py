@@ -53,7 +53,7 @@ def train(
         enabled=config.precision == "bfloat16",
         cache_enabled=False,
     )
-    forward = parallel.wrap(method, unused=bool(method.stages))
+    forward = parallel.wrap(method)
     bad = torch.full((), -1, device=device)  # the first step with a loss that is not finite
     method.train()
     clock = time.perf_counter()
@@ -200,8 +200,8 @@ def make_batch(crops: Crops, config: RunConfig, views: int, device: torch.device
 
 
 def loaders(config: RunConfig) -> int:
-    """Loader processes: at most a core each; -1: up to 8 beside a GPU, none on a CPU. Results do not depend on them."""
-    cores = len(os.sched_getaffinity(0))
+    """Loaders of a process: at most a core each; -1: up to 8 beside a GPU, none on a CPU. Results do not depend on them."""
+    cores = len(os.sched_getaffinity(0)) // parallel.on_this_host()
     if config.workers < 0:
         return min(8, cores - 1) if pick_device(config.device).type == "cuda" else 0
     return min(config.workers, cores)

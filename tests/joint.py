@@ -22,30 +22,32 @@ Found = tuple[dict[str, float], dict[str, np.ndarray]]
 
 
 def train(cases: dict[str, tuple[str, dict[str, Any], int]]) -> dict[str, Found]:
-    """Case -> terms and statistics of one step, state after it, in float64, on this process's rows of 4 + 4 images."""
+    """Case -> terms and statistics of the second step, state after it; in float64, on this process's rows of 4 + 4 images."""
     # What a method makes float32 stays float64, so that rounding cannot hide an error.
     to_float, Tensor.float = Tensor.float, lambda t: t if t.dtype == torch.float64 else t.double()
     torch.set_default_dtype(torch.float64)
     try:
-        return {case: step(*what) for case, what in cases.items()}
+        return {case: two_steps(*what) for case, what in cases.items()}
     finally:
         Tensor.float = to_float
         torch.set_default_dtype(torch.float32)
         constant.cache_clear()  # of the other dtype
 
 
-def step(name: str, options: dict[str, Any], size: int) -> Found:
+def two_steps(name: str, options: dict[str, Any], size: int) -> Found:
     method = make(name, **options)
     for module in method.modules():
         if isinstance(module, nn.Dropout2d):
             module.p = 0.0  # of [labeled; unlabeled] in one forward: other masks, of the same law
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.05)
-    forward = parallel.wrap(method, unused=bool(method.stages))
-    torch.manual_seed(1)
-    terms, stats = forward(rows(batch(n=4, size=size)), 0.6)
-    torch.stack([*terms.values()]).sum().backward()
-    optimizer.step()
-    method.update(1)
+    forward = parallel.wrap(method)
+    for step in range(2):
+        torch.manual_seed(step)
+        terms, stats = forward(rows(batch(step, n=4, size=size)), (step + 0.6) / 2)
+        optimizer.zero_grad()
+        torch.stack([*terms.values()]).sum().backward()
+        optimizer.step()
+        method.update(step + 1)
     values = {key: value.item() for key, value in (terms | stats).items()}
     return values, {key: value.numpy().copy() for key, value in method.state_dict().items()}
 

@@ -1,18 +1,23 @@
 """n processes with one global batch are one process with that batch: every method; and runs of several processes."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import tiny
+import yaml
 from joint import die, train
 from test_methods import CASES, METHODS
 
 from mkd_core import parallel, records
 from mkd_core.config import RunConfig
+from mkd_core.records import ROOT
 from mkd_core.runner import run
 from mkd_core.suite import execution
 
+CASES = CASES | {name + " alone": (name, {"contrast": 0.0, "dim": 16}) for name in ("u2pl", "pc2seg")}
 SIZES = {"advsemseg": 64, "gct": 64}  # what a critic says of less is rounding
 
 
@@ -60,3 +65,16 @@ def test_devices_are_refused_where_they_cannot_share_the_batch():
             tiny.config(devices=2, **keys)
     with pytest.raises(ValueError, match="devices"):
         RunConfig(devices=0)
+
+
+def test_torchrun_starts_a_run_with_the_parameters_of_10_run(tmp_path):
+    config = tiny.config("mkd", steps=2, batch=4).model_dump(mode="json", exclude={"devices", "weights2"})
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    words = "-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0"
+    done = subprocess.run(
+        [sys.executable, *words.split(), "-m", "mkd_core.suite.joined", str(tmp_path / "tiny.yaml"), "steps=3"],
+        capture_output=True, text=True, env=os.environ | {"MKD_RUNS": str(tmp_path), "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    (folder,) = tmp_path.glob("shapes-*")
+    found = records.load(folder)
+    assert (found.config["devices"], found.config["steps"]) == (2, 3), done.stderr

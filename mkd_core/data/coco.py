@@ -91,13 +91,15 @@ def read_instances(path: Path, content: dict[str, Any]) -> tuple[dict[Any, str],
     """Read names by category id, images, and (annotation, name) by image id; DataError where a key is missing."""
     objects: Objects = defaultdict(list)
     try:
-        names = {each["id"]: each["name"] for each in content["categories"]}
+        names = {each["id"]: str(each["name"]) for each in content["categories"]}
         for each in content["annotations"]:
             objects[each["image_id"]].append((each, names[each["category_id"]]))
         for each in content["images"]:
             each["id"], each["height"], each["width"]
     except KeyError as error:
         raise DataError(f"{path}: there is no {error}; an instances_*.json is needed") from error
+    if lost := objects.keys() - {each["id"] for each in content["images"]}:
+        raise DataError(f"{path}: {some(sorted(map(str, lost)), 'annotated images')} are not in its list")
     return names, content["images"], objects
 
 
@@ -115,12 +117,16 @@ def paint(objects: list[tuple[dict[str, Any], int]], height: int, width: int) ->
                 index = IGNORE
             if not mask.any():  # no outline: somewhere in its box
                 left, top, wide, high = each["bbox"]
-                mask[int(top) : math.ceil(top + high), int(left) : math.ceil(left + wide)] = True
+                rows, columns = (
+                    (max(0, int(top)), math.ceil(top + high)),
+                    (max(0, int(left)), math.ceil(left + wide)),
+                )
+                mask[slice(rows[0], max(rows)), slice(columns[0], max(columns))] = True
                 index = IGNORE
         except (KeyError, TypeError, ValueError) as error:
             what = f"annotation {each.get('id', number)}"
             raise DataError(f"{what}: no readable outline or box ({error!r})") from error
-        parts.append((-each.get("area", mask.sum()), each.get("id", number), mask, index))
+        parts.append((-(each.get("area") or mask.sum()), each.get("id", number), mask, index))
     label = np.zeros((height, width), np.uint8)
     for *_, mask, index in sorted(parts, key=lambda part: part[:2]):
         label[mask] = index
@@ -133,6 +139,8 @@ def _decode(outline: Any, height: int, width: int) -> np.ndarray:
 
     if isinstance(outline, list):
         polygons = [polygon for polygon in outline if len(polygon) >= 6]  # the library takes four for a box
+        if not all(abs(value) < 2**20 for polygon in polygons for value in polygon):
+            raise ValueError("coordinates that are no numbers, or far outside")
         if not polygons:
             return np.zeros((height, width), bool)
         return rle.decode(rle.merge(rle.frPyObjects(polygons, height, width))).astype(bool)

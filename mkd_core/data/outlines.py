@@ -72,10 +72,13 @@ def _shape(number: int, shape: dict[str, Any]) -> tuple[dict[str, Any], str]:
         (x, y), radius = points[0], math.dist(points[0], points[1])
         turns = np.linspace(0, 2 * math.pi, 90).tolist()
         points = [(x + radius * math.cos(turn), y + radius * math.sin(turn)) for turn in turns]
-    elif kind == "rectangle":
+    elif kind == "rectangle" and len(points) == 2:
         (left, top), (right, bottom) = points
         points = [(left, top), (right, top), (right, bottom), (left, bottom)]
-    return {"segmentation": [sum(points, ())], "area": -number}, str(shape["label"]).strip()
+    (left, right), (top, bottom) = ((min(side), max(side)) for side in zip(*points, strict=True))
+    box = (left, top, right - left, bottom - top)  # for an outline that covers no pixel
+    found = {"id": number, "segmentation": [sum(points, ())], "bbox": box, "area": -number}
+    return found, str(shape["label"]).strip()
 
 
 def understand_drawings(drawings: Mapping[Path, Drawing], classes: Sequence[str] | int | None) -> Meaning:
@@ -88,8 +91,9 @@ def understand_drawings(drawings: Mapping[Path, Drawing], classes: Sequence[str]
     if isinstance(classes, int):
         raise DataError(f"outlines have names: {', '.join(sorted(ids))}; give these in your order, or none")
     index = {name: 0 for name in (*ids, *(classes or ())) if name.lower().strip("_") == "background"}
-    index |= {name: IGNORE for name in ids if name.lower() in VOID}
-    names = [name for name in classes or sorted(ids, key=lambda name: (ids[name], name)) if name not in index]
+    index |= {name: IGNORE for name in (*ids, *(classes or ())) if name.lower() in VOID}
+    ordered = classes or sorted(ids, key=lambda name: (str(ids[name]).zfill(9), name))
+    names = [name for name in ordered if name not in index]
     index |= {name: k for k, name in enumerate(names, 1)}
     if other := ids.keys() - index.keys():
         file = next(file for file, of in drawings.items() if other & {name for _, name in of.objects})

@@ -57,13 +57,8 @@ def guided_cutout(features: Tensor, label: Tensor, classes: int) -> Tensor:
         first = torch.where(occupied, place, len(place)).amin(1, keepdim=True)
         last = torch.where(occupied, place, -1).amax(1, keepdim=True)
         extent = last - first  # negative where the class is absent: an empty rectangle
-        start = (
-            first
-            + (
-                parallel.share(torch.rand_like(parallel.like(first), dtype=torch.float32))
-                * ((0.6 * extent).floor() + 1)
-            ).floor()
-        )
+        drawn = parallel.share(torch.rand_like(parallel.like(first), dtype=torch.float32))
+        start = first + (drawn * ((0.6 * extent).floor() + 1)).floor()
         inside.append((place >= start) & (place < start + (0.4 * extent).floor()))
     erased = (inside[0][:, :, None] & inside[1][:, None]).any(-1)
     return features * ~erased[:, None]

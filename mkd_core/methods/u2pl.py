@@ -95,13 +95,8 @@ class U2PL(Method):
         terms = {"sup": self.supervised(logits[:n], batch.y)}
         if self.weight:
             unsup = cross_entropy(logits[n:], label.masked_fill(~kept, IGNORE))
-            terms["unsup"] = (
-                self.weight
-                * grown
-                * unsup
-                * parallel.total(valid.sum())
-                / parallel.total(kept.sum()).clamp_min(1)
-            )
+            pixels, reliable = parallel.total(torch.stack((valid.sum(), kept.sum())))
+            terms["unsup"] = self.weight * grown * unsup * pixels / reliable.clamp_min(1)
         if self.contrast:
             known, grid = batch.y != IGNORE, features.shape[-2:]
             target = nearest(torch.cat((batch.y, label)), grid)

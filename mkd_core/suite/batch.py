@@ -4,6 +4,7 @@ A run is done when its folder holds its record; whatever was killed, the same ca
 """
 
 import os
+import signal
 import statistics
 import time
 from collections import Counter
@@ -26,7 +27,7 @@ from ..train import build_method
 from .execution import PROCESSES, execute, executor, pick_slots
 
 DATA = {"dataset", "root", "dataset_options", "split", "seed"}
-SAME_STEP_TIME = ("dataset", "method", "options", "arch", "encoder", "crop", "batch", "precision")
+SAME_STEP_TIME = ("dataset", "method", "options", "arch", "encoder", "crop", "batch", "precision", "devices")
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +155,9 @@ def plan(runs: Sequence[Run], slots: int = 1) -> str:
         lines.append(f"{state:8} {one!s:40} {where}")
         if state != "done":
             step = one.step
-            alike = [r for r in known if all(r.config.get(key) == one.value(key) for key in SAME_STEP_TIME)]
+            alike = [
+                r for r in known if all(r.config.get(key, 1) == one.value(key) for key in SAME_STEP_TIME)
+            ]
             rates = [r.seconds / r.config["steps"] for r in alike] or [float("nan")]
             hours = statistics.median(rates) * (one.config.steps - step) / 3600
             total += hours
@@ -203,7 +206,8 @@ def run_batch(runs: Sequence[Run], pool: Executor, slots: int = 0, retries: int 
     finally:
         while not all([future.cancel() or future.done() for future in futures]):
             for process in [*PROCESSES]:
-                process.kill()
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # the processes of a run with several devices too
             time.sleep(0.1)
     return failed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import inspect
+import itertools
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -143,11 +144,12 @@ def _batch(words: Words) -> int:
     every = batch.expand(grid)
     runs = batch.select(every, words.only)
     slots = execution.pick_slots(words.slots, parameters.get("slots", 1)) if words.engine == "local" else []
-    for count in {slot.count("+") + 1 for slot in slots}:
-        if odd := [run for run in runs if run.config.batch % count]:
-            raise ValueError(
-                f"{odd[0]}: a batch of {odd[0].config.batch} cannot be shared by {count} devices"
-            )
+    for run, slot in itertools.product(runs, slots):
+        count, config = slot.count("+") + 1, run.config
+        if config.batch % count:
+            raise ValueError(f"{run}: a batch of {config.batch} cannot be shared by {count} devices")
+        if config.devices not in (1, count) and slot.startswith("cuda"):
+            raise ValueError(f"{run} has devices={config.devices}: give it such slots, as in --slots 0+1,2+3")
     print(batch.plan(runs, len(slots)), flush=True)
     missing, failed = [run for run in runs if not run.record], dict[batch.Run, str]()
     batch.check(missing)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -34,13 +35,10 @@ def pick_slots(words: str, slots: int = 1) -> list[str]:
     names = [word.strip() for word in words.split(",")] if words else gpus or ["cpu"] * slots
     for name in names:
         parts = name.split("+")
-        if (
-            not all(part.isdigit() or part == "cpu" for part in parts)
-            or len({part == "cpu" for part in parts}) > 1
-        ):
-            raise ValueError(
-                f"slots are numbers of GPUs, or cpu: 0,1,2,3 or cpu,cpu or 0+1,2+3; got {name!r}"
-            )
+        once = "cpu" in parts or len({*parts}) == len(parts)
+        if not once or not re.fullmatch(r"\d+(\+\d+)*|cpu(\+cpu)*", name):
+            how = "0,1,2,3 or cpu,cpu or 0+1,2+3"
+            raise ValueError(f"slots are numbers of GPUs, or cpu: {how}; got {name!r}")
         for part in parts:
             pick_device(part if part == "cpu" else f"cuda:{part}")
     return [name if name.startswith("cpu") else f"cuda:{name}" for name in names]
@@ -87,14 +85,17 @@ def execute(config: dict[str, Any], folder: str, where: str, threads: int = 0) -
     """
     if Path(folder, "record.json").exists():  # made by another batch
         return
-    environment = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ
+    environment = dict(os.environ)
     if config["device"] == "auto":
         device = getattr(SLOT, "device", "auto")
         config = config | {"device": device}
-        if count := device.count("+"):  # the run's processes take the first ones that they see
-            gpus = device.partition(":")[2]
-            environment |= {"CUDA_VISIBLE_DEVICES": gpus.replace("+", ",")}
-            config |= {"device": "cuda" if gpus else "cpu", "devices": count + 1}
+        if more := device.count("+"):  # the run's processes take the first ones that they see
+            gpus, seen = device.partition(":")[2], environment.get("CUDA_VISIBLE_DEVICES", "")
+            visible = [seen.split(",")[int(gpu)] if seen else gpu for gpu in gpus.split("+") if gpus]
+            environment |= {"CUDA_VISIBLE_DEVICES": ",".join(visible)}
+            config |= {"device": "cuda" if gpus else "cpu", "devices": more + 1}
+    if threads:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, threads // config["devices"])))
     code = f"import sys; sys.path.insert(0, {str(records.ROOT)!r}); from mkd_core.suite.execution import work; work()"
     with subprocess.Popen(
         ["setpriv", "--pdeathsig", "KILL", sys.executable, "-c", code], cwd=where, env=environment, text=True,

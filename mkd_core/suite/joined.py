@@ -21,9 +21,9 @@ def main() -> None:
         raise SystemExit(f"{__doc__}\nOn one machine no torchrun is needed: devices=N.")
     known = read_cell(ROOT / "notebooks/10_run.ipynb")
     given = read_all(known, Path(sys.argv[1]), sys.argv[2:]).parameters
-    values = {name: about.default for name, about in known.items()} | given
     parallel.join()
-    run(RunConfig(**{key: values[key] for key in RunConfig.model_fields if key in values}))
+    values = {name: about.default for name, about in known.items()} | given | {"devices": parallel.world()}
+    run(RunConfig(**{key: values[key] for key in RunConfig.model_fields}))
 
 
 if __name__ == "__main__":
