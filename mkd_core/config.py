@@ -100,7 +100,7 @@ class RunConfig(Checked):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda:1 ...")
     devices: int = Field(1, ge=1, description="GPUs of this machine, a process each, that share every batch")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of torch; 0: as many as cores are idle")
-    workers: int = Field(-1, ge=-1, le=1024, description="loaders; -1: up to 8 with a GPU, else none")
+    workers: int = Field(-1, ge=-1, le=1024, description="loader processes; -1: 8 with a GPU, else none")
     checkpoint_every: int = Field(1_000, gt=0, description="steps")
     keep_every: int = Field(0, ge=0, description="steps between checkpoints that stay; 0: the last alone")
     log_every: int = Field(50, gt=0, description="steps")

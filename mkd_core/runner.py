@@ -255,6 +255,8 @@ class _Run:
             records.write_atomically(self.folder / name, text)
 
     def _restore(self) -> None:
+        for left in self.folder.glob(".*.tmp") if self.first else ():
+            left.unlink()  # by a kill
         path = self.folder / "checkpoint.pt"
         if path.exists():
             state = checkpoints.read(path, self.device)

@@ -39,8 +39,8 @@ def pick_slots(words: str, slots: int = 1) -> list[str]:
         if not once or not re.fullmatch(r"\d+(\+\d+)*|cpu(\+cpu)*", name):
             how = "0,1,2,3 or cpu,cpu or 0+1,2+3"
             raise ValueError(f"slots are numbers of GPUs, or cpu: {how}; got {name!r}")
-        for part in parts:
-            pick_device(part if part == "cpu" else f"cuda:{part}")
+    for part in "+".join(names).split("+"):
+        pick_device(part if part == "cpu" else f"cuda:{part}")
     return [name if name.startswith("cpu") else f"cuda:{name}" for name in names]
 
 
