@@ -8,6 +8,7 @@ labeled and unlabeled images share a forward; DropPath, whose draws are the same
 
 import os
 import signal
+import threading
 import uuid
 import warnings
 from collections.abc import Callable
@@ -136,7 +137,9 @@ def launch(function: Callable[..., Any], processes: int, *args: Any) -> Any:
 
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # with it, starts now and then hang
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or it warns where every parameter has a gradient
-    handlers = {number: signal.getsignal(number) for number in STOPS}  # torch keeps its own
+    # torch sets handlers in the main thread and leaves them there.
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in STOPS if main}
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, start_method="spawn",
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,

@@ -201,7 +201,7 @@ def make_batch(crops: Crops, config: RunConfig, views: int, device: torch.device
 
 def loaders(config: RunConfig) -> int:
     """Loaders of a process: at most a core each; -1: up to 8 beside a GPU, none on a CPU. Results do not depend on them."""
-    cores = len(os.sched_getaffinity(0)) // parallel.on_this_host()
+    cores = max(1, len(os.sched_getaffinity(0)) // parallel.on_this_host())
     if config.workers < 0:
         return min(8, cores - 1) if pick_device(config.device).type == "cuda" else 0
     return min(config.workers, cores)

@@ -117,11 +117,9 @@ def paint(objects: list[tuple[dict[str, Any], int]], height: int, width: int) ->
                 index = IGNORE
             if not mask.any():  # no outline: somewhere in its box
                 left, top, wide, high = each["bbox"]
-                rows, columns = (
-                    (max(0, int(top)), math.ceil(top + high)),
-                    (max(0, int(left)), math.ceil(left + wide)),
-                )
-                mask[slice(rows[0], max(rows)), slice(columns[0], max(columns))] = True
+                ends = int(top), math.ceil(top + high), int(left), math.ceil(left + wide)
+                first, last, start, end = (max(0, place) for place in ends)
+                mask[first:last, start:end] = True
                 index = IGNORE
         except (KeyError, TypeError, ValueError) as error:
             what = f"annotation {each.get('id', number)}"

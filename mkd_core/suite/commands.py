@@ -203,12 +203,11 @@ def _methods(words: Words) -> int:
 def _runs(words: Words) -> int:
     """List the runs under runs/: method, data, step, mIoU in percent, size. Or remove some."""
     from .. import records
-    from ..records import is_busy
     from ..trained import find_run
 
     if words.remove:
         folders = [find_run(name) for name in words.remove]
-        if busy := [folder.name for folder in folders if is_busy(folder)]:
+        if busy := [folder.name for folder in folders if records.is_busy(folder)]:
             raise ValueError(f"at work just now, nothing is removed: {', '.join(busy)}")
         for folder in folders:
             shutil.rmtree(folder)
