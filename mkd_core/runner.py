@@ -255,8 +255,8 @@ class _Run:
             records.write_atomically(self.folder / name, text)
 
     def _restore(self) -> None:
-        for left in self.folder.glob(".*.tmp") if self.first else ():
-            left.unlink()  # by a kill
+        for left in self.folder.glob(".*.tmp") if self.first else ():  # by a kill
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         path = self.folder / "checkpoint.pt"
         if path.exists():
             state = checkpoints.read(path, self.device)
