@@ -42,26 +42,28 @@ class Checked(BaseModel):
         return value
 
 
-def complete_options(owner: str, make: Callable, options: Mapping[str, Any], skip: str) -> dict[str, Any]:
-    """Fill in the constructor's defaults and check options against its type hints.
+def complete_options(
+    owner: str, make: Callable, options: Mapping[str, Any], changed: bool = False
+) -> dict[str, Any]:
+    """Fill in the constructor's defaults and check options, all its parameters but the first, against its type hints.
 
-    owner: its name in errors; skip: the parameter that is no option.
+    owner: its name in errors; changed: leave out what is at its default.
     The number 1.0 may be written 1 or "1.0": equal runs have equal ids.
     """
-    return _model(owner, make, skip)(**options).model_dump(mode="json")
+    return _model(owner, make)(**options).model_dump(mode="json", exclude_defaults=changed)
 
 
 @cache
-def _model(owner: str, make: Callable[..., Any], skip: str) -> type[Checked]:
+def _model(owner: str, make: Callable[..., Any]) -> type[Checked]:
     """Make the options of a constructor a pydantic model, once: a table asks hundreds of times."""
     hints = get_type_hints(make.__init__, include_extras=True)  # type: ignore[misc]
-    known = {name: p.default for name, p in inspect.signature(make).parameters.items() if name != skip}
-    if bare := known.keys() - hints.keys():
-        raise ValueError(
-            f"{owner}: the option {bare.pop()!r} of its constructor needs a type, as in methods/base.py"
-        )
-    required = inspect.Parameter.empty
-    fields: Any = {name: (hints[name], ... if of is required else of) for name, of in known.items()}
+    fields: dict[str, Any] = {}
+    for name, parameter in [*inspect.signature(make).parameters.items()][1:]:
+        if name not in hints:
+            raise ValueError(
+                f"{owner}: option {name!r} of its constructor needs a type, as in methods/base.py"
+            )
+        fields[name] = hints[name], ... if parameter.default is parameter.empty else parameter.default
     return create_model(owner, __base__=Checked, **fields)
 
 

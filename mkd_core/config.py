@@ -26,10 +26,9 @@ from .records import ROOT
 PLACES = {"root", "weights", "weights2"}
 NOT_IDENTITY = PLACES | {"device", "devices", "threads", "workers", "tensorboard"}
 NOT_IDENTITY |= {"checkpoint_every", "keep_every", "log_every"}
-# Younger than the runs in figures/, which keep their ids: at these values they are not in it either.
-YOUNGER: dict[str, Any] = {"encoder2": "", "arch2": "", "supervised_loss": "cross_entropy"}
-YOUNGER |= {"ohem_keep": 50_000, "fixmatch.decay": 0.0}
-GONE: dict[str, Any] = {"mkd_ablation": {"arch2": None}}  # options of those runs, which stay in their ids
+# Fields of options: the field that says whose they are, and the constructors that take them.
+OPTIONS: dict[str, Any] = {"options": ("method", METHODS), "dataset_options": ("dataset", DATASETS)}
+DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 PARAMETERS = ROOT / "parameters"
 TABLE = {"common", "recipes", "rows", "columns"}  # keys of a table's file; a single run's has none of them
 OF_METHOD = ("method", "options", "weak_photometric", "bn_momentum")  # of a single run's file, for a row
@@ -39,6 +38,13 @@ def _encoder(name: str) -> str:
     if name.startswith("tu-"):
         return "tu-" + choose("timm model", name[3:], timm.list_models())
     return choose("encoder", name, smp.encoders.get_encoder_names())
+
+
+def _options(field: Any, name: str, options: Mapping[str, Any], changed: bool = False) -> dict[str, Any]:
+    """Check and complete options of a method or data set; changed: return those that are not at their default."""
+    owner, known = OPTIONS[field]
+    called = name if owner == "method" else f"data set {name!r}"
+    return complete_options(called, known[name], options, changed)
 
 
 Dataset = Annotated[str, AfterValidator(lambda name: choose("data set", name, DATASETS))]
@@ -97,7 +103,7 @@ class RunConfig(Checked):
     evaluate_every: int = Field(0, ge=0, description="steps; 0: at the end only")
     quality_images: int = Field(64, ge=0, description="unlabeled images on which pseudo-labels are measured")
     # Machine: not part of the id.
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda:1 ...")
+    device: str = Field("auto", pattern=DEVICE, description="auto, cpu, cuda:1 ...")
     devices: int = Field(1, ge=1, description="GPUs of this machine, a process each, that share every batch")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of torch; 0: as many as cores are idle")
     workers: int = Field(-1, ge=-1, le=1024, description="loader processes; -1: 8 with a GPU, else none")
@@ -115,12 +121,8 @@ class RunConfig(Checked):
     @field_validator("options", "dataset_options")
     @classmethod
     def _complete(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        if info.field_name == "options" and (name := info.data.get("method")):
-            options = {key: v for key, v in options.items() if GONE.get(name, {}).get(key, ...) != v}
-            return complete_options(name, METHODS[name], options, "build")
-        if info.field_name == "dataset_options" and (name := info.data.get("dataset")):
-            return complete_options(f"data set {name!r}", DATASETS[name], options, "root")
-        return options  # of a name that is refused already
+        owner = info.data.get(OPTIONS[str(info.field_name)][0])
+        return _options(info.field_name, owner, options) if owner else options  # of a name refused already
 
     @field_validator("crop")
     @classmethod
@@ -133,22 +135,20 @@ class RunConfig(Checked):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.scale[0] > self.scale[1]:
-            raise ValueError(f"scale is (low, high); got {self.scale}")
-        if 0 < self.base < 16:
-            raise ValueError(f"base must be 0 or the long side of an image, from 16 on; got {self.base}")
-        if self.batch < 2 and self.norm == "batch":
-            raise ValueError("batch must be at least 2: BatchNorm cannot take one image, norm='group' can")
-        if self.batch % self.devices or (self.devices > 1 and ":" in self.device):
-            raise ValueError(
-                f"{self.devices} devices share a batch equally; device is auto, cpu or cuda then"
-            )
-        if self.keep_every % self.checkpoint_every:
-            raise ValueError(f"keep_every must be a multiple of checkpoint_every, {self.checkpoint_every}")
-        if self.weights2 and not self.encoder2:
-            raise ValueError("weights2 are of encoder2, which is not given")
-        if self.supervised_loss != "ohem" and self.ohem_keep != YOUNGER["ohem_keep"]:
-            raise ValueError("ohem_keep belongs to supervised_loss 'ohem'")
+        keep, every, ohem = self.keep_every, self.checkpoint_every, self.supervised_loss == "ohem"
+        faults = {
+            f"scale is (low, high); got {self.scale}": self.scale[0] > self.scale[1],
+            f"base must be 0 or the long side of an image, from 16 on; got {self.base}": 0 < self.base < 16,
+            "batch must be at least 2: BatchNorm cannot take one image, norm='group' can":
+                self.batch < 2 and self.norm == "batch",
+            f"{self.devices} devices share a batch equally; device is auto, cpu or cuda then":
+                self.batch % self.devices or (self.devices > 1 and ":" in self.device),
+            f"keep_every must be a multiple of checkpoint_every, {every}": keep % every,
+            "weights2 are of encoder2, which is not given": self.weights2 and not self.encoder2,
+            "ohem_keep belongs to supervised_loss 'ohem'": self.ohem_keep != 50_000 and not ohem,
+        }  # fmt: skip
+        if found := [fault for fault, is_there in faults.items() if is_there]:
+            raise ValueError("; ".join(found))
         return self
 
     @property
@@ -165,28 +165,27 @@ class RunConfig(Checked):
     @property
     def named(self) -> bool:
         """Whether the files that `id` takes in are there: the weights, a folder's lists."""
-        weights = all(local(path).is_file() for path in (self.weights, self.weights2) if path)
-        return weights and (self.dataset != "folder" or local(self.root).is_dir())
+        there = all(local(path).is_file() for path in (self.weights, self.weights2) if path)
+        return there and (self.dataset != "folder" or local(self.root).is_dir())
 
     @property
     def id(self) -> str:
-        """Prefix to read and hash of all that can change the result: shapes-random_32-mkd-s0-1f2e3d4c."""
-        identity = self.model_dump(mode="json", exclude=NOT_IDENTITY)
-        for keys, of in ((identity, ""), (identity["options"], f"{self.method}.")):
-            for key in [key for key, value in keys.items() if YOUNGER.get(of + key, ...) == value]:
-                del keys[key]
-        identity["options"] |= GONE.get(self.method, {})
-        identity["weights"] = file_sha256(self.weights) if self.weights else ""
-        identity |= {"weights2": file_sha256(self.weights2)} if self.weights2 else {}
+        """Prefix to read and hash of all that can change the result: shapes-random_32-mkd-s0-1f2e3d4c.
+
+        What is at its default is not in it: an option that is added later leaves the ids of old runs alone.
+        """
+        identity = self.model_dump(mode="json", exclude=NOT_IDENTITY, exclude_defaults=True)
+        for key, (owner, _) in OPTIONS.items():
+            identity[key] = _options(key, getattr(self, owner), getattr(self, key), changed=True)
+        for key in ("weights", "weights2"):
+            identity |= {key: file_sha256(path)} if (path := getattr(self, key)) else {}
         if self.dataset == "folder":  # its lists tell one folder from another, wherever it lies
             root, split = local(self.root).resolve(), self.split
             own = [self.dataset_options["train"], self.dataset_options["val"], "classes.txt"]
-            files = [root / name for name in (*own, f"{split}/labeled.txt", f"{split}/unlabeled.txt") if name]
+            files = [root / n for n in (*own, f"{split}/labeled.txt", f"{split}/unlabeled.txt") if n]
+            identity["lists"] = [file_sha256(path) for path in files if path.is_file()]
             # `mkd prepare` writes its lists into <photos>/mkd
-            identity |= {
-                "root": root.parent.name if root.name == "mkd" else root.name,
-                "lists": [file_sha256(path) for path in files if path.is_file()],
-            }
+            identity["root"] = root.parent.name if root.name == "mkd" else root.name
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
         name = f"{identity.get('root') or self.dataset}-{self.split}-{self.method}-s{self.seed}-{digest}"
         return name.replace("/", "_").replace(" ", "_")
@@ -293,8 +292,8 @@ def drop_foreign_options(values: Mapping[str, Any], typed: Collection[str]) -> d
     If the typed method lacks one of the options, they are another's: all go, unless some were typed.
     """
     result, tops = dict(values), {name.split(".")[0] for name in typed}
-    for key, known, options in (("method", METHODS, "options"), ("dataset", DATASETS, "dataset_options")):
+    for options, (key, known) in OPTIONS.items():
         if key in tops and options not in tops and values[key] in known:
-            has = inspect.signature(known[values[key]]).parameters  # type: ignore[index]
+            has = inspect.signature(known[values[key]]).parameters
             result[options] = {} if values.get(options, {}).keys() - has.keys() else values.get(options, {})
     return result

@@ -28,4 +28,4 @@ def open_dataset(name: str, root: str = "", **options: Any) -> SegDataset:
     'train/0000'
     """
     make = DATASETS[choose("data set", name, DATASETS)]
-    return make(root, **complete_options(f"data set {name!r}", make, options, "root"))
+    return make(root, **complete_options(f"data set {name!r}", make, options))
