@@ -4,28 +4,27 @@ import errno
 import os
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
+from .records import write_atomically
+
 
 def write(state: dict[str, Any], folder: Path, names: Sequence[str]) -> None:
     """Write one file under all of the names, in their order; each appears whole or not at all. OSError on a full disk."""
-    temporary, link = folder / ".checkpoint.tmp", folder / ".checkpoint.link.tmp"
+    first, link = folder / names[0], folder / ".checkpoint.link.tmp"
     try:
-        temporary.unlink(missing_ok=True)  # one that a kill left may be another name of a checkpoint
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        for name in names:
+        write_atomically(first, partial(torch.save, state))
+        for name in names[1:]:
             link.unlink(missing_ok=True)
             try:
-                os.link(temporary, link)
+                os.link(first, link)
             except OSError:  # a file system without links
-                shutil.copyfile(temporary, link)
+                shutil.copyfile(first, link)
             os.replace(link, folder / name)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as "unexpected pos"
         tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
@@ -33,8 +32,7 @@ def write(state: dict[str, Any], folder: Path, names: Sequence[str]) -> None:
         text = f"{', '.join(names)} could not be written to {folder} ({needed:,.0f} MB needed, {free:,.0f} free): {error}"
         raise OSError(getattr(error, "errno", None) or errno.ENOSPC, text) from error
     finally:
-        for left in (temporary, link):
-            left.unlink(missing_ok=True)
+        link.unlink(missing_ok=True)
 
 
 def read(path: Path, device: torch.device | str) -> dict[str, Any]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import groupby, islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from . import parallel
 from .augment import normalise
 from .choices import choose
-from .config import RunConfig
+from .config import DEVICE, RunConfig
 from .data import SegDataset
 from .data.base import upright
 from .metrics import PseudoLabelQuality, confusion_matrix
@@ -111,43 +115,43 @@ class Predictor:
         cls, config: RunConfig, nets: Mapping[str, nn.Module], device: torch.device, protocol: str = ""
     ) -> Predictor:
         """Take protocol (unless another is named), window and precision from a run's configuration."""
-        precision, window = config.precision, config.crop
-        return cls(
-            nets, protocol=protocol or config.protocol, window=window, precision=precision, device=device
-        )
+        how: Any = {"window": config.crop, "precision": config.precision, "device": device}
+        return cls(nets, protocol=protocol or config.protocol, **how)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """images (B, 3, H, W) uint8 RGB of any size -> name -> class probabilities (B, C, H, W) float32, on the device."""
-        with self._at_work():
-            x = self._input(images)
-            found = {name: PROTOCOLS[self.protocol](net, x, self.window) for name, net in self.nets.items()}
-        if "mean" in self.names:
-            found["mean"] = torch.stack([*found.values()]).mean(0)
-        return found
+        found: dict[str, list[Tensor]] = {name: [] for name in self.names}
+        for _, name, prob in self.parts(images):
+            found[name].append(prob)
+        return {name: torch.cat(probs, 2) for name, probs in found.items()}
 
     @torch.no_grad()
     def parts(self, images: Tensor) -> Iterator[tuple[slice, str, Tensor]]:
-        """The same in pieces (rows, name, (B, C, rows, W)): of images above LARGE pixels few lie in memory at a time."""
-        if images.shape[-2:].numel() <= LARGE:
-            yield from ((slice(None), name, prob) for name, prob in self(images).items())
-            return
-        with self._at_work():
-            x, total, top = self._input(images), torch.zeros(()), 0
-            if self.protocol == "sliding":
-                for found in zip(*(bands(net, x, self.window) for net in self.nets.values()), strict=True):
-                    rows = slice(top, top + found[0].shape[2])
-                    yield from ((rows, name, prob) for name, prob in zip(self.nets, found, strict=True))
-                    if "mean" in self.names:
-                        yield rows, "mean", torch.stack(found).mean(0)
-                    top = rows.stop
-                return
-            for name, net in self.nets.items():
-                prob = PROTOCOLS[self.protocol](net, x, self.window)
-                total = total.to(prob) + prob if "mean" in self.names else total
-                yield slice(None), name, prob
-            if "mean" in self.names:
-                yield slice(None), "mean", total / len(self.nets)
+        """The same in pieces (rows, name, (B, C, rows, W)), each made when asked for: few lie in memory at a time."""
+        with self.at_work():
+            x, top = self.input(images), 0
+            first, *others = (self._pieces(net, x) for net in self.nets.values())
+            for total in first:
+                rows = slice(top, top + total.shape[2])
+                yield rows, self.names[0], total
+                for name, pieces in zip(self.names[1:], others, strict=False):
+                    prob = next(pieces)
+                    yield rows, name, prob
+                    total = total + prob
+                if others:
+                    yield rows, "mean", total / len(self.nets)
+                top = rows.stop
+
+    def _pieces(self, net: nn.Module, x: Tensor) -> Iterator[Tensor]:
+        if self.protocol == "sliding":
+            yield from bands(net, x, self.window)
+        else:
+            yield self.prob(net, x)
+
+    def prob(self, net: nn.Module, x: Tensor) -> Tensor:
+        """One network's probabilities (B, C, H, W) of normalised images (B, 3, H, W), by the protocol."""
+        return PROTOCOLS[self.protocol](net, x, self.window)
 
     @torch.no_grad()
     def label(self, image: Tensor | np.ndarray | Image.Image, name: str = "") -> tuple[Tensor, Tensor]:
@@ -167,28 +171,24 @@ class Predictor:
             small = resize(image[None].float(), torch.Size(max(1, int(side * factor)) for side in size))
             label, confidence = self.label(small[0].round().byte(), name)
             return nearest(label[None], size)[0], resize(confidence[None, None], size)[0, 0]
-        nets = [*self.nets.values()] if name == "mean" else [self.nets[name]]
-        with self._at_work():
-            x = self._input(image[None])
-            if protocol == "sliding":
-                each = [bands(net, x, self.window) for net in nets]
-                parts: Iterable[Sequence[Tensor]] = zip(*each, strict=True)
-            else:
-                parts = [[PROTOCOLS[protocol](net, x, self.window) for net in nets]]
-            found = [torch.stack([*part]).mean(0).max(1) for part in parts]
-        labels, confidences = [f.indices[0].byte().cpu() for f in found], [f.values[0].cpu() for f in found]
-        return torch.cat(labels), torch.cat(confidences)
+        nets = self.nets if name == "mean" else {name: self.nets[name]}
+        how: Any = {"window": self.window, "precision": self.precision, "device": self.device}
+        parts = Predictor(nets, protocol=protocol, **how).parts(image[None])
+        found = [prob[0].max(0) for _, of, prob in parts if of == name]
+        return torch.cat([f.indices.byte().cpu() for f in found]), torch.cat([f.values.cpu() for f in found])
 
-    def _input(self, images: Tensor) -> Tensor:
+    def input(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) uint8 RGB on the device, normalised."""
         return normalise(images.to(self.device).float() / 255)
 
     @contextmanager
-    def _at_work(self) -> Iterator[None]:
+    def at_work(self) -> Iterator[None]:
+        """Networks in eval mode, and in the precision, until the block ends."""
         modes = {net: net.training for net in self.nets.values()}
         for net in modes:
             net.eval()
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            with autocast(self.precision, self.device, cache=True):
                 yield
         finally:
             for net, mode in modes.items():
@@ -207,52 +207,44 @@ def as_tensor(image: Tensor | np.ndarray | Image.Image) -> Tensor:
     return image
 
 
-class _Items(Dataset):
-    """(image, label) by position, for a loader."""
+class Each(Dataset[Any], Sequence[Any]):
+    """What a function makes of each id, by position, when it is asked for."""
 
-    def __init__(self, dataset: SegDataset, ids: Sequence[str]):
-        self.dataset, self.ids = dataset, ids
+    def __init__(self, function: Callable[[str], Any], ids: Sequence[str]):
+        self.function, self.ids = function, ids
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        return self.dataset.image(self.ids[i]), self.dataset.label(self.ids[i])
+    def __getitem__(self, i: Any) -> Any:
+        return self.function(self.ids[i])
+
+
+def _pair(dataset: SegDataset, id: str) -> tuple[Tensor, Tensor]:
+    return dataset.image(id), dataset.label(id)
 
 
 def _equal_sizes(items: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of consecutive images of one size, up to about a quarter of a megapixel: the same whatever the machine."""
-    images: list[Tensor] = []
-    labels: list[Tensor] = []
-    for image, label in items:
-        if images and (image.shape != images[0].shape or len(images) * image[0].numel() >= 2**18):
+    for size, equal in groupby(items, lambda item: item[0].shape):
+        while batch := [*islice(equal, math.ceil(2**18 / size.numel()))]:
+            images, labels = zip(*batch, strict=True)
             yield torch.stack(images), torch.stack(labels)
-            images, labels = [], []
-        images.append(image)
-        labels.append(label)
-    if images:
-        yield torch.stack(images), torch.stack(labels)
 
 
 @torch.no_grad()
 def evaluate(
-    predictor: Predictor,
-    dataset: SegDataset,
-    ids: Sequence[str],
-    *,
-    workers: int = 0,
-    quality: float | None = None,
-) -> tuple[dict[str, Tensor], dict[str, PseudoLabelQuality]]:
+    predictor: Predictor, dataset: SegDataset, ids: Sequence[str], *, workers: int = 0, quality: float | None = None
+) -> tuple[dict[str, Tensor], dict[str, PseudoLabelQuality]]:  # fmt: skip
     """Confusion matrices (C, C) of each of the predictor's names over the images `ids`.
 
     quality: a confidence threshold in [0, 1]; with it, the pseudo-label quality of each name too.
     """
-    classes, device = len(dataset.classes), predictor.device
-    names, qualities = predictor.names, dict[str, PseudoLabelQuality]()
+    classes, device, names = len(dataset.classes), predictor.device, predictor.names
     confusion = {name: torch.zeros(classes, classes, dtype=torch.int64, device=device) for name in names}
-    if quality is not None:
-        qualities = {name: PseudoLabelQuality(classes, quality, device) for name in names}
-    mine = _Items(dataset, ids[parallel.rank() :: parallel.world()])
+    asked = names if quality is not None else ()
+    qualities = {name: PseudoLabelQuality(classes, quality or 0.0, device) for name in asked}
+    mine = Each(partial(_pair, dataset), ids[parallel.rank() :: parallel.world()])
     for images, labels in _equal_sizes(DataLoader(mine, batch_size=None, num_workers=workers)):
         labels = labels.to(device)
         for rows, name, prob in predictor.parts(images):
@@ -262,21 +254,22 @@ def evaluate(
                 confusion[name] += confusion_matrix(prob.max(1).indices, labels[:, rows], classes)
     for of in qualities.values():
         of.all, of.kept = parallel.total(of.all), parallel.total(of.kept)
-    confusion = {
-        name: qualities[name].all if qualities else parallel.total(c) for name, c in confusion.items()
-    }
-    return confusion, qualities
+    if qualities:
+        return {name: of.all for name, of in qualities.items()}, qualities
+    return {name: parallel.total(counts) for name, counts in confusion.items()}, {}
+
+
+def autocast(precision: str, device: torch.device, cache: bool = False) -> torch.autocast:
+    """Compute in bfloat16 where the precision is that; cache: weights that stay as they are are cast once."""
+    low = precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=low, cache_enabled=cache)
 
 
 def pick_device(name: str, count: int = 1) -> torch.device:
     """Turn "auto" into the first GPU where there is one, else the CPU; ValueError where there are not `count` from it on."""
-    allowed = "device must be auto, cpu, cuda or cuda:<number>"
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError as error:
-        raise ValueError(f"{allowed}; got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{allowed}; got {name!r}")
+    if not re.match(DEVICE, name):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>; got {name!r}")
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type == "cuda" and (device.index or 0) + count > torch.cuda.device_count():
         wanted = f"{count} devices" if count > 1 else f"device {name}"
         raise ValueError(f"{wanted} asked for, but torch sees {torch.cuda.device_count()} GPUs")

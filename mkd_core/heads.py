@@ -38,10 +38,8 @@ class SeparableASPP(nn.Module):
     def __init__(self, low: int, deep: int, channels: int, dropout: float):
         super().__init__()
         self.image_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(deep, channels))
-        rates = (6, 12, 18)
-        self.aspp_modules = nn.ModuleList(
-            [conv(deep, channels), *(separable(deep, channels, rate) for rate in rates)]
-        )
+        dilated = [separable(deep, channels, rate) for rate in (6, 12, 18)]
+        self.aspp_modules = nn.ModuleList([conv(deep, channels), *dilated])
         self.bottleneck = conv(5 * channels, channels, 3)
         self.c1_bottleneck = conv(low, 48)
         self.sep_bottleneck = nn.Sequential(separable(channels + 48, channels), separable(channels, channels))

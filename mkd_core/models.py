@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,61 +21,6 @@ from torch import Tensor, nn
 
 from .data.base import local
 from .heads import DPT, SeparableASPP, ViT
-
-ARCHITECTURES = ("deeplabv3plus", "pspnet", "deeplabv3plus_mmseg", "dpt")
-
-
-class SegNet(nn.Module):
-    """Encoder and decoder with a 1x1 classifier of our own, so that FDA sees the classifier's input.
-
-    features(x)    (B, 3, H, W) -> (B, D, h, w), the decoder's output: h = H/4 for DeepLabV3+, H/8 for PSPNet,
-                   8 H/patch for DPT
-    classifier     Conv2d D -> C, 1x1; its weight is FDA's W
-    forward(x)     (B, C, H, W) logits, bilinear from (h, w), align_corners False
-
-    arch           "deeplabv3plus": smp's, output stride 16, ASPP rates (6, 12, 18), separable convolutions;
-                   "deeplabv3plus_mmseg": the decoder of the released code (heads.py);
-                   "pspnet": output stride 8, the other half of Table 6;
-                   "dpt": on vision transformers of timm (DINOv2, DINOv3 ...)
-    encoder        any of smp; "tu-<name>" is timm's. The paper's ResNet-v1c is "tu-resnet50c" and
-                   "tu-resnet101c", Xception-65 "tu-xception65", DINOv2-S "tu-vit_small_patch14_dinov2",
-                   DINOv3-S "tu-vit_small_patch16_dinov3"
-    encoder_depth  stages of the encoder that run, 3 to 5 (4: a ResNet ends after layer3); the others are
-                   left out, and so may be in its file
-    channels       of the decoder, 256 in the paper; UniMatch V2's DPT: small 64, base 128, large 256
-    norm           "batch" or "group" (GroupNorm in place of every BatchNorm: small networks from scratch)
-    Deviations: PSPNet's classifier is 1x1 here, 3x3 in smp. smp's DeepLabV3+ decoder has one fusion
-    convolution and upsamples with aligned corners; the released one has two, without. DPT's logits are
-    upsampled without aligned corners (UniMatch V2: with); of DINOv2-L it takes layer 6, not 5. Files of
-    tu-xception65 were trained on inputs of mean and standard deviation 0.5; every encoder here sees
-    ImageNet's, as in UniMatch's code.
-    """
-
-    def __init__(
-        self, num_classes: int, *, arch: str = "deeplabv3plus", encoder: str = "resnet50",
-        encoder_depth: int = 5, channels: int = 256, dropout: float = 0.0, norm: str = "batch", bn_momentum: float = 0.1,
-    ):  # fmt: skip
-        super().__init__()
-        parts = {"deeplabv3plus": _deeplab, "pspnet": _pspnet, "deeplabv3plus_mmseg": _mmseg, "dpt": _dpt}
-        if arch not in parts:
-            raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}; got {arch!r}")
-        make = parts[arch]
-        self.encoder, self.decoder, width = make(encoder, encoder_depth, channels, dropout, num_classes)
-        if encoder_depth < 5:
-            _drop_idle(self.encoder)
-        self.classifier = nn.Conv2d(width, num_classes, 1)
-        if norm == "group":
-            _replace_batchnorm(self)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = bn_momentum
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.decoder(self.encoder(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return resize(self.classifier(self.features(x)), x.shape[-2:])
-
 
 # Encoder, decoder, channels of the decoder's output.
 Parts = tuple[Any, nn.Module, int]
@@ -111,6 +57,59 @@ def _dpt(encoder: str, depth: int, channels: int, dropout: float, classes: int) 
     return net, DPT(net.out_channels[-1], channels, dropout), channels
 
 
+_MAKE = {"deeplabv3plus": _deeplab, "pspnet": _pspnet, "deeplabv3plus_mmseg": _mmseg, "dpt": _dpt}
+ARCHITECTURES = tuple(_MAKE)
+
+
+class SegNet(nn.Module):
+    """Encoder and decoder with a 1x1 classifier of our own, so that FDA sees the classifier's input.
+
+    features(x)    (B, 3, H, W) -> (B, D, h, w), the decoder's output: h = H/4 for DeepLabV3+, H/8 for PSPNet,
+                   8 H/patch for DPT
+    classifier     Conv2d D -> C, 1x1; its weight is FDA's W
+    forward(x)     (B, C, H, W) logits, bilinear from (h, w), align_corners False
+
+    arch           "deeplabv3plus": smp's, output stride 16, ASPP rates (6, 12, 18), separable convolutions;
+                   "deeplabv3plus_mmseg": the decoder of the released code (heads.py);
+                   "pspnet": output stride 8, the other half of Table 6;
+                   "dpt": on vision transformers of timm (DINOv2, DINOv3 ...)
+    encoder        any of smp; "tu-<name>" is timm's. The paper's ResNet-v1c is "tu-resnet50c" and
+                   "tu-resnet101c", Xception-65 "tu-xception65", DINOv2-S "tu-vit_small_patch14_dinov2",
+                   DINOv3-S "tu-vit_small_patch16_dinov3"
+    encoder_depth  stages of the encoder that run, 3 to 5 (4: a ResNet ends after layer3); the others are
+                   left out, and so may be in its file
+    channels       of the decoder, 256 in the paper; UniMatch V2's DPT: small 64, base 128, large 256
+    norm           "batch" or "group" (GroupNorm in place of every BatchNorm: small networks from scratch)
+    Deviations: PSPNet's classifier is 1x1 here, 3x3 in smp. smp's DeepLabV3+ decoder has one fusion
+    convolution and upsamples with aligned corners; the released one has two, without. DPT's logits are
+    upsampled without aligned corners (UniMatch V2: with); of DINOv2-L it takes layer 6, not 5. Files of
+    tu-xception65 were trained on inputs of mean and standard deviation 0.5; every encoder here sees
+    ImageNet's, as in UniMatch's code.
+    """
+
+    def __init__(
+        self, num_classes: int, *, arch: str = "deeplabv3plus", encoder: str = "resnet50",
+        encoder_depth: int = 5, channels: int = 256, dropout: float = 0.0, norm: str = "batch", bn_momentum: float = 0.1,
+    ):  # fmt: skip
+        super().__init__()
+        parts = _MAKE[arch](encoder, encoder_depth, channels, dropout, num_classes)
+        self.encoder, self.decoder, width = parts
+        if encoder_depth < 5:
+            _drop_idle(self.encoder)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+        if norm == "group":
+            _replace_batchnorm(self)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = bn_momentum
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return resize(self.classifier(self.features(x)), x.shape[-2:])
+
+
 @cache
 def stride(arch: str, encoder: str) -> int:
     """Return what a crop's sides must be multiples of: 16; DPT: the patch; MMSegmentation's decoder: 1."""
@@ -120,21 +119,18 @@ def stride(arch: str, encoder: str) -> int:
 
 def resize(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """Bilinear, align_corners False; nothing where the size is right already."""
-    return (
-        maps
-        if maps.shape[-2:] == tuple(size)
-        else F.interpolate(maps, size, mode="bilinear", align_corners=False)
-    )
+    if maps.shape[-2:] == tuple(size):
+        return maps
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 def nearest(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """Resize labels (B, H, W) or maps (B, C, H, W) of any dtype: row i comes from row floor(i H / h)."""
     if maps.shape[-2:] == tuple(size):
         return maps
-    rows, columns = (
-        torch.arange(n, device=maps.device) * side // n for n, side in zip(size, maps.shape[-2:], strict=True)
-    )
-    return maps[..., rows[:, None], columns]
+    height, width = maps.shape[-2:]
+    rows = torch.arange(size[0], device=maps.device) * height // size[0]
+    return maps[..., rows[:, None], torch.arange(size[1], device=maps.device) * width // size[1]]
 
 
 @torch.no_grad()
@@ -170,25 +166,19 @@ def load_encoder(net: SegNet, weights: str) -> None:
     Nothing is unpickled. ValueError where the file is missing or does not fit.
     """
     path = weights_file(weights)
+    read = load_file if path.suffix == ".safetensors" else partial(torch.load, weights_only=True)
     try:
-        state = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        state = read(path, "cpu")
     except Exception as error:  # torch and safetensors raise half a dozen types here
-        raise ValueError(
-            f"{weights} cannot be read with weights_only=True: {type(error).__name__}; nothing is unpickled"
-        ) from error
+        how = f"weights_only=True: {type(error).__name__}; nothing is unpickled"
+        raise ValueError(f"{weights} cannot be read with {how}") from error
     try:
         if isinstance(net.encoder, ViT):
             state = net.encoder.translate(state)
         elif isinstance(net.encoder, TimmUniversalEncoder):
             state = _from_timm(list(net.encoder.state_dict()), _from_openmmlab(state))
         idle = tuple(f"{n}." for n, module in net.encoder.named_modules() if isinstance(module, nn.Identity))
-        net.encoder.load_state_dict(
-            {k: v for k, v in state.items() if not k.startswith(idle)} if idle else state
-        )
+        net.encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith(idle)})
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         why = " ".join(str(error).split())[:600]
         raise ValueError(f"{weights} does not fit the encoder: {why}") from error
@@ -201,10 +191,12 @@ def _from_timm(own: list[str], state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     What is left over once all are there is the classification head.
     """
-    names = {key.removeprefix("model.").replace(".", "_"): key for key in own}
-    state = {
-        names.get(key.removeprefix("model.").replace(".", "_"), key): tensor for key, tensor in state.items()
-    }
+
+    def plain(key: str) -> str:
+        return key.removeprefix("model.").replace(".", "_")
+
+    names = {plain(key): key for key in own}
+    state = {names.get(plain(key), key): tensor for key, tensor in state.items()}
     needed = {key for key in own if not key.endswith("num_batches_tracked")}  # which old files lack
     return {key: state[key] for key in own if key in state} if state.keys() >= needed else state
 
@@ -215,11 +207,8 @@ def _from_openmmlab(state: dict[str, Any]) -> dict[str, Tensor]:
     state = {key.removeprefix("backbone."): tensor for key, tensor in state.items()}
     if "stem.0.weight" not in state:
         return state
-    stem = {"stem.7.": "bn1.", "stem.": "conv1."}
-    return {
-        next((new + key.removeprefix(old) for old, new in stem.items() if key.startswith(old)), key): tensor
-        for key, tensor in state.items()
-    }
+    stem = re.compile(r"^stem\.(7\.)?")
+    return {stem.sub(lambda m: "bn1." if m[1] else "conv1.", key): t for key, t in state.items()}
 
 
 def imagenet_file(encoder: str) -> str:
@@ -238,9 +227,8 @@ def _address(encoder: str) -> str:
     else:
         place = smp.encoders.encoders[encoder]["pretrained_settings"].get("imagenet")
     if not place:
-        raise ValueError(
-            f"neither smp nor timm names ImageNet weights of {encoder}; give a file, or '' for random"
-        )
+        what = f"neither smp nor timm names ImageNet weights of {encoder}"
+        raise ValueError(f"{what}; give a file, or '' for random")
     return hf_hub_url(filename="model.safetensors", **place)
 
 

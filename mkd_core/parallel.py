@@ -100,7 +100,7 @@ class _Sum(torch.autograd.Function):
 def meet() -> None:
     """Wait, for days if need be, until all processes are here."""
     if world() > 1:
-        dist.barrier(_PATIENT[0])
+        dist.barrier(_patient)
 
 
 def broadcast(method: nn.Module) -> None:
@@ -159,7 +159,7 @@ def launch(function: Callable[..., Any], processes: int, *args: Any) -> Any:
 
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-_PATIENT: list[Any] = []  # the group in which processes wait for days
+_patient: Any = None  # the group in which processes wait for days
 
 
 def _joined(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -184,10 +184,11 @@ def join() -> None:
 
     Here torch's BatchNorm and dropout act on the whole batch from now on, whichever module calls them.
     """
+    global _patient
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group()
-    _PATIENT[:] = [dist.new_group(timeout=timedelta(days=7), backend="gloo")]
+    _patient = dist.new_group(timeout=timedelta(days=7), backend="gloo")
     F.batch_norm, F.dropout, F.dropout2d = _batch_norm, _dropout, _dropout2d  # type: ignore[assignment]
 
 

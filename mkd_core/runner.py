@@ -100,9 +100,8 @@ class _Run:
         self.unfinished: dict[str, Any] | None = None  # the last step's row, not evaluated yet
         self.step, self.seconds, self.seconds_training = 0, 0.0, 0.0
         self._restore()
-        self.board = (
-            records.board(folder, self.step) if config.tensorboard and self.first else lambda row: None
-        )
+        boarded = config.tensorboard and self.first
+        self.board = records.board(folder, self.step) if boarded else lambda row: None
         self._write("config.json", config.absolute().model_dump_json(indent=1) + "\n")
         start = Path(config.weights).name or "random weights"
         about = f"{config.method} on {config.dataset}, {self.split}; {config.encoder} from {start}"
@@ -142,23 +141,22 @@ class _Run:
 
     def _keep(self, row: dict[str, Any]) -> None:
         """Evaluate after a step where it is due, log it, save what has to be."""
-        config, step, names, began = self.config, self.step, [], time.perf_counter()
+        config, step, last = self.config, self.step, self.step == self.config.steps
+        self.history.append(row)
+        if last:  # should the evaluation fail, no step is lost
+            self._save("checkpoint.pt")
         if evaluating := self._evaluates(step):
-            if step == config.steps:  # should the evaluation fail, no step is lost
-                self.history.append(row)
-                self._save("checkpoint.pt")
-                self.history.pop()
+            began = time.perf_counter()
             row |= self._evaluate()
-        self.seconds += time.perf_counter() - began
+            self.seconds += time.perf_counter() - began
         self._log(row)
-        if evaluating and step == self._best()["step"]:
-            names.append("checkpoint-best.pt")
-        if config.keep_every and step % config.keep_every == 0:
-            names.append(f"checkpoint-{step}.pt")
-        if step % config.checkpoint_every == 0 or step == config.steps:
-            names.append("checkpoint.pt")  # last: a run goes on from here
-        if names:
-            self._save(*names)
+        names = {
+            "checkpoint-best.pt": evaluating and step == self._best()["step"],
+            f"checkpoint-{step}.pt": config.keep_every and step % config.keep_every == 0,
+            "checkpoint.pt": last or step % config.checkpoint_every == 0,  # last: a run goes on from here
+        }
+        if due := [name for name, is_due in names.items() if is_due]:
+            self._save(*due)
 
     def _evaluates(self, step: int) -> bool:
         every = self.config.evaluate_every
@@ -173,16 +171,14 @@ class _Run:
         before, folder = self.folder / f"labels-{stage - 1}", self.folder / f"labels-{stage}"
         needed = before if anew else folder
         if (stage > 1 or not anew) and not needed.is_dir():
-            raise ValueError(
-                f"{needed}, pseudo-labels of the run, is gone; delete {self.folder} to start anew"
-            )
+            lost = f"{needed}, pseudo-labels of the run, is gone"
+            raise ValueError(f"{lost}; delete {self.folder} to start anew")
         if anew:
             began = time.perf_counter()
             self.progress(f"labels {len(self.split.unlabeled):,} images for stage {stage}", now=True)
+            images = self.dataset, self.split.unlabeled
             if self.first:
-                write_labels(
-                    self.config, self.method, stage, self.dataset, self.split.unlabeled, folder, before
-                )
+                write_labels(self.config, self.method, stage, *images, folder, before)
             parallel.broadcast(self.method)
             self.optimizers = make_optimizers(self.config, self.method)
             self.seconds += time.perf_counter() - began
@@ -209,10 +205,8 @@ class _Run:
         found: dict[str, Any] = {"miou": {name: miou(c) for name, c in confusion.items()}}
         predicted = confusion[predictor.names[0]].sum(0)
         if int((predicted > 0).sum()) == 1:
-            only = self.dataset.classes[int(predicted.argmax())]
-            self.progress(
-                f"WARNING: every pixel is predicted as {only}: train longer, or look at lr", now=True
-            )
+            only = f"every pixel is predicted as {self.dataset.classes[int(predicted.argmax())]}"
+            self.progress(f"WARNING: {only}: train longer, or look at lr", now=True)
         found["confusion"] = confusion[predictor.names[0]].tolist()  # (truth, prediction)
         found["iou"] = {n: [v if v == v else None for v in iou(c).tolist()] for n, c in confusion.items()}
         if self.withheld:
@@ -227,7 +221,6 @@ class _Run:
     # What survives a kill.
 
     def _log(self, row: dict[str, Any]) -> None:
-        self.history.append(row)
         if self.first:
             with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -235,9 +228,8 @@ class _Run:
 
     def _best(self) -> dict[str, Any]:
         """The evaluation with the highest mIoU of the reported predictor; of several, the first."""
-        return max(
-            (row for row in self.history if "miou" in row), key=lambda row: next(iter(row["miou"].values()))
-        )
+        rows = [row for row in self.history if "miou" in row]
+        return max(rows, key=lambda row: next(iter(row["miou"].values())))
 
     def _save(self, *names: str) -> None:
         if not self.first:

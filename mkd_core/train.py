@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import parallel
 from .augment import STRONG, distort, normalise
@@ -26,9 +26,12 @@ from .config import RunConfig
 from .data import SegDataset
 from .data.base import read_label
 from .data.stream import Crops, Steps, Stream
-from .evaluate import PROTOCOLS, pick_device
+from .evaluate import Each, Predictor, autocast, pick_device
 from .methods import METHODS, Batch, Method
 from .models import SegNet, load_encoder
+
+# What smp, timm and torch raise for networks that cannot be.
+UNFIT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -46,13 +49,6 @@ def train(
     """
     step, start, end = span
     device = next(method.parameters()).device
-    autocast = partial(
-        torch.autocast,
-        device.type,
-        torch.bfloat16,
-        enabled=config.precision == "bfloat16",
-        cache_enabled=False,
-    )
     forward = parallel.wrap(method)
     bad = torch.full((), -1, device=device)  # the first step with a loss that is not finite
     method.train()
@@ -63,12 +59,11 @@ def train(
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["lr"] = group["initial_lr"] * rate
         batch = make_batch(crops, config, method.views, device)  # colour stays in float32
-        with autocast():
+        with autocast(config.precision, device):
             terms, stats = forward(batch, step / config.steps)
         loss = torch.stack([t.float() for t in terms.values()]).sum()
         bad = torch.where((bad < 0) & ~loss.detach().isfinite(), step, bad)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        method.zero_grad(set_to_none=True)
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -78,9 +73,8 @@ def train(
         if due(step) or step == end:
             _refuse_bad(bad, method, step, steps)
             row = {"step": step, "lr": config.lr * rate, "loss": loss.item()}
-            row |= {f"term/{k}": v.item() for k, v in terms.items()} | {
-                f"stat/{k}": v.item() for k, v in stats.items()
-            }
+            row |= {f"term/{k}": v.item() for k, v in terms.items()}
+            row |= {f"stat/{k}": v.item() for k, v in stats.items()}
             yield row | {"seconds": time.perf_counter() - clock}
             clock = time.perf_counter()
 
@@ -90,26 +84,17 @@ def _refuse_bad(bad: Tensor, method: Method, step: int, steps: Steps) -> None:
     first = int(torch.where((bad < 0) & ~norms.isfinite().all(), step - 1, bad))
     if first >= 0:
         labeled, unlabeled = (", ".join(ids) or "none" for ids in steps.ids(first))
-        raise NonFiniteLoss(
-            f"the loss was not finite at step {first}, or the weights after it. Labeled images: {labeled}; unlabeled images: {unlabeled}. "
-            "The last checkpoint is from before"
-        )
+        what = f"the loss was not finite at step {first}, or the weights after it"
+        images = f"Labeled images: {labeled}; unlabeled images: {unlabeled}"
+        raise NonFiniteLoss(f"{what}. {images}. The last checkpoint is from before")
 
 
 def build_net(config: RunConfig, num_classes: int) -> SegNet:
     """Make a new network, its encoder from config.weights where given. Two calls differ in what is random."""
+    keys = {"arch", "encoder", "encoder_depth", "channels", "dropout", "norm", "bn_momentum"}
     try:
-        net = SegNet(
-            num_classes, arch=config.arch, encoder=config.encoder, encoder_depth=config.encoder_depth, channels=config.channels,
-            dropout=config.dropout, norm=config.norm, bn_momentum=config.bn_momentum,
-        )  # fmt: skip
-    except (
-        AssertionError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-    ) as error:  # smp, timm, torch
+        net = SegNet(num_classes, **config.model_dump(include=keys))
+    except UNFIT as error:
         what = f"{config.arch} on {config.encoder}"
         raise ValueError(f"{what} cannot be built: {type(error).__name__} {error}") from error
     if config.weights:
@@ -157,16 +142,10 @@ def make_optimizers(config: RunConfig, method: Method) -> list[torch.optim.Optim
     mine = [p for p in method.parameters() if p.requires_grad and p not in judges]
     groups: list[dict[str, Any]] = [{"params": mine, "lr": config.lr}]
     if config.head_lr != 1:
-        parts = [p for p in mine if p in encoders], [p for p in mine if p not in encoders]
-        groups = [
-            {"params": part, "lr": config.lr * times}
-            for part, times in zip(parts, (1.0, config.head_lr), strict=True)
-        ]
-    optimizers: list[torch.optim.Optimizer] = []
-    if config.optimizer == "adamw":
-        optimizers.append(torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True))
-    else:
-        optimizers.append(torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay, fused=True))
+        groups = [{"params": [p for p in mine if p in encoders], "lr": config.lr}]
+        groups.append({"params": [p for p in mine if p not in encoders], "lr": config.lr * config.head_lr})
+    kinds: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=0.9)}
+    optimizers = [kinds[config.optimizer](groups, weight_decay=config.weight_decay, fused=True)]
     if method.critic:
         critic, lr = method.critic
         optimizers.append(torch.optim.Adam(critic.parameters(), lr, betas=(0.9, 0.99), fused=True))
@@ -182,9 +161,8 @@ def poly(config: RunConfig, step: int, start: int = 0, end: int = 0) -> float:
 
 def seed_step(seed: int, step: int, *stage: int) -> None:
     """Make torch's draws on every device a function of (seed, step); step -1: what comes before the first, or before a stage."""
-    torch.manual_seed(
-        int(np.random.SeedSequence([seed, step + 1, *stage]).generate_state(1, np.uint64)[0] >> 1)
-    )
+    drawn = np.random.SeedSequence([seed, step + 1, *stage]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(drawn >> 1))
 
 
 def make_batch(crops: Crops, config: RunConfig, views: int, device: torch.device) -> Batch:
@@ -208,12 +186,8 @@ def loaders(config: RunConfig) -> int:
 
 
 def streams(
-    config: RunConfig,
-    dataset: SegDataset,
-    labeled: Sequence[str],
-    unlabeled: Sequence[str],
-    stage: Path | None,
-) -> Steps:
+    config: RunConfig, dataset: SegDataset, labeled: Sequence[str], unlabeled: Sequence[str], stage: Path | None
+) -> Steps:  # fmt: skip
     """Make the training steps of a stage. stage: folder of the unlabeled images' pseudo-labels, or None; unlabeled may be ()."""
     make = partial(Stream, seed=config.seed, crop=config.crop, scale=config.scale, base=config.base)
     first = make(dataset, labeled, name="labeled", labeled=True)
@@ -227,14 +201,8 @@ def streams(
 
 @torch.no_grad()
 def write_labels(
-    config: RunConfig,
-    method: Method,
-    stage: int,
-    dataset: SegDataset,
-    ids: Sequence[str],
-    folder: Path,
-    before: Path,
-) -> None:
+    config: RunConfig, method: Method, stage: int, dataset: SegDataset, ids: Sequence[str], folder: Path, before: Path
+) -> None:  # fmt: skip
     """Write the pseudo-labels of a stage to `folder`, all or nothing: those of the folder `before` (where it is there) and new ones."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     for old in (folder, temporary):
@@ -243,30 +211,13 @@ def write_labels(
         shutil.copytree(before, temporary)
     temporary.mkdir(exist_ok=True)
     kept = {int(path.stem) for path in temporary.iterdir()}
-    device = next(method.parameters()).device
+    predictor = Predictor.of(config, {"all": method}, next(method.parameters()).device)
+    images = Each(lambda id: predictor.input(dataset.image(id)[None]), ids)
     seed_step(config.seed, -1, stage)
-    method.eval()
-
-    def prob(net: nn.Module, images: Tensor) -> Tensor:
-        return PROTOCOLS[config.protocol](net, images, config.crop)
-
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        for i, label in method.relabel(stage, _Images(dataset, ids, device), prob, kept):
+    with predictor.at_work():
+        for i, label in method.relabel(stage, images, predictor.prob, kept):
             Image.fromarray(label.to("cpu", torch.uint8).numpy()).save(temporary / f"{i}.png")
     os.replace(temporary, folder)
-
-
-class _Images(Sequence[Tensor]):
-    """Normalised images (1, 3, H, W) on the device by position, loaded when asked for."""
-
-    def __init__(self, dataset: SegDataset, ids: Sequence[str], device: torch.device):
-        self.dataset, self.ids, self.device = dataset, ids, device
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, i: Any) -> Any:
-        return normalise(self.dataset.image(self.ids[i])[None].to(self.device).float() / 255)
 
 
 class _Relabeled(SegDataset):

@@ -51,6 +51,7 @@ class Method(nn.Module):
     min_batch = 1  # the smallest unlabeled batch: 2 where images need a partner
     min_side = 1  # the smallest side of a crop
     ohem_keep = 0  # pixels per labeled image that the supervised loss keeps at least; 0: all
+    evaluated: tuple[str, ...] = ("net",)  # "teacher", "student 1", "student 2"; another name: `net`
     stages: tuple[float, ...] = ()  # shares of training at which a further stage begins, see relabel
 
     def forward(self, batch: Batch, progress: float) -> tuple[Terms, Terms]:
@@ -58,7 +59,9 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def update(self, step: int) -> None:
-        """Called after optimiser step number `step` (the first is 1): teachers follow."""
+        """Called after optimiser step number `step` (the first is 1): `teacher`, if any, follows `net`."""
+        if teacher := getattr(self, "teacher", None):
+            teacher.update(self.net, step)
 
     def supervised(self, logits: Tensor, label: Tensor) -> Tensor:
         """Return the supervised loss of the run: cross-entropy, with OHEM over the hard pixels alone."""
@@ -69,12 +72,9 @@ class Method(nn.Module):
 
     @property
     def predictors(self) -> dict[str, nn.Module]:
-        """What is evaluated, by name (here: self.net); the first one is the reported one."""
-        if not hasattr(self, "net"):
-            raise NotImplementedError(
-                f"{type(self).__name__} has no `net`: say in `predictors` what is evaluated"
-            )
-        return {"net": self.get_submodule("net")}
+        """What is evaluated, by name; the first one is the reported one. Here: those of `evaluated`."""
+        places = {"teacher": "teacher", "student 1": "students.0", "student 2": "students.1"}
+        return {name: self.get_submodule(places.get(name, "net")) for name in self.evaluated}
 
     @property
     def critic(self) -> tuple[nn.Module, float] | None:

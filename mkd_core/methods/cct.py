@@ -80,6 +80,7 @@ class CCT(Method):
     """
 
     label, colour, passes, terms = "CCT", "#8a8a8a", (2, 0), ("sup", "consistency")
+    evaluated = ("main",)
 
     def __init__(
         self, build: Build, *, weight: Weight = 30.0, copies: PositiveCount = 2, bootstrap: Share = 0.4,
@@ -108,10 +109,6 @@ class CCT(Method):
             sup = annealed_cross_entropy(logits, self._hard(logits, batch.y), progress / self.bootstrap)
         weight = self.weight * ramp(progress, self.rampup)
         return {"sup": sup, "consistency": weight * torch.stack(distances).mean()}, {}
-
-    @property
-    def predictors(self) -> dict[str, nn.Module]:
-        return {"main": self.net}
 
 
 def annealed_cross_entropy(logits: Tensor, label: Tensor, progress: float) -> Tensor:

@@ -26,6 +26,7 @@ class CPS(Method):
     """
 
     label, colour, passes, terms = "CPS", "#d55e00", (4, 0), ("sup", "cross")
+    evaluated = ("student 1", "student 2")
 
     def __init__(
         self, build: Build, *, weight: Weight = 1.5, boxes: Count = 0, on_labeled: bool | None = None,
@@ -60,7 +61,3 @@ class CPS(Method):
             "sup": self.supervised(x1, batch.y) + self.supervised(x2, batch.y),
             "cross": weight * (cross_entropy(u1, y2) + cross_entropy(u2, y1)),
         }, {"agreement": masked_mean((y1 == y2).float(), y1 != IGNORE)}
-
-    @property
-    def predictors(self) -> dict[str, nn.Module]:
-        return {"student 1": self.students[0], "student 2": self.students[1]}

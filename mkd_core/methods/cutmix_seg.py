@@ -5,7 +5,6 @@ L = CE(s(x), y) + w mean[ sum_c (softmax s(mix(u)) - softmax mix(t(u)))^2 ] mean
 """
 
 import torch
-from torch import nn
 
 from ..augment import mix, xor_boxes
 from ..ema import EMA
@@ -25,7 +24,7 @@ class CutMixSeg(Method):
     """
 
     label, colour, passes, terms = "CutMix-Seg", "#cc79a7", (2, 1), ("sup", "consistency")
-    views = 1
+    views, evaluated = 1, ("teacher", "student")
 
     def __init__(
         self, build: Build, *, weight: Weight = 1.0, decay: Share = 0.99, threshold: Share = 0.97,
@@ -49,16 +48,8 @@ class CutMixSeg(Method):
         seen = mix(batch.strong[0] if self.strong else batch.weak, mask)
         labeled, unlabeled = both(self.net, batch.x, seen, self.joint)
         distance = squared_distance(unlabeled.softmax(1), target.softmax(1))
-        consistency = masked_mean(distance, valid) * target.shape[1]  # the sum over classes
-        terms = {
-            "sup": self.supervised(labeled, batch.y),
-            "consistency": self.weight * confident * consistency,
+        summed = masked_mean(distance, valid) * target.shape[1]  # over classes
+        consistency = self.weight * confident * summed
+        return {"sup": self.supervised(labeled, batch.y), "consistency": consistency}, {
+            "confident": confident
         }
-        return terms, {"confident": confident}
-
-    def update(self, step: int) -> None:
-        self.teacher.update(self.net, step)
-
-    @property
-    def predictors(self) -> dict[str, nn.Module]:
-        return {"teacher": self.teacher, "student": self.net}

@@ -5,8 +5,6 @@ y = argmax f(weak),   q = max softmax f(weak);   with a decay, the EMA teacher o
 L = 1/2 CE(f(x), y_x) + w/2 sum 1[q >= T] CE(f(mix(strong)), mix(y)) / (number of pixels inside the image)
 """
 
-from torch import nn
-
 from ..augment import mix, ratio_box
 from ..data.base import IGNORE
 from ..ema import EMA
@@ -37,7 +35,7 @@ class FixMatch(Method):
         self.net = build()
         self.teacher = EMA(self.net, decay, buffers="all", mode="eval") if decay else None
         self.weight, self.threshold, self.cutmix, self.joint = weight, threshold, cutmix, joint
-        self.min_batch = 2 if cutmix else 1
+        self.min_batch, self.evaluated = 2 if cutmix else 1, ("student", "teacher") if decay else ("net",)
 
     def forward(self, batch: Batch, progress: float) -> tuple[Terms, Terms]:
         mask = ratio_box(len(batch.weak), batch.weak.shape[-2:], batch.weak.device, self.cutmix)
@@ -52,11 +50,3 @@ class FixMatch(Method):
         strong = cross_entropy(seen, mix(label, mask), over=mix(batch.valid, mask))
         terms = {"sup": self.supervised(labeled, batch.y) / 2, "strong": self.weight / 2 * strong}
         return terms, {"kept": masked_mean((label != IGNORE).float(), batch.valid)}
-
-    def update(self, step: int) -> None:
-        if self.teacher:
-            self.teacher.update(self.net, step)
-
-    @property
-    def predictors(self) -> dict[str, nn.Module]:
-        return {"student": self.net, "teacher": self.teacher} if self.teacher else {"net": self.net}

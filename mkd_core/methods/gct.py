@@ -33,6 +33,7 @@ class GCT(Method):
     """
 
     label, colour, passes, terms = "GCT", "#d55e00", (4, 0), ("sup", "consistency", "correction", "critic")
+    evaluated = ("student 1", "student 2")
     min_side = 32  # of its critic
 
     def __init__(
@@ -75,10 +76,6 @@ class GCT(Method):
     @property
     def critic(self) -> tuple[nn.Module, float]:
         return self.detector, self.critic_lr
-
-    @property
-    def predictors(self) -> dict[str, nn.Module]:
-        return {"student 1": self.students[0], "student 2": self.students[1]}
 
 
 @torch.no_grad()

@@ -3,8 +3,6 @@
 Tarvainen & Valpola 2017, arXiv:1703.01780.   L = CE(s(x), y) + w r(t) mean (softmax s(u) - softmax t(u))^2
 """
 
-from torch import nn
-
 from ..ema import EMA
 from ..losses import masked_mean, ramp, squared_distance
 from .base import Batch, Build, EMABuffers, Method, Share, TeacherMode, Terms, Weight, both
@@ -19,6 +17,7 @@ class MeanTeacher(Method):
     """
 
     label, colour, passes, terms = "MT", "#009e73", (2, 1), ("sup", "consistency")
+    evaluated = ("student", "teacher")
 
     def __init__(
         self, build: Build, *, weight: Weight = 100.0, decay: Share = 0.99, rampup: Share = 0.0,
@@ -36,10 +35,3 @@ class MeanTeacher(Method):
         distance = masked_mean(squared_distance(unlabeled.softmax(1), target), batch.valid)
         consistency = self.weight * ramp(progress, self.rampup) * distance
         return {"sup": self.supervised(labeled, batch.y), "consistency": consistency}, {}
-
-    def update(self, step: int) -> None:
-        self.teacher.update(self.net, step)
-
-    @property
-    def predictors(self) -> dict[str, nn.Module]:
-        return {"student": self.net, "teacher": self.teacher}

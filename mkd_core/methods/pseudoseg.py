@@ -37,7 +37,7 @@ class PseudoSeg(Method):
 
     label, colour, passes = "PseudoSeg", "#cc79a7", (2, 1)
     terms = ("sup", "attention", "image", "consistency")
-    views = 1
+    views, evaluated = 1, ("decoder",)
 
     def __init__(
         self, build: Build, *, weight: Weight = 1.0, temperature: Positive = 0.5, cutout: Share = 100 / 513,
@@ -97,10 +97,6 @@ class PseudoSeg(Method):
         if self.background:
             spread = torch.cat((2 - spread.amax(1, keepdim=True), spread), 1)
         return self.calibrate(spread)
-
-    @property
-    def predictors(self) -> dict[str, nn.Module]:
-        return {"decoder": self.net}
 
 
 def fuse(decoder: Tensor, attention: Tensor, temperature: float) -> Tensor:

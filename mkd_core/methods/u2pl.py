@@ -47,6 +47,7 @@ class U2PL(Method):
     """
 
     label, colour, passes, terms = "U2PL", "#d55e00", (2, 3), ("sup", "unsup", "contrast")
+    evaluated = ("teacher", "student")
     bank: Tensor  # (C, size, dim) keys of unit length: 0.6 GB with VOC's 21 classes, 2.5 GB with COCO's 81
     seen: Tensor  # (C,) keys ever put in; slot number modulo size is the next one
 
@@ -161,10 +162,6 @@ class U2PL(Method):
     def update(self, step: int) -> None:
         self.teacher.update(self.net, step)
         self.head_teacher.update(self.head, step)
-
-    @property
-    def predictors(self) -> dict[str, nn.Module]:
-        return {"teacher": self.teacher, "student": self.net}
 
 
 def _whole(tensor: Tensor, labeled: int) -> Tensor:

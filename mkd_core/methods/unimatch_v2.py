@@ -7,7 +7,7 @@ CE_T: sum over pixels with q >= T / number of all inside the image
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import parallel
 from ..augment import mix, ratio_box
@@ -32,7 +32,7 @@ class UniMatchV2(Method):
     """
 
     label, colour, passes, terms = "UniMatch V2", "#e69f00", (3, 1), ("sup", "strong")
-    views = 2
+    views, evaluated = 2, ("student", "teacher")
 
     def __init__(
         self, build: Build, *, threshold: Share = 0.95, drop: Share = 0.5, decay: Share = 0.996,
@@ -52,21 +52,10 @@ class UniMatchV2(Method):
         labeled = self.net(batch.x)
         maps = complementary(self.net.encoder(torch.cat(mixed)), self.drop)
         logits = resize(self.net.classifier(self.net.decoder(maps)), size).chunk(2)
-        strong = [
-            cross_entropy(z, mix(label, mask), over=mix(batch.valid, mask))
-            for z, mask in zip(logits, masks, strict=True)
-        ]
-        return {
-            "sup": self.supervised(labeled, batch.y) / 2,
-            "strong": torch.stack(strong).mean() / 2,
-        }, {"kept": masked_mean((label != IGNORE).float(), batch.valid)}
-
-    def update(self, step: int) -> None:
-        self.teacher.update(self.net, step)
-
-    @property
-    def predictors(self) -> dict[str, nn.Module]:
-        return {"student": self.net, "teacher": self.teacher}
+        pairs = zip(logits, masks, strict=True)
+        strong = [cross_entropy(z, mix(label, mask), over=mix(batch.valid, mask)) for z, mask in pairs]
+        terms = {"sup": self.supervised(labeled, batch.y) / 2, "strong": torch.stack(strong).mean() / 2}
+        return terms, {"kept": masked_mean((label != IGNORE).float(), batch.valid)}
 
 
 def complementary(maps: list[Tensor], share: float) -> list[Tensor]:

@@ -8,7 +8,7 @@ L = CE(s(x), y) + w mean D(s(strong + r)) mean 1[q >= T],   q = max softmax t(we
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import parallel
 from ..ema import EMA
@@ -33,7 +33,7 @@ class VAT(Method):
     """
 
     label, colour, passes, terms = "VAT", "#0072b2", (3, 1), ("sup", "consistency")
-    views = 1
+    views, evaluated = 1, ("teacher", "student")
 
     def __init__(
         self, build: Build, *, weight: Weight = 0.1, radius: Weight = 1.0, decay: Share = 0.99,
@@ -55,13 +55,6 @@ class VAT(Method):
         distance = masked_mean(kl_divergence(unlabeled, target), batch.valid)
         terms = {"sup": self.supervised(labeled, batch.y), "consistency": self.weight * confident * distance}
         return terms, {"confident": confident}
-
-    def update(self, step: int) -> None:
-        self.teacher.update(self.net, step)
-
-    @property
-    def predictors(self) -> dict[str, nn.Module]:
-        return {"teacher": self.teacher, "student": self.net}
 
     def _perturbation(self, images: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         """r (U, 3, H, W): direction by one step of the power iteration, length by the image's contrast."""

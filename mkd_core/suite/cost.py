@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ..config import RunConfig
-from ..evaluate import pick_device
+from ..evaluate import autocast, pick_device
 from ..methods import Batch, Method
 from ..models import SegNet
 from ..train import build_method, seed_step
@@ -57,8 +57,7 @@ class Step:
         seed_step(config.seed, 0)
         x = torch.randn(config.batch, 3, *config.crop, device=device)
         y = torch.randint(CLASSES, (config.batch, *config.crop), device=device)
-        low = config.precision == "bfloat16"
-        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=low, cache_enabled=False)
+        self.autocast = partial(autocast, config.precision, device)
         u = len(x) if self.method.unlabeled or self.method.stages else 0
         strong = tuple(x[:u].roll(1, 3) for _ in range(self.method.views if u else 0))
         self.batch = Batch(x, y, x[:u], strong, torch.ones_like(y[:u], dtype=torch.bool), y[:u])
