@@ -20,7 +20,6 @@ from mkd_core.suite import execution
 CASES = CASES | {name + " alone": (name, {"contrast": 0.0, "dim": 16}) for name in ("u2pl", "pc2seg")}
 CASES |= {"mit_b0": ("mean_teacher", {"encoder": "mit_b0"})}  # has DropPath
 SIZES = {"advsemseg": 64, "gct": 64}  # what a critic says of less is rounding
-# Each shares in a way of its own.
 SHARING = ["cct", "gct", "mkd", "pc2seg", "ps_mt", "st_plus_plus", "u2pl", "unimatch_v2"]
 FOUR = list(METHODS) if os.environ.get("MKD_SLOW") else SHARING
 
