@@ -23,7 +23,7 @@ from .records import ROOT
 
 # Not in the id: where things lie, on what they run (other hardware changes bits, and training
 # amplifies them), how often the run is logged and saved. Weights enter by their hash.
-PLACES = {"root", "weights", "weights2"}
+PLACES = {"root", "weights", "weights2", "cache"}
 NOT_IDENTITY = PLACES | {"device", "devices", "threads", "workers", "tensorboard"}
 NOT_IDENTITY |= {"checkpoint_every", "keep_every", "log_every"}
 # Fields of options: the field that says whose they are, and the constructors that take them.
@@ -110,6 +110,7 @@ class RunConfig(Checked):
     checkpoint_every: int = Field(1_000, gt=0, description="steps")
     keep_every: int = Field(0, ge=0, description="steps between checkpoints that stay; 0: the last alone")
     log_every: int = Field(50, gt=0, description="steps")
+    cache: str = Field("", description="folder that keeps pictures decoded: for large PNGs (Cityscapes)")
     tensorboard: bool = Field(False, description="TensorBoard's event files too, in the run's folder")
 
     @field_validator("weights", "weights2")

@@ -11,7 +11,7 @@ from typing import Any
 
 from .config import RunConfig
 from .data import SegDataset, open_dataset
-from .data.base import DataError, picture_size
+from .data.base import DataError, FileDataset, local, picture_size
 from .data.check import check
 from .data.splits import Split, load_split, set_hash
 from .evaluate import LARGE, Predictor
@@ -31,6 +31,11 @@ def prepare(
     method = build_method(config, len(dataset.classes))
     _check_shared_memory(config)
     check_data(config, dataset, split, method.min_batch, deep, report)
+    if config.cache:
+        if not isinstance(dataset, FileDataset):
+            raise ValueError(f"cache keeps files decoded: {config.dataset} has none, it is made in memory")
+        dataset.cache = local(config.cache)  # from here on: the check has seen the files themselves
+        dataset.cache.mkdir(parents=True, exist_ok=True)
     return dataset, split, method
 
 

@@ -26,7 +26,7 @@ from tiny import build, config
 from torch import Tensor
 
 from mkd_core.augment import FILL, colour, geometry, normalise
-from mkd_core.data.base import read_image, read_label
+from mkd_core.data.base import decoded, read_image, read_label
 from mkd_core.data.stream import Crops, Steps
 from mkd_core.ema import EMA
 from mkd_core.evaluate import Predictor, evaluate
@@ -220,6 +220,27 @@ def loader(
         )
 
 
+def cache(
+    size: tuple[int, int] = (1024, 2048), crop: tuple[int, int] = (512, 1024), pairs: int = 3
+) -> Iterator[Row]:
+    """A sample of a set of large PNGs, as Cityscapes' are, decoded every time against mapped (`cache`)."""
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 255, (8, 16, 3), np.uint8)).resize(
+        size[::-1], Image.Resampling.BICUBIC
+    )
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place, "a.png")
+        Image.fromarray(
+            (np.asarray(smooth) + rng.normal(0, 2, (*size, 3))).clip(0, 255).astype(np.uint8)
+        ).save(file)
+
+        def sample(cache: Path | None) -> tuple[Tensor, ...]:
+            generator = np.random.default_rng(int(rng.integers(1000)))
+            return geometry(decoded(file, read_image, cache), None, crop, (0.5, 2.0), 0, generator)
+
+        yield compare(f"a sample of a {file.stat().st_size / 1e6:.1f} MB PNG, mapped against decoded", partial(sample, None), partial(sample, Path(place)), pairs)  # fmt: skip
+
+
 class Timed(Steps):
     """Steps that note how long each batch was waited for."""
 
@@ -317,7 +338,7 @@ def steps(
 def main() -> None:
     started = time.perf_counter()
     print(f"torch {torch.__version__}, CPU, {torch.get_num_threads()} thread")
-    for part in (fda, parts, loader, waiting, evaluation, released):
+    for part in (fda, parts, loader, cache, waiting, evaluation, released):
         for row in part():
             span = f"{row.low:,.3g} .. {row.high:,.3g}" if row.low == row.low else ""
             goal = f"  (target {row.target:g}: {row.met})" if row.met else ""

@@ -1,22 +1,27 @@
 """Data sets in their real layouts, label maps against independent tables, and every way in which files can be wrong."""
 
+import errno
 import json
 import os
 import shutil
 import struct
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import config
 
 from mkd_core.choices import choose
-from mkd_core.data import DATASETS, DataError, Split, check, load_split, open_dataset
+from mkd_core.data import DATASETS, DataError, Split, base, check, load_split, open_dataset
 from mkd_core.data.base import IGNORE, colormap, read_image, read_label
 from mkd_core.data.cityscapes import TRAIN_ID
 from mkd_core.data.coco import CLASSES, render_masks
 from mkd_core.data.voc import download
+from mkd_core.prepare import prepare
+from mkd_core.runner import run
 
 
 def save(path, array, mode=None):
@@ -702,3 +707,58 @@ def test_a_city_may_have_any_name(tmp_path):
     city(tmp_path, "train/1/005506")
     with pytest.raises(DataError, match="two images are called 005506, in train/[01] and train/[01]"):
         open_dataset("cityscapes", tmp_path)
+
+
+# ---- decoded files that are kept
+
+
+def test_a_run_with_a_cache_is_the_run_without_and_reads_no_file_again(own, tmp_path, monkeypatch):
+    """Losses and mIoU are equal bit for bit; from the second run on nothing is decoded; a changed file is."""
+    rng = np.random.default_rng(0)
+    for name in "abuv":
+        save(own / f"{name}.png", rng.integers(0, 255, (40, 60, 3)))
+        save(own / f"{name}_.png", rng.integers(0, 3, (40, 60)))
+    save(own / "a_.png", np.where(rng.random((40, 60)) < 0.1, 255, rng.integers(0, 3, (40, 60))))
+    (own / "s").mkdir()
+    (own / "s/labeled.txt").write_text("a.png\nb.png\n")
+    (own / "s/unlabeled.txt").write_text("u.png\n")
+    keys = {
+        "dataset": "folder",
+        "dataset_options": {},
+        "root": str(own),
+        "split": "s",
+        "batch": 1,
+        "norm": "group",
+    }
+    plain, kept = config("mkd", options={"boxes": 0}, **keys), own / "decoded/here"
+    cached = plain.model_copy(update={"cache": str(kept)})
+    first, again = (run(c, tmp_path / name, quiet=True) for c, name in ((plain, "plain"), (cached, "cached")))
+    assert first.id == again.id and first.confusion == again.confusion and first.miou == again.miou
+    rows = [(tmp_path / name / first.id / "history.jsonl").read_text() for name in ("plain", "cached")]
+    losses = [[json.loads(row).get("loss") for row in text.splitlines()] for text in rows]
+    assert losses[0] == losses[1] and None not in losses[0]
+    found = sorted(path.name for path in kept.iterdir())
+    assert len(found) == 4 + 3  # pictures and masks, the withheld one too, where quality is measured
+
+    def decoding(*_):
+        raise AssertionError("decoded again")
+
+    dataset, *_ = prepare(cached)
+    monkeypatch.setattr(base, "read_turned", decoding)
+    monkeypatch.setattr(base, "open_mask", decoding)
+    assert torch.equal(dataset.label("a.png"), base.FileDataset.label(dataset, "a.png"))
+    image = dataset.image("a.png")
+    image[:] = 0  # a view of the file that does not write to it
+    assert dataset.image("a.png").any()
+    save(own / "a.png", np.zeros((40, 60, 3)))
+    with pytest.raises(AssertionError, match="decoded again"):
+        dataset.image("a.png")
+
+
+def test_a_cache_that_cannot_be_is_refused(own, monkeypatch):
+    with pytest.raises(ValueError, match="shapes has none"):
+        prepare(config(cache=str(own / "cache")))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(base, "write_atomically", mock.Mock(side_effect=full))
+    with pytest.raises(OSError, match=r"cache=.* cannot take a\.png: No space left"):
+        base.decoded(own / "a.png", read_image, own)

@@ -1,17 +1,21 @@
 """What a data set is to the rest of the suite, and how its files are read."""
 
+import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
+
+from ..records import write_atomically
 
 IGNORE = 255
 
@@ -60,18 +64,23 @@ class FileDataset(SegDataset):
     """A data set of files under `root`: a subclass says which ones (`files`) and reads nothing itself."""
 
     root: Path
+    cache: Path | None = None  # folder in which decoded pictures and masks are kept
 
     @abstractmethod
     def files(self, id: str) -> tuple[Path, Path | None]: ...
 
     def image(self, id: str) -> Tensor:
-        return read_image(self.files(id)[0])
+        return decoded(self.files(id)[0], read_image, self.cache)
 
     def label(self, id: str) -> Tensor:
         mask = self.files(id)[1]
         if mask is None:
             raise DataError(f"{id} has no mask: its line in the list names none")
-        return read_label(mask, len(self.classes))
+        return decoded(mask, self.read_mask, self.cache, f"{self.name} {len(self.classes)}")
+
+    def read_mask(self, path: Path) -> Tensor:
+        """Read a mask file as class indices, (H, W) uint8."""
+        return read_label(path, len(self.classes))
 
     def has_label(self, id: str) -> bool:
         mask = self.files(id)[1]
@@ -234,6 +243,25 @@ def read_label(path: Path, classes: int | None = None) -> Tensor:
         values = f"{', '.join(map(str, np.unique(outside)[:5]))} ({outside.size} pixels)"
         raise DataError(f"{path}: label values {values} outside 0..{(classes or IGNORE) - 1} and {IGNORE}")
     return torch.from_numpy(label)
+
+
+def decoded(path: Path, read: Callable[[Path], Tensor], cache: Path | None, kind: str = "") -> Tensor:
+    """Read a file, or map its numbers into memory from the folder `cache`, where they are kept from the first time on.
+
+    They belong to the file's place, size and time of change, and to `kind`, and are written whole or not at
+    all. OSError where they cannot be.
+    """
+    if cache is None or not path.exists():
+        return read(path)
+    about = path.stat()
+    key = f"{path.absolute()} {about.st_size} {about.st_mtime_ns} {kind}"
+    kept = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    if not kept.exists():
+        try:
+            write_atomically(kept, partial(np.save, arr=read(path).numpy()))
+        except OSError as error:
+            raise OSError(error.errno, f"cache={cache} cannot take {path.name}: {error.strerror}") from error
+    return torch.from_numpy(np.load(kept, mmap_mode="c"))
 
 
 def picture_size(path: Path) -> tuple[int, int]:

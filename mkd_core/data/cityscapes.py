@@ -76,8 +76,7 @@ class Cityscapes(FileDataset):
         image = self.root / "leftImg8bit" / place / f"{id}_leftImg8bit.png"
         return image, mask if mask.is_file() else raw
 
-    def label(self, id: str) -> Tensor:
-        mask = self.files(id)[1]
-        if mask.name.endswith("_labelTrainIds.png"):
-            return read_label(mask, len(self.classes))
-        return TRAIN_ID[read_label(mask).long()]
+    def read_mask(self, path: Path) -> Tensor:
+        if path.name.endswith("_labelTrainIds.png"):
+            return read_label(path, len(self.classes))
+        return TRAIN_ID[read_label(path).long()]
