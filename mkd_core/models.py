@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from segmentation_models_pytorch.encoders.timm_universal import TimmUniversalEncoder
 from torch import Tensor, nn
 
+from .choices import choose
 from .data.base import local
 from .heads import DPT, SeparableASPP, ViT
 
@@ -92,8 +93,8 @@ class SegNet(nn.Module):
         encoder_depth: int = 5, channels: int = 256, dropout: float = 0.0, norm: str = "batch", bn_momentum: float = 0.1,
     ):  # fmt: skip
         super().__init__()
-        parts = _MAKE[arch](encoder, encoder_depth, channels, dropout, num_classes)
-        self.encoder, self.decoder, width = parts
+        make = _MAKE[choose("arch", arch, _MAKE)]
+        self.encoder, self.decoder, width = make(encoder, encoder_depth, channels, dropout, num_classes)
         if encoder_depth < 5:
             _drop_idle(self.encoder)
         self.classifier = nn.Conv2d(width, num_classes, 1)
