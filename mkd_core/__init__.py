@@ -22,7 +22,7 @@ _HOME = {
     "report": "suite.report",
     "run_table": "suite.batch",
     "table": "suite.tables",
-    "train_folder": "suite.own_training",
+    "train_folder": "suite.own_images",
 }
 __all__ = list(_HOME)
 

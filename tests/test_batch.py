@@ -200,7 +200,7 @@ def test_a_dask_worker_is_lost_and_the_other_takes_its_run(place):
             started.append(subprocess.Popen([*command, *worker], **common))
         with Client(address) as client:
             client.wait_for_workers(2, timeout=120)
-        words = ["--engine", "dask", "--address", address, "--retries", "0"]
+        words = ["--dask", address, "--retries", "0"]
         process = Batch(place, "--only", "row=SupOnly", *words)
         pids = hold(process, *runs)
         started[2].kill()
@@ -276,7 +276,7 @@ def test_slurm_jobs_that_are_cancelled_are_replaced(slurm):
     without = ("queue", "account", "job_extra_directives", "walltime", "job_script_prologue")
     small = {key: value for key, value in resources.items() if key not in without} | {"job_mem": "100M"}
     (place / "slurm.yaml").write_text(yaml.safe_dump(small | {"queue": "nowhere"}))
-    words = ["--engine", "slurm", "--resources", str(place / "slurm.yaml")]
+    words = ["--slurm", str(place / "slurm.yaml")]
     text = Batch(place, *words).finish(2)
     assert "Slurm refuses these resources" in text and "partition" in text
     (place / "slurm.yaml").write_text(yaml.safe_dump(small))
@@ -364,8 +364,7 @@ def test_the_runs_that_only_chooses(place):
     [
         (["--slots", "0,x"], "0,1,2,3 or cpu,cpu"),
         (["--slots", "cpu,77"], "cuda:77 asked for"),
-        (["--engine", "dask"], "--address belongs to --engine dask"),
-        (["--engine", "slurm", "--resources", "nowhere.yaml", "--slots", "0"], "--slots are this machine's"),
+        (["--slurm", "nowhere.yaml", "--slots", "0"], "--slots are this machine's"),
         (["--slots", "cpu+cpu"], "a batch of 3 cannot be shared by 2 devices"),
         (["common.split=random/30"], "30"),
         (["common.dataset=folder", "common.dataset_options={}", "common.root=nowhere"], "nowhere"),
@@ -431,7 +430,7 @@ def test_the_queue(place, monkeypatch, capsys):
             raise Busy("another process is at it")
 
     monkeypatch.setattr(batch, "execute", play)
-    with execution.executor("local", ["cuda:0", "cuda:1"]) as pool:
+    with execution.executor(["cuda:0", "cuda:1"]) as pool:
         failed = batch.run_batch(runs, pool, 2, retries=1)
     assert failed == {runs[0]: "a first line\nits last line"}
     assert [calls.count(str(run.folder)) for run in runs] == [2, 2, 3, 1]

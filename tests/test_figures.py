@@ -202,7 +202,7 @@ def test_cost_stands_at_the_time_given():
 def test_terms_of_methods_side_by_side():
     rows = [{"step": 1, "term/sup": 2.0, "term/x": 0.0}, {"step": 2, "term/sup": 1.0, "term/x": 1.0}]
     histories = {"a": rows, "b": [{"step": 1, "term/sup": 1.0}]}
-    first, second = figures.terms_of(histories, across=2).axes
+    first, second = figures.terms(histories).axes
     drawn = [(line.get_label(), [*line.get_xdata()], [*line.get_ydata()]) for line in first.lines]
     assert drawn == [("sup", [1, 2], [2, 1]), ("x", [2], [1])]
     assert (first.get_title(), second.get_title(), first.get_yscale()) == ("a", "b", "log")
@@ -311,6 +311,6 @@ def test_figure1_names_every_loss_and_network():
 
 def test_files_are_whole_and_reproducible(tmp_path):
     history = [{"step": 1, "loss": 2.0, "term/sup": 2.0}]
-    first, second = (figures.save(figures.terms(history), tmp_path / n) for n in ("a.png", "new/b.png"))
+    first, second = (figures.save(figures.terms({"": history}), tmp_path / n) for n in ("a.png", "new/b.png"))
     assert first.read_bytes() == second.read_bytes() and first.read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.rglob("*.tmp")] == []

@@ -4,8 +4,6 @@ Each takes (B, 3, H, W) float in [0, 1] and returns the same.
 `draw` draws the parameters of an operation, one per sample.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -34,17 +32,16 @@ def _blend(images: Tensor, other: Tensor, amount: Tensor) -> Tensor:
     return (amount * images + (1 - amount) * other).clamp(0, 1)
 
 
-def brightness(images: Tensor, strength: float = 0.5, draw: Draw = uniform) -> Tensor:
-    return (images * draw(images, 1 - strength, 1 + strength)).clamp(0, 1)
+def brightness(images: Tensor, draw: Draw = uniform) -> Tensor:
+    return (images * draw(images, 0.5, 1.5)).clamp(0, 1)
 
 
-def contrast(images: Tensor, strength: float = 0.5, draw: Draw = uniform) -> Tensor:
-    mean = _grey(images).mean((2, 3), keepdim=True)
-    return _blend(images, mean, draw(images, 1 - strength, 1 + strength))
+def contrast(images: Tensor, draw: Draw = uniform) -> Tensor:
+    return _blend(images, _grey(images).mean((2, 3), keepdim=True), draw(images, 0.5, 1.5))
 
 
-def saturation(images: Tensor, strength: float = 0.5, draw: Draw = uniform) -> Tensor:
-    return _blend(images, _grey(images), draw(images, 1 - strength, 1 + strength))
+def saturation(images: Tensor, draw: Draw = uniform) -> Tensor:
+    return _blend(images, _grey(images), draw(images, 0.5, 1.5))
 
 
 def hue(images: Tensor, strength: float = 0.25, draw: Draw = uniform) -> Tensor:
@@ -90,13 +87,7 @@ def greyscale(images: Tensor, draw: Draw = uniform) -> Tensor:
     return _grey(images).expand_as(images)
 
 
-def equalize(images: Tensor) -> Tensor:
-    return TF.equalize(images)
-
-
-def solarize(images: Tensor) -> Tensor:
-    """Invert what is brighter than one half."""
-    return torch.where(images >= 0.5, 1 - images, images)
+equalize, solarize = TF.equalize, partial(TF.solarize, threshold=0.5)  # solarize inverts what is brighter
 
 
 def _shift(images: Tensor, draw: Draw = uniform) -> Tensor:

@@ -1,7 +1,5 @@
 """The weak view: random scale, crop and flip of image, label and validity; normalising."""
 
-from __future__ import annotations
-
 import math
 from functools import cache
 
@@ -17,13 +15,9 @@ FILL = tuple(round(255 * m) for m in MEAN)  # padding: the mean colour, zero aft
 
 
 def geometry(
-    image: Tensor,
-    label: Tensor | None,
-    crop: tuple[int, int],
-    scale: tuple[float, float],
-    base: int,
+    image: Tensor, label: Tensor | None, crop: tuple[int, int], scale: tuple[float, float], base: int,
     rng: np.random.Generator,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Weak view: random scale, random crop, padding, horizontal flip; the same for image, label and validity.
 
     image (3, H, W) uint8, label (H, W) uint8 or None
@@ -40,36 +34,24 @@ def geometry(
     # The window in the scaled image, then the same window in the source: at most the whole image.
     inside = [min(c, s) for c, s in zip(crop, scaled, strict=True)]
     top, left = (int(rng.integers(s - i + 1)) for s, i in zip(scaled, inside, strict=True))
-    (rows, tall, y), (columns, wide, x) = (
-        _source(*axis, factor) for axis in ((top, inside[0], height), (left, inside[1], width))
-    )
-    window = image[:, rows, columns]
-    target = (torch.full((height, width), IGNORE, dtype=torch.uint8) if label is None else label)[
-        rows, columns
-    ]
+    rows, tall, y = _source(top, inside[0], height, factor)
+    columns, wide, x = _source(left, inside[1], width, factor)
+    label = torch.full((height, width), IGNORE, dtype=torch.uint8) if label is None else label
+    window, target = image[:, rows, columns], label[None, rows, columns]
     if window.shape[-2:] != (tall, wide):
-        window = TF.resize_image(
-            window, [tall, wide], interpolation=TF.InterpolationMode.BILINEAR, antialias=True
-        )
         # "Exact" samples at pixel centres, as the image does; plain nearest shifts labels by half a pixel.
-        target = TF.resize_image(
-            target[None], [tall, wide], interpolation=TF.InterpolationMode.NEAREST_EXACT
-        )[0]
-    window, target = (
-        window[:, y : y + inside[0], x : x + inside[1]],
-        target[y : y + inside[0], x : x + inside[1]],
-    )
+        window = TF.resize_image(window, [tall, wide], TF.InterpolationMode.BILINEAR, antialias=True)
+        target = TF.resize_image(target, [tall, wide], TF.InterpolationMode.NEAREST_EXACT)
+    window, target = (found[:, y : y + inside[0], x : x + inside[1]] for found in (window, target))
     if rng.random() < 0.5:
         window, target = window.flip(-1), target.flip(-1)
     room = [c - i for c, i in zip(crop, inside, strict=True)]
     above, before = (int(rng.integers(r + 1)) for r in room)
-    place = (slice(above, above + inside[0]), slice(before, before + inside[1]))
+    place = (..., slice(above, above + inside[0]), slice(before, before + inside[1]))
     out = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].repeat(1, *crop)
-    out[:, place[0], place[1]] = window
     out_label = torch.full(crop, IGNORE, dtype=torch.uint8)
-    out_label[place] = target
     valid = torch.zeros(crop, dtype=torch.bool)
-    valid[place] = True
+    out[place], out_label[place], valid[place] = window, target[0], True
     return out, out_label, valid
 
 

@@ -214,13 +214,6 @@ def open_mask(path: Path) -> Iterator[Image.Image]:
             raise DataError(f"{path}: a mask with EXIF orientation {turned}; save it upright, unmarked")
 
 
-def mask_size(path: Path) -> tuple[int, int]:
-    """Height and width of a mask, all of which can be read."""
-    with open_mask(path) as picture:
-        picture.load()
-        return picture.size[::-1]
-
-
 def stored(picture: Image.Image) -> np.ndarray:
     """The numbers that a mask stores: PIL stretches grey of 2 and 4 bits to 0..255, which is undone."""
     raw = picture.tile[0][3] if picture.tile else ""  # type: ignore[attr-defined]

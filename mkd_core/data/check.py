@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -96,69 +97,62 @@ def _check_lists(report: Report, dataset: SegDataset, split: Split) -> None:
 def _check_files(report: Report, dataset: SegDataset, split: Split) -> list[str]:
     """Report files that are missing; return the ids of the others."""
     required = {*split.labeled, *dataset.val}
-    there, images, masks = [], [], []
-    for id in sorted({*required, *split.unlabeled}):
-        image, mask = dataset.files(id)
-        image_there = image is None or image.is_file()
-        mask_there = image is None or id not in required or (mask is not None and mask.is_file())
-        images += [] if image_there else [image]
-        masks += [] if mask_there else [mask or id]
-        there += [id] if image_there and mask_there else []
-    for kind, paths in (("images", images), ("masks", masks)):
-        if paths:
-            report.problems.append(f"{some(paths, kind)} missing. {dataset.where}")
-    return there
+    files = {id: dataset.files(id) for id in sorted({*required, *split.unlabeled})}
+    images = {id: image for id, (image, _) in files.items() if image and not image.is_file()}
+    wanted = {id: mask for id, (image, mask) in files.items() if image and id in required}
+    masks = {id: mask or id for id, mask in wanted.items() if not (mask and mask.is_file())}
+    for kind, missing in (("images", images), ("masks", masks)):
+        if missing:
+            report.problems.append(f"{some(missing.values(), kind)} missing. {dataset.where}")
+    return [id for id in files if id not in images and id not in masks]
 
 
-@dataclass
-class _Content:
+class _Content(NamedTuple):
     """What one image and its mask hold."""
 
-    id: str
-    fault: str = ""
+    fault: str
     pixels: bytes = b""  # a hash of the image as it is trained on
     turned: bool = False  # by EXIF orientation
-    counts: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # pixels of each label value
+    counts: np.ndarray = np.zeros(256, np.int64)  # pixels of each label value
     palette: bytes = b""  # of the mask, three bytes an index
 
 
 def _look(dataset: SegDataset, id: str) -> _Content:
-    found = _Content(id)
     try:
         file, mask = dataset.files(id)
-        image, found.turned = read_turned(file) if file else (dataset.image(id), False)
-        pixels = image.numpy()
-        if pixels.min() < pixels.max():  # pictures of one colour are alike and no copies
-            found.pixels = hashlib.sha256(pixels.tobytes()).digest()
-        if dataset.has_label(id):
-            label, size = dataset.label(id), tuple(image.shape[1:])
-            if label.shape != size:
-                why = " (its EXIF orientation is applied, so the mask must be upright too)" * found.turned
-                raise DataError(f"{id}: the image has {size} pixels{why}, its mask {tuple(label.shape)}")
-            found.palette = read_palette(mask) if mask else b""
-            found.counts = np.bincount(label.numpy().ravel(), minlength=256)
+        image, turned = read_turned(file) if file else (dataset.image(id), False)
+        varied = image.min() < image.max()  # pictures of one colour are alike and no copies
+        pixels = hashlib.sha256(image.numpy().tobytes()).digest() if varied else b""
+        if not dataset.has_label(id):
+            return _Content("", pixels, turned)
+        label, size = dataset.label(id), tuple(image.shape[1:])
+        if label.shape != size:
+            why = " (its EXIF orientation is applied, so the mask must be upright too)" * turned
+            raise DataError(f"{id}: the image has {size} pixels{why}, its mask {tuple(label.shape)}")
+        counts = np.bincount(label.numpy().ravel(), minlength=256)
+        return _Content("", pixels, turned, counts, read_palette(mask) if mask else b"")
     except DataError as error:
-        found.fault = str(error)
-    return found
+        return _Content(str(error))
 
 
 def _check_contents(
     report: Report, dataset: SegDataset, split: Split, ids: Sequence[str], progress: Progress | None
 ) -> None:
-    labeled, val = set(split.labeled), set(dataset.val)
-    counts = {"labeled": np.zeros(256, np.int64), "val": np.zeros(256, np.int64)}
+    parts = {"labeled": set(split.labeled), "val": set(dataset.val)}
+    counts = {part: np.zeros(256, np.int64) for part in parts}
     faults, turned = [], []
     pictures: dict[bytes, list[str]] = defaultdict(list)
     colours: dict[int, dict[bytes, list[str]]] = defaultdict(lambda: defaultdict(list))
     with ThreadPoolExecutor() as pool:
-        for done, found in enumerate(pool.map(lambda id: _look(dataset, id), ids), 1):
+        looks = zip(ids, pool.map(lambda id: _look(dataset, id), ids), strict=True)
+        for done, (id, found) in enumerate(looks, 1):
             faults += [found.fault] if found.fault else []
-            turned += [found.id] if found.turned else []
-            pictures[found.pixels or found.id.encode()].append(found.id)
-            for part, members in (("labeled", labeled), ("val", val)):
-                counts[part] += found.counts if found.id in members else 0
+            turned += [id] if found.turned else []
+            pictures[found.pixels or id.encode()].append(id)
+            for part, members in parts.items():
+                counts[part] += found.counts if id in members else 0
             for index in np.flatnonzero(found.counts).tolist() if found.palette else ():
-                colours[index][found.palette[3 * index : 3 * index + 3]].append(found.id)
+                colours[index][found.palette[3 * index : 3 * index + 3]].append(id)
             if progress:
                 progress(done, len(ids))
     names = {**dict(enumerate(dataset.classes)), IGNORE: "ignored"}
@@ -170,6 +164,7 @@ def _check_contents(
     elif len(ids) == len({*split.labeled, *split.unlabeled, *dataset.val}):
         _check_classes(report, dataset, counts)
 
+    val = parts["val"]
     twins = [same for same in pictures.values() if val.intersection(same) and not val.issuperset(same)]
     if copies := [" = ".join(same) for same in twins]:
         # the published sets are what they are

@@ -5,33 +5,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.datasets import Cityscapes as Official
 
 from .base import IGNORE, DataError, FileDataset, find_root, read_label
 
-# index, official id, name, colour: cityscapesScripts, helpers/labels.py
-LABELS = (
-    (7, "road", (128, 64, 128)),
-    (8, "sidewalk", (244, 35, 232)),
-    (11, "building", (70, 70, 70)),
-    (12, "wall", (102, 102, 156)),
-    (13, "fence", (190, 153, 153)),
-    (17, "pole", (153, 153, 153)),
-    (19, "traffic light", (250, 170, 30)),
-    (20, "traffic sign", (220, 220, 0)),
-    (21, "vegetation", (107, 142, 35)),
-    (22, "terrain", (152, 251, 152)),
-    (23, "sky", (70, 130, 180)),
-    (24, "person", (220, 20, 60)),
-    (25, "rider", (255, 0, 0)),
-    (26, "car", (0, 0, 142)),
-    (27, "truck", (0, 0, 70)),
-    (28, "bus", (0, 60, 100)),
-    (31, "train", (0, 80, 100)),
-    (32, "motorcycle", (0, 0, 230)),
-    (33, "bicycle", (119, 11, 32)),
-)
+# In the order of their train ids.
+LABELS = [each for each in Official.classes if 0 <= each.train_id < IGNORE]
 TRAIN_ID = torch.full((256,), IGNORE, dtype=torch.uint8)
-TRAIN_ID[[id for id, _, _ in LABELS]] = torch.arange(len(LABELS), dtype=torch.uint8)
+TRAIN_ID[[each.id for each in LABELS]] = torch.arange(len(LABELS), dtype=torch.uint8)
 
 
 class Cityscapes(FileDataset):
@@ -43,8 +24,8 @@ class Cityscapes(FileDataset):
     """
 
     name = "cityscapes"
-    classes = tuple(name for _, name, _ in LABELS)
-    palette = np.array([colour for _, _, colour in LABELS], np.uint8)
+    classes = tuple(each.name for each in LABELS)
+    palette = np.array([each.color for each in LABELS], np.uint8)
     pattern = r"[^\s/]+?(?=_leftImg8bit\b|_gtFine|\.png|\s|$)"
     where = (
         "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip, after registration: "

@@ -4,28 +4,21 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
+from ..progress import Progress
 from .base import IGNORE, DataError, FileDataset, colormap, find_root, some
 
 Objects = dict[Any, list[tuple[dict[str, Any], str]]]  # annotation and class name, by the image's id
-# index 0 is background, a class like the others; then the 80 things in the order of their official ids
-CLASSES = (
-    "background", "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat",
-    "traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog",
-    "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag",
-    "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite", "baseball bat",
-    "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle", "wine glass", "cup", "fork",
-    "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli", "carrot", "hot dog",
-    "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet", "tv",
-    "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
-    "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
-)  # fmt: skip
+NAMES = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][
+    1:
+]  # of the 80 things, in the order of their ids
+CLASSES = ("background", *(name for name in NAMES if name != "N/A"))
 
 
 class COCO(FileDataset):
@@ -57,11 +50,10 @@ class COCO(FileDataset):
         return self.root / part / f"{id}.jpg", self.masks / f"{id}.png"
 
 
-def render_masks(annotations: Path, out: Path, progress: Callable[[int, int], None] | None = None) -> int:
+def render_masks(annotations: Path, out: Path) -> int:
     """Write out/<id>.png (grey, 0..80, 255) for each image of an instances_*.json; return their number.
 
     Masks that exist are kept, so that a second call continues a first.
-    `progress(done, total)` is called after each image.
     """
     content = json.loads(Path(annotations).read_text(encoding="utf-8"))
     names, images, objects = read_instances(annotations, content)
@@ -69,7 +61,7 @@ def render_masks(annotations: Path, out: Path, progress: Callable[[int, int], No
         what = f"{some(own, 'categories')} not of COCO's 80"
         raise DataError(f"{annotations}: {what}; own classes belong in data set 'folder'")
     out.mkdir(parents=True, exist_ok=True)
-    written = 0
+    written, say = 0, Progress("masks")
     for done, image in enumerate(images, 1):
         path = out / f"{int(image['id']):012d}.png"
         if not path.exists():
@@ -82,8 +74,7 @@ def render_masks(annotations: Path, out: Path, progress: Callable[[int, int], No
             Image.fromarray(mask).save(part, "png")
             os.replace(part, path)  # a killed run leaves no half mask under a final name
             written += 1
-        if progress:
-            progress(done, len(images))
+        say(f"{done:,} of {len(images):,}")
     return written
 
 
@@ -143,13 +134,12 @@ def _decode(outline: Any, height: int, width: int) -> np.ndarray:
             return np.zeros((height, width), bool)
         return rle.decode(rle.merge(rle.frPyObjects(polygons, height, width))).astype(bool)
     counts = outline["counts"]
+    listed = isinstance(counts, list)
+    mask = rle.decode(
+        rle.frPyObjects(outline, *outline["size"]) if listed else {**outline, "counts": counts.encode()}
+    )
     # where run lengths are too few the library leaves the rest of the mask as it finds it
-    if isinstance(counts, list):
-        mask = rle.decode(rle.frPyObjects(outline, *outline["size"]))
-        whole = sum(counts) == mask.size
-    else:
-        mask = rle.decode({**outline, "counts": counts.encode()})
-        whole = rle.encode(mask)["counts"] == counts.encode()
+    whole = sum(counts) == mask.size if listed else rle.encode(mask)["counts"] == counts.encode()
     if not whole or mask.shape != (height, width):
         raise ValueError(f"run lengths do not add up to {height} x {width} pixels")
     return mask.astype(bool)

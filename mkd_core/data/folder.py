@@ -101,18 +101,15 @@ class Folder(FileDataset):
 
 
 def _class_names(root: Path, classes: Sequence[str] | int | None) -> tuple[str, ...]:
-    file, given = (
-        root / "classes.txt",
-        [f"class {k}" for k in range(classes)] if isinstance(classes, int) else classes,
-    )
+    file = root / "classes.txt"
+    given = [f"class {k}" for k in range(classes)] if isinstance(classes, int) else classes
     if given is None and not file.is_file():
         ways = "Give classes=[names], classes=<number>, or one name per line in"
         raise DataError(f"which classes do the masks hold? {ways} {file}")
     names = tuple(read_classes(file) if given is None else _plain_names(map(str, given), "classes"))
     if isinstance(classes, str) or not 1 < len(names) <= IGNORE or len(set(names)) < len(names):
-        raise DataError(
-            f"classes are 2 to {IGNORE} different names, or their number; got {classes or names!r}"
-        )
+        wanted = f"classes are 2 to {IGNORE} different names, or their number"
+        raise DataError(f"{wanted}; got {classes or names!r}")
     return names
 
 

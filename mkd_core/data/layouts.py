@@ -1,7 +1,5 @@
 """A person's folder of photos and masks: which mask belongs to which photo, told by the names of files and folders."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import unicodedata
@@ -9,9 +7,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from .base import DataError, refuse_faulty, some
+from .base import DataError, refuse_faulty
 from .outlines import Drawing, read_drawings
-from .pictures import PICTURES, absolute, find_pictures
+from .pictures import PICTURES, absolute, find_pictures, tell
 
 IMAGE_FOLDERS = "images image imgs img photos jpegimages leftimg8bit rgb frames inputs"
 MASK_FOLDERS = (
@@ -66,10 +64,10 @@ def find_pairs(root: Path, out: Path, images: str = "", masks: str = "") -> tupl
     found = [path for path in found if not prepared.intersection(path.parents)]
     pictures = [path for path in found if path.suffix.lower() in PICTURES.split()]
     drawings = _drawings([path for path in found if path.suffix.lower() == ".json"], root, left_out)
-    others = [path for path in pictures if OTHERS.search(path.relative_to(root).with_suffix("").as_posix())]
-    _tell(left_out, "colours, instances or objects, no classes", root, others)
+    others = {path for path in pictures if OTHERS.search(path.relative_to(root).with_suffix("").as_posix())}
+    tell(left_out, "colours, instances or objects, no classes", root, others)
     own = [(absolute(root / masks), True)] * bool(masks) + [(absolute(root / images), False)] * bool(images)
-    files = [_look(path, root, own) for path in pictures if path not in set(others)]
+    files = [_look(path, root, own) for path in pictures if path not in others]
     photos = [file for file in files if not file.is_mask]
     drawn = [_look(root / of.place, root, own)._replace(path=path, rank=99) for path, of in drawings.items()]
     chosen = _choose(photos, [*(file for file in files if file.is_mask), *drawn], root, left_out)
@@ -84,7 +82,8 @@ def find_pairs(root: Path, out: Path, images: str = "", masks: str = "") -> tupl
     pairs = []
     for file in photos:
         name, mask = "/".join((*file.place, file.stems[0])), chosen.get(file.path)
-        pairs.append(Pair(name, file.path, mask, _part(file.place), drawings.get(mask or root)))
+        part = next((PARTS[folder.lower()] for folder in file.place if folder.lower() in PARTS), "")
+        pairs.append(Pair(name, file.path, mask, part, drawings.get(mask or root)))
     return sorted(pairs), left_out
 
 
@@ -98,9 +97,9 @@ def _drawings(paths: list[Path], root: Path, left_out: list[str]) -> dict[Path, 
         except DataError as error:
             faults.append(str(error))
     refuse_faulty(faults)
-    _tell(left_out, "JSON neither of labelme nor of COCO's instances", root, others)
+    tell(left_out, "JSON neither of labelme nor of COCO's instances", root, others)
     why = "no outline in it, so the photo is unlabeled (a shape _background_: nothing there)"
-    _tell(left_out, why, root, [path for path, drawing in found.items() if not drawing.objects])
+    tell(left_out, why, root, [path for path, drawing in found.items() if not drawing.objects])
     return {path: drawing for path, drawing in found.items() if drawing.objects}
 
 
@@ -116,9 +115,7 @@ def _choose(photos: list[_File], masks: list[_File], root: Path, left_out: list[
     for (_, stem), file in known.items():
         by_stem[stem].add(file)
     masks_of, alone, spare = defaultdict(list), [], []
-    beside = [
-        [known[file.place, stem] for stem in file.stems if (file.place, stem) in known] for file in masks
-    ]
+    beside = [[known[at] for stem in file.stems if (at := (file.place, stem)) in known] for file in masks]
     served = {photo for near in beside for photo in near}
     for file, near in zip(masks, beside, strict=True):
         # Masks in another tree of folders: by the name, where it is the only one.
@@ -134,8 +131,8 @@ def _choose(photos: list[_File], masks: list[_File], root: Path, left_out: list[
             raise DataError(f"{photo} has several masks, {same[0].path} and {twins[0]}: move one away")
         chosen[photo] = same[0].path
         spare += [file.path for file in same[1:]]
-    _tell(left_out, "another form of a mask", root, spare)
-    _tell(left_out, "a mask without a photo of its name", root, alone)
+    tell(left_out, "another form of a mask", root, spare)
+    tell(left_out, "a mask without a photo of its name", root, alone)
     return chosen
 
 
@@ -160,19 +157,17 @@ def draw_parts(
     every = sum(map(len, parts.values()))
     for part, share in (("test", test), ("val", val)):
         if not parts[part] and share:
-            groups = defaultdict(list)
-            for pair in parts["train"]:
-                groups[group(pair)].append(pair)
-            for name in sorted(groups, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest()):
-                if len(parts[part]) < max(1, round(share * every)):
-                    parts[part] += groups[name]
-            drawn = {pair.image for pair in parts[part]}
-            parts["train"] = [pair for pair in parts["train"] if pair.image not in drawn]
+            ranked = sorted(
+                parts["train"], key=lambda p: hashlib.sha256(f"{seed}:{group(p)}".encode()).digest()
+            )
+            end = max(1, round(share * every))
+            while end < len(ranked) and group(ranked[end]) == group(ranked[end - 1]):
+                end += 1
+            parts[part], parts["train"] = ranked[:end], sorted(ranked[end:])
     if not parts["train"] or not parts["val"]:
         counts = ", ".join(f"{part} {len(of)}" for part, of in parts.items())
-        raise DataError(
-            f"photos with masks: {counts}; train and val need some: more photos, or groups, are needed"
-        )
+        needed = "train and val need some: more photos, or groups, are needed"
+        raise DataError(f"photos with masks: {counts}; {needed}")
     held = {group(pair) for pair in parts["val"] + parts["test"]} if pattern else set()
     bare = [pair for pair in pairs if not pair.mask]
     parts[""] = [pair for pair in bare if group(pair) not in held]
@@ -201,12 +196,3 @@ def _look(path: Path, root: Path, own: list[tuple[Path, bool]]) -> _File:
 def _ending(stem: str, endings: str) -> str:
     """The first of the endings that a name has, "" for none."""
     return next((ending for ending in endings.split() if stem.lower().endswith(ending.lower())), "")
-
-
-def _part(place: tuple[str, ...]) -> str:
-    return next((PARTS[name.lower()] for name in place if name.lower() in PARTS), "")
-
-
-def _tell(lines: list[str], why: str, root: Path, paths: list[Path]) -> None:
-    if paths:
-        lines.append(f"Left out, {why}: {some((path.relative_to(root) for path in sorted(paths)), 'files')}")

@@ -1,7 +1,5 @@
 """What mask files mean: indices, grey levels, colours or black and white; and masks of class indices made from them."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -36,15 +34,6 @@ class Meaning:
     notes: list[str]
 
 
-@dataclass
-class _Look:
-    """What one mask holds."""
-
-    coloured: bool
-    mode: str
-    palette: dict[int, tuple[int, ...]]
-
-
 def understand(
     paths: Sequence[Path], classes: Sequence[str] | int | None, table: dict[tuple[int, ...], str]
 ) -> Meaning:
@@ -52,16 +41,15 @@ def understand(
 
     table: colour (r, g, b) -> name; {} where there is none.
     """
-    looks = each(_look, paths)
+    modes, coloured, used = zip(*each(_look, paths), strict=True)
     palettes: dict[int, tuple[int, ...]] = {}
-    used = [pair for look in looks for pair in look.palette.items()]
-    agree = all([palettes.setdefault(k, colour) == colour for k, colour in used])
-    colours = bool(table) or not agree or any(look.coloured for look in looks)
+    agree = all([palettes.setdefault(k, colour) == colour for of in used for k, colour in of.items()])
+    colours = bool(table) or not agree or any(coloured)
     counts, where = Counter[int](), dict[int, Path]()
-    for path, found in zip(paths, each(lambda path: _count(path, colours), paths), strict=True):
-        for value, count in found.items():
-            counts[value] += count
-            where.setdefault(value, path)
+    counted = each(lambda path: np.unique(_numbers(path, colours), return_counts=True), paths)
+    for path, (values, times) in zip(paths, counted, strict=True):
+        counts.update(dict(zip(values.tolist(), times.tolist(), strict=True)))
+        where = dict.fromkeys(values.tolist(), path) | where
     if len(counts) > MOST and not table:
         kind, path = "colours" if colours else "values", where[max(counts, key=lambda value: -counts[value])]
         raise DataError(f"the masks hold {len(counts):,} {kind} (rare ones in {path}): classes are {MOST} at most; "
@@ -72,27 +60,26 @@ def understand(
     )
     names = [f"class {k}" for k in range(classes)] if isinstance(classes, int) else list(classes or [])
     if colours:
-        return _of_colours(counts, where, names, table, shown, agree)
-    values, said = _of_values(set(counts), names, shown)
-    names = names or ["background", "foreground"]
-    same = all(value == index for value, index in values.items())
-    as_is = same and all(look.mode in INDEX_MODES for look in looks)
+        return _of_colours(where, names, table, shown, agree)
+    if not names and (counts.keys() <= {0, IGNORE} or counts.keys() == {0, 1}):
+        names = ["background", "foreground"]
+    classes_of, said = _of_values(set(counts), names, shown)
+    same = all(value == index for value, index in classes_of.items())
+    as_is = same and {*modes} <= {*INDEX_MODES}
     palette = [list(palettes[k]) for k in range(len(names)) if same and k in palettes]
     whole = palette if len(palette) == len(names) else None
-    return Meaning(tuple(names), partial(_read, values, False), as_is, whole, [said])
+    return Meaning(tuple(names), partial(_read, classes_of, False), as_is, whole, [said])
 
 
 def _of_values(values: set[int], names: list[str], shown: str) -> tuple[dict[int, int], str]:
     """Number -> class of grey levels and indices, and what was decided."""
     proper = sorted(values - {IGNORE, 65535})
     ignored = dict.fromkeys(values - set(proper), IGNORE)
-    if values <= {0, IGNORE} and len(names) in (0, 2):
+    if values <= {0, IGNORE} and len(names) == 2:
         return {0: 0, IGNORE: 1}, "0 is the first class and 255 the second"
     if len(names) >= 2 and proper and proper[-1] < len(names):
         told = "0 occurs nowhere; " * (0 not in values)
         return {value: value for value in proper} | ignored, f"{told}the numbers in the masks are the classes"
-    if values == {0, 1} and not names:
-        return {0: 0, 1: 1}, "the numbers in the masks are the classes"
     order = proper if len(proper) == len(names) else sorted(values) if len(values) == len(names) else None
     if order:
         listed = ", ".join(f"{value} is {name}" for value, name in zip(order[:8], names, strict=False))
@@ -103,27 +90,23 @@ def _of_values(values: set[int], names: list[str], shown: str) -> tuple[dict[int
 
 
 def _of_colours(
-    counts: Counter[int], where: dict[int, Path], names: list[str], table: dict[tuple[int, ...], str], shown: str, agree: bool
-) -> Meaning:  # fmt: skip
+    where: dict[int, Path], names: list[str], table: dict[tuple[int, ...], str], shown: str, agree: bool
+) -> Meaning:
+    """Name the colours, of which `where` has each with a mask, by the table or in their order."""
     notes = ["colours are read as classes", *["as palettes differ in their order"] * (not agree)]
-    if table:
-        known = {r << 16 | g << 8 | b: name for (r, g, b), name in table.items()}
-        if other := [f"{_colour(value)} in {where[value].name}" for value in counts if value not in known]:
-            raise DataError(f"{some(other, 'colours')} of the masks are not in the colour table")
-        void = [name for name in known.values() if name.lower() in VOID]
-        names = list(dict.fromkeys(name for name in known.values() if name not in void))
-        values = {value: IGNORE if name in void else names.index(name) for value, name in known.items()}
-        notes += [f"ignored: {', '.join(void)}"] * bool(void)
-    else:
-        if len(names) != len(counts):
-            have = f"{len(names)} names do not fit" if names else "which classes are they?"
-            raise DataError(f"the masks hold {len(counts)} colours:\n{shown}\n{have} Give the names in this order, "
-                            "--classes a,b,c (void: ignored), or a table, --colours FILE with lines 'r g b name'")  # fmt: skip
-        order = [name for name in names if name.lower() not in VOID]
-        named = dict(zip(sorted(counts), names, strict=True))
-        values = {value: order.index(n) if n in order else IGNORE for value, n in named.items()}
-        notes += [f"{_colour(value)} is {name}" for value, name in named.items()]
-        names = order
+    if not table and len(names) != len(where):
+        have = f"{len(names)} names do not fit" if names else "which classes are they?"
+        raise DataError(f"the masks hold {len(where)} colours:\n{shown}\n{have} Give the names in this order, "
+                        "--classes a,b,c (void: ignored), or a table, --colours FILE with lines 'r g b name'")  # fmt: skip
+    named = {r << 16 | g << 8 | b: name for (r, g, b), name in table.items()}
+    named = named or dict(zip(sorted(where), names, strict=True))
+    if other := [f"{_colour(value)} in {path.name}" for value, path in where.items() if value not in named]:
+        raise DataError(f"{some(other, 'colours')} of the masks are not in the colour table")
+    void = [name for name in named.values() if name.lower() in VOID]
+    names = list(dict.fromkeys(name for name in named.values() if name not in void))
+    values = {value: IGNORE if name in void else names.index(name) for value, name in named.items()}
+    notes += [f"ignored: {', '.join(void)}"] if void else []
+    notes += [] if table else [f"{_colour(value)} is {name}" for value, name in named.items()]
     first = {index: value for value, index in reversed(values.items())}
     palette = [[first[k] >> 16, first[k] >> 8 & 255, first[k] & 255] for k in range(len(names))]
     return Meaning(tuple(names), partial(_read, values, True), False, palette, notes)
@@ -148,12 +131,13 @@ def each(look, paths):  # type: ignore[no-untyped-def]
         return list(pool.map(look, paths))
 
 
-def _look(path: Path) -> _Look:
+def _look(path: Path) -> tuple[str, bool, dict[int, tuple[int, ...]]]:
+    """The mode of a mask, whether it is coloured, and its palette as far as it is used."""
     with open_mask(path) as picture:
         mode, pixels, palette = picture.mode, np.array(picture), picture.getpalette() or []
     coloured = mode in ("RGB", "RGBA") and bool((pixels[..., :3] != pixels[..., :1]).any())
-    used = np.flatnonzero(np.bincount(pixels.ravel())).tolist() if mode == "P" else ()
-    return _Look(coloured, mode, {k: tuple(palette[3 * k : 3 * k + 3]) for k in used})
+    used = np.unique(pixels).tolist() if mode == "P" else ()
+    return mode, coloured, {k: tuple(palette[3 * k : 3 * k + 3]) for k in used}
 
 
 def _read(values: dict[int, int], colours: bool, path: Path) -> np.ndarray:
@@ -171,11 +155,6 @@ def _numbers(path: Path, colours: bool) -> np.ndarray:
             return red << 16 | green << 8 | blue
         numbers = stored(picture).astype(np.int32)
         return numbers if numbers.ndim == 2 else numbers[..., 0]
-
-
-def _count(path: Path, colours: bool) -> dict[int, int]:
-    values, counts = np.unique(_numbers(path, colours), return_counts=True)
-    return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
 def _colour(value: int) -> str:

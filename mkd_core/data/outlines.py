@@ -1,7 +1,5 @@
 """Outlines that people drew, in labelme's JSON files or in one of COCO's kind, as masks of class indices."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

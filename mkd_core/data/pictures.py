@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from .base import DataError, local, some
@@ -18,7 +18,7 @@ def find_pictures(paths: Sequence[str | Path], out: Path, beside: str = "") -> t
     beside: names and suffixes of other files that are wanted.
     """
     files: list[Path] = []
-    left_out = []
+    left_out: list[str] = []
     for path in map(absolute, paths):
         if not path.is_dir():
             files.append(path)
@@ -26,13 +26,20 @@ def find_pictures(paths: Sequence[str | Path], out: Path, beside: str = "") -> t
         found = _search(path, out, (PICTURES + " " + beside).split())
         files += (pictures := sorted(found.pop("", [])))
         for why, others in found.items():
-            left_out.append(f"Left out, {why}: {some((file.relative_to(path) for file in others), 'files')}")
+            tell(left_out, why, path, others)
         if not pictures:
             nothing = f"{path}: no picture ({PICTURES}) in this folder or below it"
             raise DataError("\n".join([nothing, *left_out]))
     if not files:
         raise DataError("no images given: name files or folders")
     return list(dict.fromkeys(files)), left_out
+
+
+def tell(left_out: list[str], why: str, top: Path, paths: Collection[Path]) -> None:
+    """Add to what was left out and why the files below a folder, if there are any."""
+    if paths:
+        names = some((path.relative_to(top) for path in sorted(paths)), "files")
+        left_out.append(f"Left out, {why}: {names}")
 
 
 def _search(top: Path, out: Path, wanted: Sequence[str]) -> dict[str, list[Path]]:

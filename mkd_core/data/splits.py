@@ -116,10 +116,8 @@ def published_count(key: str) -> int:
 
 def as_published(key: str, ids: Sequence[str]) -> bool | None:
     """Compare `ids` with the published set "voc/train", "voc/val", ...; None where there is none."""
-    if key not in _lists()["sets"]:
-        return None
-    count, _, sha256 = _lists()["sets"][key]
-    return len(ids) == count and sha256 in (None, set_hash(ids))
+    count, _, sha256 = _lists()["sets"].get(key, (None, "", ""))
+    return None if count is None else len(ids) == count and sha256 in (None, set_hash(ids))
 
 
 @cache
@@ -136,12 +134,12 @@ def _published_split(dataset: SegDataset, name: str) -> Split:
         choose(f"{dataset.name} split", name, [*counts, *own, *others])
     count, file, sha256 = _lists()[dataset.name][name]
     labeled = _verified(file, dataset.pattern, count, sha256)
-    if not as_published(f"{dataset.name}/train", dataset.train):
-        whole = f"{published_count(f'{dataset.name}/train')} training images of {dataset.name!r}"
+    key = f"{dataset.name}/train"
+    if not as_published(key, dataset.train):
+        whole = f"split {name} is drawn from the {published_count(key)} training images of {dataset.name!r}"
         missing = some(sorted(set(labeled) - set(dataset.train)), "labeled images")
         there = f"{dataset.root} has {len(dataset.train)}, without {missing}. {dataset.where}"
-        advice = "For a part of the data use 'random/1_16'."
-        raise DataError(f"split {name} is drawn from the {whole}; {there} {advice}")
+        raise DataError(f"{whole}; {there} For a part of the data use 'random/1_16'.")
     return _split(name, labeled, _rest(dataset, labeled))
 
 

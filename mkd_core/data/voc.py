@@ -2,15 +2,12 @@
 
 from pathlib import Path
 
+from torchvision import datasets
+from torchvision.models.segmentation import FCN_ResNet50_Weights
+
 from ..choices import choose
 from .base import DataError, FileDataset, colormap, find_root
 from .splits import published
-
-CLASSES = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
-    "tvmonitor",
-)  # fmt: skip
 
 
 class VOC(FileDataset):
@@ -24,7 +21,7 @@ class VOC(FileDataset):
     """
 
     name = "voc"
-    classes = CLASSES
+    classes = ("background", *FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"][1:])
     palette = colormap(21)
     pattern = r"\d{4}_\d{6}"
     where = (
@@ -72,9 +69,7 @@ def download(name: str, root: str) -> None:
 
     The augmented masks have no official archive.
     """
-    from torchvision.datasets import VOCSegmentation  # here: the data sets are read without torchvision
-
     choose("data set to download", name, ["voc", "voc_aug"])
     if not root:
         raise DataError("a download needs root, the folder to put the data in")
-    VOCSegmentation(root, year="2012", image_set="trainval", download=True)
+    datasets.VOCSegmentation(root, year="2012", image_set="trainval", download=True)

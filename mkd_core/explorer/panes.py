@@ -5,7 +5,6 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +12,8 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from .. import records
 from ..data.base import IGNORE
+from ..suite.predict import count, indexed, save_png, shares
 from .study import VIEWS, Array, Checkpoint, Prediction, Study, mean_iou
 
 HEAT = (matplotlib.colormaps["cividis"](np.linspace(0, 1, IGNORE))[:, :3] * 255).astype(np.uint8)
@@ -62,16 +61,8 @@ def by_class(found: Prediction, truth: Array | None, threshold: float, classes: 
     pixels: share of the image. kept: share of these whose confidence reaches the threshold.
     right: share of the kept ones whose label is the truth, where the truth is known.
     """
-
-    def count(mask: Array) -> Array:
-        each = np.bincount(found.label[mask], minlength=classes)
-        return np.append(each, each.sum())
-
-    keep = found.confidence >= threshold
-    known = np.zeros_like(keep) if truth is None else keep & (truth != IGNORE)
-    total, kept = count(np.ones_like(keep)), count(keep)
-    right = percent(count(known & (found.label == truth)), count(known))
-    return {"pixels": percent(total, total[-1]), "kept": percent(kept, total), "right": right}
+    counts = count(found.label, found.confidence >= threshold, truth, classes)
+    return dict(zip(("pixels", "kept", "right"), shares(counts), strict=True))
 
 
 def accuracy_curve(found: Prediction, truth: Array) -> Array:
@@ -223,19 +214,12 @@ def score(study: Study, id: str, a: Choice, b: Choice) -> dict[str, Any]:
 # Pictures.
 
 
-def palette_picture(mask: Array, colours: Array) -> Image.Image:
-    """Make a palette picture of (H, W) uint8 indices and (n, 3) uint8 colours; IGNORE is light grey."""
-    picture = Image.fromarray(mask)
-    picture.putpalette(colours.tobytes().ljust(3 * IGNORE, b"\0") + bytes([224] * 3))
-    return picture
-
-
 def mask_png(shown: Shown) -> bytes:
     """Encode the mask as a palette PNG in which IGNORE is clear; b"" where there is none."""
     if shown.mask is None:
         return b""
     buffer, clear = io.BytesIO(), bytes([255] * IGNORE + [0])
-    palette_picture(shown.mask, shown.colours).save(buffer, "PNG", compress_level=1, transparency=clear)
+    indexed(shown.mask, shown.colours).save(buffer, "PNG", compress_level=1, transparency=clear)
     return buffer.getvalue()
 
 
@@ -258,7 +242,7 @@ def side_by_side(shown: Sequence[Shown], alpha: float) -> Image.Image:
         whole.paste(Image.fromarray(pane.image), (left, 0))
         if pane.mask is not None:
             share = np.where(pane.mask == IGNORE, 0, round(255 * alpha)).astype(np.uint8)
-            tint = palette_picture(pane.mask, pane.colours).convert("RGB")
+            tint = indexed(pane.mask, pane.colours).convert("RGB")
             whole.paste(tint, (left, 0), Image.fromarray(share))
         left += pane.image.shape[1] + gap
     return whole.resize((whole.width * times, tall * times), Image.Resampling.NEAREST)
@@ -269,5 +253,5 @@ def write_new(folder: Path, stem: str, picture: Image.Image) -> Path:
     stem = re.sub(r"[^\w.-]+", "_", stem)
     names = (folder / f"{stem}{'' if k == 1 else f'-{k}'}.png" for k in itertools.count(1))
     path = next(name for name in names if not name.exists())
-    records.write_atomically(path, partial(picture.save, format="PNG"))
+    save_png(picture, path)
     return path

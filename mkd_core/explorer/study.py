@@ -12,13 +12,15 @@ import torch
 from numpy.typing import NDArray
 
 from .. import records
-from ..augment import STRONG, distort, geometry, mix, xor_boxes
+from ..augment import geometry, mix, xor_boxes
 from ..config import RunConfig, read_config
-from ..data import open_dataset
 from ..data.base import IGNORE, visible
-from ..data.splits import load_split
+from ..data.stream import Crops
 from ..methods import METHODS
 from ..metrics import confusion_matrix, miou
+from ..prepare import open_data
+from ..suite.figures import to_image
+from ..train import make_batch
 from ..trained import OpenRun, find_run, open_run
 
 Array = NDArray[Any]
@@ -81,10 +83,9 @@ class Study:
         data = [(c.dataset, Path(c.root).name, c.dataset_options) for c in self.configs]
         if odd := [folder for folder, its in zip(self.folders, data, strict=True) if its != data[0]]:
             raise ValueError(f"runs are compared on equal data; {odd[0].name} has other data than the first")
-        self.data = open_dataset(first.dataset, first.root, **first.dataset_options)
+        self.data, split = open_data(first)
         self.classes = self.data.classes
         self.palette = visible(self.data.palette, self.classes)
-        split = load_split(self.data, first.split, first.seed)
         sets = {"unlabeled": split.unlabeled, "labeled": split.labeled, "val": self.data.val}
         self.sets = {name: list(ids) for name, ids in sets.items() if ids}
         # What was used last stays in memory: two networks, and what two panes show of six images.
@@ -136,16 +137,15 @@ class Study:
         rng = np.random.default_rng([config.seed, draw])
         others = [i for i in self.sets.get("unlabeled", []) if i != id] or [id]
         pair = [self.data.image(i) for i in (id, others[rng.integers(len(others))])]
-        crops = [geometry(image, None, config.crop, config.scale, config.base, rng)[0] for image in pair]
-        images = torch.stack(crops) / 255
+        crops = [geometry(image, None, config.crop, config.scale, config.base, rng) for image in pair]
+        u, label, valid = map(torch.stack, zip(*crops, strict=True))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**31)))
-            strong = STRONG[config.strong](images)  # of the undistorted image, as in training
-            weak = distort(images) if config.weak_photometric else images
+            batch = make_batch(Crops(u[:0], label[:0], u, valid, label), config, 1, torch.device("cpu"))
             own = xor_boxes(2, config.crop, boxes=config.options.get("boxes", 0))
-        mixed = mix(strong if METHODS[config.method].views else weak, own)
-        views = zip(VIEWS, (weak[0], strong[0], weak[1], mixed[0]), strict=True)
-        return {name: (255 * view).round().byte().permute(1, 2, 0).numpy() for name, view in views}
+        mixed = mix(batch.strong[0] if METHODS[config.method].views else batch.weak, own)
+        views = zip(VIEWS, (batch.weak[0], batch.strong[0][0], batch.weak[1], mixed[0]), strict=True)
+        return {name: (255 * to_image(view)).round().astype(np.uint8) for name, view in views}
 
 
 def newest_runs(place: Path | None = None) -> list[Path]:

@@ -20,6 +20,7 @@ import traitlets
 from .. import records
 from ..evaluate import QUALITY_THRESHOLD
 from ..records import labeler
+from ..suite.predict import indexed
 from . import panes
 from .panes import LAYERS, SORTS, Choice, Shown, number
 from .study import VIEWS, Checkpoint, Runs, Study, newest_runs
@@ -286,14 +287,14 @@ class Explorer(widgets.VBox):
         else:
             run = self.study.folders[pane.run.value].name
             stem = f"{run}-{pane.checkpoint.label}-{pane.source.value}-T{self.T:.2f}"
-            picture = panes.palette_picture(found.pseudo_label(self.T), self.study.palette)
+            picture = indexed(found.pseudo_label(self.T), self.study.palette)
         return panes.write_new(records.folder(folder), f"{self.id}-{stem}", picture)
 
 
-def explore(runs: Runs | None = None, out: str | Path = "runs/explorer", device: str = "auto") -> Explorer:
+def explore(runs: Runs | None = None, out: str | Path = "runs/explorer") -> Explorer:
     """Open the explorer of a run, or of several on the same data, to be shown in a notebook.
 
     runs: run folders or configurations (see Study); None: those of newest_runs().
     out: the only folder that is written, and only by the save buttons.
     """
-    return Explorer(Study(newest_runs() if runs is None else runs, device), str(out))
+    return Explorer(Study(newest_runs() if runs is None else runs), str(out))

@@ -3,6 +3,7 @@
 A run is done when its folder holds its record; whatever was killed, the same call goes on.
 """
 
+import math
 import os
 import signal
 import statistics
@@ -48,6 +49,10 @@ class Run:
         return records.load(self.folder) if self.folder else None
 
     @property
+    def busy(self) -> bool:
+        return bool(self.folder and records.is_busy(self.folder))
+
+    @property
     def step(self) -> int:
         """The last step in its history, 0 where it has none."""
         rows = records.history(self.folder) if self.folder else []
@@ -73,7 +78,7 @@ def run_table(grid: Grid, slots: int = 1, train: bool = True) -> records.Cells:
         for one in missing:
             run(one.config)
     else:
-        with executor("local", (pick_slots("") * slots)[:slots]) as pool:
+        with executor((pick_slots("") * slots)[:slots]) as pool:
             if failed := run_batch(missing, pool, slots):
                 raise RuntimeError("\n".join(f"{one} failed: {error}" for one, error in failed.items()))
     done = {one.config.id: one.record for one in runs if one.folder}
@@ -147,24 +152,19 @@ def plan(runs: Sequence[Run], slots: int = 1) -> str:
         with suppress(ValueError, OSError):  # damaged records of other work stop no batch
             known += filter(None, [records.load(folder)])
     for one in runs:
-        state = (
-            "done" if one.record else "running" if one.folder and records.is_busy(one.folder) else "to run"
-        )
+        state = "done" if one.record else "running" if one.busy else "to run"
         counts[state] += 1
         where = one.folder.name if one.folder else "(no id: its weights or lists are missing)"
         lines.append(f"{state:8} {one!s:40} {where}")
         if state != "done":
-            step = one.step
-            alike = [
-                r for r in known if all(r.config.get(key, 1) == one.value(key) for key in SAME_STEP_TIME)
-            ]
-            rates = [r.seconds / r.config["steps"] for r in alike] or [float("nan")]
-            hours = statistics.median(rates) * (one.config.steps - step) / 3600
-            total += hours
-            begun = f"from step {step:,}, " if step else ""
+            wanted = {key: one.value(key) for key in SAME_STEP_TIME}
+            alike = [r for r in known if all(r.config.get(key, 1) == value for key, value in wanted.items())]
+            rate = statistics.median(r.seconds / r.config["steps"] for r in alike) if alike else math.nan
+            total += (hours := rate * (one.config.steps - one.step) / 3600)
+            begun = f"from step {one.step:,}, " if one.step else ""
             lines[-1] += f"  {begun}" + (f"{hours:.2f} h" if alike else "unknown time")
     summary = f"{counts['done']} done, {counts['running']} running now, {counts['to run']} to run"
-    if total != total:
+    if math.isnan(total):
         summary += "; expected hours unknown: no record of a run like some of these"
     elif counts["done"] < len(runs):
         summary += f"; about {total:.1f} h" + f", {total / slots:.1f} h on {slots} slots" * (slots > 1)
@@ -199,7 +199,7 @@ def run_batch(runs: Sequence[Run], pool: Executor, slots: int = 0, retries: int 
                 if not busy:
                     say(f"{one} failed, try {tries[one]}: {error}" if error else f"{one} is done", now=True)
             if say.due:
-                active = [one for one in futures.values() if one.folder and records.is_busy(one.folder)]
+                active = [one for one in futures.values() if one.busy]
                 done = len(runs) - len(futures) - len(failed)
                 counts = f"{done} of {len(runs)} done, {len(active)} running, {len(failed)} failed"
                 say("; ".join([counts, *(_progress(one, seen) for one in active)]))

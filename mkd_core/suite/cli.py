@@ -1,7 +1,5 @@
 """The `mkd` command: run notebooks with parameters, check data before training, put trained runs to use."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import inspect
@@ -26,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     vars(words).get(anywhere, []).extend(rest)
     try:
-        return words.handle(words)
+        return words.handle(words) or 0
     except (ValueError, OSError) as error:
         print(f"mkd {words.command}: {error}", file=sys.stderr)
         return 2
@@ -40,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("mkd", description="Mutual Knowledge Distillation; first: make demo")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(handle: Callable[[Words], int], example: str) -> Any:
+    def command(handle: Callable[[Words], int | None], example: str) -> Any:
         name, about = handle.__name__[1:].replace("_", "-"), inspect.getdoc(handle) or ""
         first, example = about.splitlines()[0].rstrip("."), f"Example: mkd {name} {example}"
         added = commands.add_parser(name, help=first, description=about, epilog=example)
@@ -64,19 +62,17 @@ def _add_notebooks(command: Callable[..., Any]) -> None:
     add("file", type=Path, metavar="FILE")
     add("pairs", nargs="*", metavar="key=value", help="parameters that win over the file: common.root=DIR")
     add("--dry-run", action="store_true", help="check everything, show the plan with expected hours")
-    add(
-        "--only",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="row=MKD, column=1/16, split=..., ...",
-    )
+    several: Any = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
+    add("--only", help="row=MKD, column=1/16, split=..., ...", **several)
     add("--seeds", help="instead of the file's: 0,1,2")
     add("--slots", default="", help="0,1,2 or cpu,cpu (default: every GPU, else the file's slots on the CPU)")
     add("--retries", type=int, default=1, help="how often a failed run is tried again (default: %(default)s)")
-    add("--engine", choices=["local", "dask", "slurm"], default="local", help="default: %(default)s")
-    add("--address", default="", help="of the Dask scheduler: tcp://host:8786")
-    add("--resources", type=Path, help="YAML file of a Slurm job's resources (parameters/cluster/slurm.yaml)")
+    add(
+        "--dask", default="", metavar="ADDRESS", help="of a scheduler whose workers run them: tcp://host:8786"
+    )
+    add(
+        "--slurm", type=Path, metavar="FILE", help="of a job's resources, YAML: parameters/cluster/slurm.yaml"
+    )
     add("-o", "--out", type=Path, help="folder of the executed table notebook")
     add("--html", action="store_true", help="write the table notebook as HTML too")
 
@@ -125,17 +121,13 @@ def _batch(words: Words) -> int:
     from . import batch, execution, tables
     from .notebook import PLAIN, read_all, read_cell
 
-    if [words.engine == "dask", words.engine == "slurm"] != [bool(words.address), bool(words.resources)]:
-        raise ValueError("--address belongs to --engine dask, --resources to --engine slurm")
-    if words.slots and words.engine != "local":
-        raise ValueError("--slots are this machine's; a cluster has as many as it has workers")
+    if sum(map(bool, (words.slots, words.dask, words.slurm))) > 1:
+        raise ValueError("--slots are this machine's: give these, --dask or --slurm, not two of them")
     table = ROOT / "notebooks" / f"{words.file.stem}.ipynb"
     seeds = [f"seeds=[{words.seeds}]"] if words.seeds is not None else []
     if not table.is_file():
-        print(
-            f"There is no notebook {table.stem}: the runs of {words.file.name} belong to no report",
-            file=sys.stderr,
-        )
+        what = f"the runs of {words.file.name} belong to no report"
+        print(f"There is no notebook {table.stem}: {what}", file=sys.stderr)
     ready = read_all(read_cell(table) if table.is_file() else PLAIN, words.file, [*words.pairs, *seeds])
     grid, parameters = ready.grid, ready.parameters
     assert grid is not None
@@ -143,7 +135,8 @@ def _batch(words: Words) -> int:
     tables.check(grid, parameters.get("published", ""), **shown)
     every = batch.expand(grid)
     runs = batch.select(every, words.only)
-    slots = execution.pick_slots(words.slots, parameters.get("slots", 1)) if words.engine == "local" else []
+    cluster = words.dask or words.slurm
+    slots = [] if cluster else execution.pick_slots(words.slots, parameters.get("slots", 1))
     for run, slot in itertools.product(runs, slots):
         count, config = slot.count("+") + 1, run.config
         if config.batch % count:
@@ -156,8 +149,8 @@ def _batch(words: Words) -> int:
     if words.dry_run:
         return 0
     if missing:
-        resources = read_parameters(words.resources) if words.resources else None
-        with execution.executor(words.engine, slots, words.address, resources) as pool:
+        resources = read_parameters(words.slurm) if words.slurm else {}
+        with execution.executor(slots, words.dask, resources) as pool:
             failed = batch.run_batch(missing, pool, len(slots), words.retries)
     for run, error in failed.items():
         print(f"\nmkd batch: {run} failed; its folder is {run.folder}\n{error}", file=sys.stderr)

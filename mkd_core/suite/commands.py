@@ -1,7 +1,5 @@
 """Commands that run no notebook: one's own photos, the check of data, trained runs at work, lists of what there is."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import json
@@ -27,7 +25,8 @@ def add_commands(command: Callable[..., Any]) -> None:
     add("--overwrite", action="store_true", help="prepare anew what is prepared")
     add = command(_train, "my_photos --quick")
     _add_folder(add)
-    add("--methods", default="supervised,mkd", help="default: %(default)s; mkd methods lists all")
+    listed: Any = {"default": ("supervised", "mkd"), "type": lambda text: text.split(",")}
+    add("--methods", help="default: supervised,mkd; mkd methods lists all", **listed)
     add("--quick", action="store_true", help="few steps, to see that all works")
     add = command(_check, "voc_aug --root VOCdevkit/VOC2012 --split cps/1_16")
     add("dataset", help="shapes, folder, voc, voc_aug, cityscapes, coco")
@@ -63,7 +62,7 @@ def _add_folder(add: Any) -> None:
     add("folder", metavar="FOLDER", help="photos with masks or JSON of labelme or COCO, told apart by names")
     add("pairs", nargs="*", metavar="key=value", help="parameters of the runs: weights=FILE, steps=5000")
     add("-o", "--out", metavar="DIR", help="folder of lists and report (default: FOLDER/mkd)")
-    add("--classes", help="names in the order of the values in the masks, a,b,c; or their number")
+    add("--classes", type=_classes, help="names in the order of the masks' values, a,b,c; or their number")
 
 
 def _add_predictor(add: Any) -> None:
@@ -79,7 +78,7 @@ def _add_output(add: Any) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
 
 
-def _prepare(words: Words) -> int:
+def _prepare(words: Words) -> None:
     """Make a data set of one's own photos and masks.
 
     Pairs them by name, says what the masks mean, draws val and labeled photos, writes lists into
@@ -88,30 +87,29 @@ def _prepare(words: Words) -> int:
     from ..parameters import parse_values
     from .own_images import TEXT, prepare_folder
 
-    names = ["val", "test", "labeled", "group_by", "colours", "images", "masks", "seed", "overwrite"]
-    options = {name: getattr(words, name) for name in names}
-    options |= parse_values(words.pairs, TEXT)
-    prepare_folder(words.folder, words.out, classes=_classes(words), **options)
-    return 0
+    prepare_folder(**_given(words), **parse_values(words.pairs, TEXT))
 
 
-def _train(words: Words) -> int:
+def _train(words: Words) -> None:
     """Train methods on one's own photos and report.
 
     Prepares the folder where that was not done. Writes table, curves and predictions into
     FOLDER/mkd/report. What is trained already is not trained again, and what was killed goes on.
     """
     from ..parameters import parse_values
-    from .own_training import TEXT, train_folder
+    from .own_images import TEXT, train_folder
 
-    options = {"quick": words.quick, "out": words.out, "classes": _classes(words)}
-    train_folder(words.folder, words.methods.split(","), **options, **parse_values(words.pairs, TEXT))
-    return 0
+    train_folder(**_given(words), **parse_values(words.pairs, TEXT))
 
 
-def _classes(words: Words) -> list[str] | int | None:
-    names = [name.strip() for name in (words.classes or "").split(",")]
-    return int(names[0]) if names[0].isdigit() and not names[1:] else names if names[0] else None
+def _given(words: Words) -> dict[str, Any]:
+    """What was typed, by the names of a function's arguments."""
+    return {name: value for name, value in vars(words).items() if name not in ("command", "handle", "pairs")}
+
+
+def _classes(text: str) -> list[str] | int | None:
+    names = [name.strip() for name in text.split(",")]
+    return int(text) if text.strip().isdigit() else names if names[0] else None
 
 
 def _check(words: Words) -> int:
@@ -132,10 +130,10 @@ def _check(words: Words) -> int:
     split, say = load_split(dataset, words.split, words.seed), Progress("check")
     report = check(dataset, split, not words.quick, lambda done, of: say(f"{done:,} of {of:,} files"))
     print(report)
-    return 1 if report.problems else 0
+    return bool(report.problems)
 
 
-def _predict(words: Words) -> int:
+def _predict(words: Words) -> None:
     """Predict images by a trained run.
 
     Writes OUT/masks, OUT/overlays and OUT/confidence as PNG, under the images' paths below the
@@ -143,12 +141,11 @@ def _predict(words: Words) -> int:
     """
     from .predict import predict
 
-    masks = predict(words.run, words.images, words.out, **_options(words))
+    masks = predict(**_given(words))
     print(f"Masks, overlays and confidence of {len(masks):,} images: {words.out}")
-    return 0
 
 
-def _pseudo_label(words: Words) -> int:
+def _pseudo_label(words: Words) -> None:
     """Label images by a trained run, as a data set for training.
 
     Writes OUT/masks (PNG, 255 where the confidence is below the threshold), OUT/classes.txt and
@@ -157,16 +154,10 @@ def _pseudo_label(words: Words) -> int:
     """
     from .predict import pseudo_label
 
-    parts = {"with_labeled": words.with_labeled, "val": words.val}
-    pseudo_label(words.run, words.out, words.images, threshold=words.threshold, **parts, **_options(words))
-    return 0
+    pseudo_label(**_given(words))
 
 
-def _options(words: Words) -> dict[str, Any]:
-    return {name: getattr(words, name) for name in ("predictor", "step", "protocol", "device", "overwrite")}
-
-
-def _export(words: Words) -> int:
+def _export(words: Words) -> None:
     """Write a trained network as a torch.export file.
 
     Writes <predictor>.pt2, checked to give the same labels, and <predictor>.json: preprocessing,
@@ -174,33 +165,27 @@ def _export(words: Words) -> int:
     """
     from .export import export
 
-    options = {name: getattr(words, name) for name in ("predictor", "step", "overwrite", "onnx", "licence")}
-    written = export(words.run, words.out, **options)
-    print("Written:", *written, sep="\n  ")
-    return 0
+    print("Written:", *export(**_given(words)), sep="\n  ")
 
 
-def _methods(words: Words) -> int:
+def _methods(words: Words) -> None:
     """List the methods, or one with its equation and options."""
     from ..choices import choose
     from ..methods import METHODS
 
-    for name in [choose("method", words.name, METHODS)] if words.name else METHODS:
-        about = inspect.getdoc(sys.modules[METHODS[name].__module__]) or ""
-        method = METHODS[name]
-        if not words.name:
-            print(f"{name:16} {about.splitlines()[0]}")
-            continue
-        options = []
-        for option in [*inspect.signature(method).parameters.values()][1:]:
-            values = get_args(option.annotation) if get_origin(option.annotation) is Literal else ()
-            one_of = f"    one of {', '.join(map(str, values))}" * bool(values)
-            options.append(f"{option.name} = {option.default!r}{one_of}")
-        print(about, inspect.getdoc(method), "\n".join(["Options:", *options]), sep="\n\n")
-    return 0
+    about = {name: inspect.getdoc(sys.modules[of.__module__]) or "" for name, of in METHODS.items()}
+    if not words.name:
+        print(*(f"{name:16} {text.splitlines()[0]}" for name, text in about.items()), sep="\n")
+        return
+    method, options = METHODS[choose("method", words.name, METHODS)], ["Options:"]
+    for option in [*inspect.signature(method).parameters.values()][1:]:
+        values = get_args(option.annotation) if get_origin(option.annotation) is Literal else ()
+        one_of = f"    one of {', '.join(map(str, values))}" * bool(values)
+        options.append(f"{option.name} = {option.default!r}{one_of}")
+    print(about[words.name], inspect.getdoc(method), "\n".join(options), sep="\n\n")
 
 
-def _runs(words: Words) -> int:
+def _runs(words: Words) -> None:
     """List the runs under runs/: method, data, step, mIoU in percent, size. Or remove some."""
     from .. import records
     from ..trained import find_run
@@ -212,7 +197,7 @@ def _runs(words: Words) -> int:
         for folder in folders:
             shutil.rmtree(folder)
             print(f"Removed: {folder}")
-        return 0
+        return
     for folder in sorted(path.parent for path in records.RUNS.glob("*/config.json")):
         config, record = json.loads((folder / "config.json").read_bytes()), records.load(folder)
         step = (records.history(folder) or [{"step": 0}])[-1]["step"]
@@ -220,4 +205,3 @@ def _runs(words: Words) -> int:
         found = f"{record.miou:.1f}" if record else "-"
         about = f"{config['method']}  {config['dataset']} {config['split']}  step {step:,}"
         print(f"{folder.name}  {about}  mIoU {found}  {sum(files.values()) / 1e6:.0f} MB")
-    return 0

@@ -1,7 +1,5 @@
 """What a training step costs: encoder passes, time and memory beside SupOnly's, time beside its networks alone."""
 
-from __future__ import annotations
-
 import os
 import statistics
 import time
@@ -48,12 +46,8 @@ class Step:
     """A training step without loader and optimiser: forward, backward, teachers; of a later stage where there are stages."""
 
     def __init__(self, config: RunConfig):
-        device = pick_device(config.device)
-        self.method: Method = (
-            build_method(config.model_copy(update={"weights": "", "weights2": ""}), CLASSES)
-            .to(device)
-            .train()
-        )
+        device, bare = pick_device(config.device), config.model_copy(update={"weights": "", "weights2": ""})
+        self.method: Method = build_method(bare, CLASSES).to(device).train()
         seed_step(config.seed, 0)
         x = torch.randn(config.batch, 3, *config.crop, device=device)
         y = torch.randint(CLASSES, (config.batch, *config.crop), device=device)

@@ -46,14 +46,14 @@ def pick_slots(words: str, slots: int = 1) -> list[str]:
 
 @contextmanager
 def executor(
-    engine: str, slots: Sequence[str] = (), address: str = "", resources: Mapping[str, Any] | None = None
+    slots: Sequence[str], address: str = "", resources: Mapping[str, Any] | None = None
 ) -> Iterator[Executor]:
-    """Open where runs are executed: "local", a thread for each slot's device; "dask"; or "slurm".
+    """Open where runs are executed: a thread for each slot's device; where there are none, Dask's or Slurm's workers.
 
     address: of the Dask scheduler. resources: keywords of dask_jobqueue.SLURMCluster, and `jobs`,
     how many at most. All workers see the project and runs/ at the same paths.
     """
-    if engine == "local":
+    if slots:
         take = iter(slots).__next__
         with ThreadPoolExecutor(len(slots), initializer=lambda: vars(SLOT).update(device=take())) as pool:
             yield pool
@@ -61,7 +61,7 @@ def executor(
     from dask_jobqueue import SLURMCluster
     from distributed import Client
 
-    if engine == "dask":
+    if address:
         with Client(address) as client:
             yield client.get_executor(pure=False)
         return

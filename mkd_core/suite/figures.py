@@ -55,9 +55,6 @@ class Picture(Figure):
     def _repr_png_(self) -> bytes:
         return self.png(100)
 
-    def _repr_html_(self) -> None:
-        return None
-
 
 def save(figure: Picture, path: str | Path) -> Path:
     """Write a PNG at 200 dpi, whole or not at all; its folder is made."""
@@ -92,10 +89,13 @@ def colourise(label: ArrayLike, palette: Array) -> Array:
 def overlay(
     image: Array, label: ArrayLike, palette: Array, classes: Sequence[str] = (), alpha: float = 0.5
 ) -> Array:
-    """Tint image (H, W, 3) float by its label map (H, W); IGNORE and a class named background leave it as it is."""
+    """Tint image (H, W, 3) float by its label map (H, W); IGNORE and a class named background leave it as it is.
+
+    palette: see `visible`, which shows dark classes on dark photos.
+    """
     clear = [IGNORE, *(k for k, name in enumerate(classes) if name == "background")]
     share = np.where(np.isin(label, clear), 0, alpha)[..., None]
-    return (1 - share) * image + share * colourise(label, visible(palette, classes))
+    return (1 - share) * image + share * colourise(label, palette)
 
 
 @styled
@@ -170,7 +170,7 @@ def pick(
 
 def figure2(
     images: Sequence[Tensor], truth: Sequence[ArrayLike], predictions: Mapping[str, Sequence[ArrayLike]],
-    palette: Array, classes: Sequence[str], *, columns: int = 8, seed: int = 0,
+    palette: Array, classes: Sequence[str], *, columns: int = 8,
 ) -> Picture:  # fmt: skip
     """Draw the paper's Figure 2: input, truth and a row for each method; `pick` chooses columns by the last two methods.
 
@@ -178,14 +178,14 @@ def figure2(
     """
     predictions = {plain(name): maps for name, maps in predictions.items()}
     first, second = list(predictions)[-2:]
-    chosen, scores = pick(truth, predictions[first], predictions[second], columns, seed)
+    chosen, scores = pick(truth, predictions[first], predictions[second], columns, seed=0)
     rows: dict[str, list[ArrayLike]] = {"input": [to_image(images[i]) for i in chosen]}
     rows |= {name: [maps[i] for i in chosen] for name, maps in {"ground truth": truth, **predictions}.items()}
     notes = {name: [f"{of[i]:.0f}" for i in chosen] for name, of in zip((first, second), scores, strict=True)}
     titles = [f"{scores[1, i] - scores[0, i]:+.0f}" for i in chosen]
     caption = (
         f"First {len(chosen) // 4}: largest gains of {second} over {first}; next {len(chosen) // 4}: largest losses\n"
-        f"(or least gains); the others: drawn at random (seed {seed}) from the {len(truth)} images.\n"
+        f"(or least gains); the others: drawn at random (seed 0) from the {len(truth)} images.\n"
         f"Corners: per-image mIoU in %; above: {second} minus {first}."
     )
     return sheet(rows, palette=palette, classes=classes, titles=titles, notes=notes, caption=caption)
@@ -229,14 +229,13 @@ def bars(
     return figure
 
 
-def terms(history: Sequence[Mapping[str, Any]]) -> Picture:
-    """Draw the weighted terms of one run's loss against the step, from its history rows; logarithmic."""
-    return terms_of({"": history}, across=1)
-
-
 @styled
-def terms_of(histories: Mapping[str, Sequence[Mapping[str, Any]]], across: int = 4) -> Picture:
-    """Draw the weighted terms of one run of each method side by side; logarithmic, since their sizes differ."""
+def terms(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Picture:
+    """Draw the weighted terms of each run's loss against the step, from its history rows, four runs in a row.
+
+    Logarithmic, since their sizes differ.
+    """
+    across = min(4, len(histories))
     down = -(-len(histories) // across)
     figure = Picture(figsize=(max(4.2, 2.3 * across), max(2.5, 1.75 * down)))
     axes = figure.subplots(down, across, squeeze=False, sharex=True).ravel()

@@ -1,7 +1,5 @@
 """Notebooks with parameters: read them, refuse what is wrong before a kernel starts, execute with papermill."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import json
@@ -63,18 +61,11 @@ def _own_kernel() -> type:
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import mkd_core; from ipykernel import kernelapp; "
-    )
-    argv = [sys.executable, "-c", f"{code} kernelapp.launch_new_instance()", "-f", "{connection_file}"]
-    quiet = ["--log-level=CRITICAL"]  # no warnings about TCP and interrupts
-
-    class OwnKernel(AsyncKernelManager):
-        @property
-        def kernel_spec(self) -> KernelSpec:
-            return KernelSpec(argv=argv + quiet, display_name="Python 3", language="python")
-
-    return OwnKernel
+    start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import mkd_core; from ipykernel import kernelapp as k; "
+    argv = [sys.executable, "-c", f"{start} k.launch_new_instance()", "-f", "{connection_file}"]
+    argv.append("--log-level=CRITICAL")  # no warnings about TCP and interrupts
+    spec = KernelSpec(argv=argv, display_name="Python 3", language="python")
+    return type("OwnKernel", (AsyncKernelManager,), {"kernel_spec": spec})
 
 
 class Parameter(NamedTuple):
@@ -82,15 +73,9 @@ class Parameter(NamedTuple):
     help: str = ""  # its comment
 
 
-TABLE: dict[str, Any] = {
-    "base": "",
-    "recipes": {},
-    "common": {},
-    "rows": {},
-    "columns": {"": {}},
-    "seeds": [],
-}
-PLAIN = {name: Parameter(default) for name, default in TABLE.items()}  # a table without a notebook of its own
+# Of a table without a notebook of its own.
+PLAIN = {name: Parameter({}) for name in ("recipes", "common", "rows")}
+PLAIN |= {"base": Parameter(""), "columns": Parameter({"": {}}), "seeds": Parameter([])}
 
 
 def read_cell(notebook: Path) -> dict[str, Parameter]:
@@ -131,10 +116,8 @@ def read_all(known: Mapping[str, Parameter], file: Path | None, pairs: Sequence[
     values = read_parameters(file, texts) if file else {}
     whole = with_bases(values, file.parent) if file else values
     if file and "rows" in known and (names := values.get("base")):  # beside the file, where no notebook looks
-        places = {
-            name: file.parent.absolute() / name for name in ([names] if isinstance(names, str) else names)
-        }
-        values["base"] = [str(path) if path.is_file() else name for name, path in places.items()]
+        beside, names = file.parent.absolute(), [names] if isinstance(names, str) else names
+        values["base"] = [str(beside / name) if (beside / name).is_file() else name for name in names]
     typed = parse_values(pairs, texts)
     merged = merge(whole if single else values, typed, whole)
     own = [key for key in ("common", "rows", "columns") if key in known and key not in merged]

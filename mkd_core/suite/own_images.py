@@ -1,10 +1,8 @@
-"""A person's own photos and masks made a data set: lists, masks of class indices, a sheet to look at."""
-
-from __future__ import annotations
+"""A person's own photos and masks: made a data set, with a sheet to look at; methods trained on it, and their report."""
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +11,27 @@ import numpy as np
 import yaml
 
 from .. import records
-from ..config import PARAMETERS, RunConfig
+from ..choices import choose
+from ..config import PARAMETERS, Grid, RunConfig
 from ..data import DataError, SegDataset, check, load_split, open_dataset
-from ..data.base import colormap, local, mask_size, picture_size, refuse_faulty
+from ..data.base import colormap, local, open_mask, picture_size, refuse_faulty, visible
 from ..data.folder import read_classes
 from ..data.layouts import CLASS_FILES, DONE, TABLE_FILES, Pair, draw_parts, find_pairs
 from ..data.masks import Meaning, each, read_table, understand
 from ..data.outlines import understand_drawings
 from ..data.pictures import absolute
-from ..parameters import read_parameters
-from . import figures
-from .predict import relative, save_png
+from ..evaluate import Predictor, evaluate
+from ..methods import METHODS
+from ..metrics import miou
+from ..parameters import merge, read_parameters
+from ..trained import open_run
+from . import figures, report
+from .batch import run_table
+from .notebook import holds_other_runs
+from .predict import indexed, relative, save_png
 
 RECIPE = PARAMETERS / "recipes/own_images.yaml"
+QUICK = {"steps": 120, "batch": 4, "evaluate_every": 60, "quality_images": 16}
 Classes = Sequence[str] | int | None
 TEXT = {name for name, field in RunConfig.model_fields.items() if isinstance(field.default, str)}
 
@@ -80,14 +86,14 @@ def prepare_folder(
     return config
 
 
-def _found(root: Path, names: str) -> Path | None:
-    return next((root / name for name in names.split() if (root / name).is_file()), None)
-
-
 def _understand(root: Path, pairs: list[Pair], classes: Classes, colours: str | Path) -> Meaning:
     """Judge the masks, by the class names and the colour table that are given or found in the folder."""
-    table = local(colours) if colours else _found(root, TABLE_FILES)
-    listed = _found(root, CLASS_FILES) if classes is None else None
+
+    def first(names: str) -> Path | None:
+        return next((root / name for name in names.split() if (root / name).is_file()), None)
+
+    table = local(colours) if colours else first(TABLE_FILES)
+    listed = first(CLASS_FILES) if classes is None else None
     classes = read_classes(listed) if listed else classes
     if drawings := {pair.mask: pair.drawing for pair in pairs if pair.mask and pair.drawing}:
         meaning, table = understand_drawings(drawings, classes), None
@@ -100,8 +106,13 @@ def _understand(root: Path, pairs: list[Pair], classes: Classes, colours: str | 
 def _fault(pair: Pair) -> str:
     """Say why a photo and its mask cannot be used, "" where they can."""
     try:
-        found = picture_size(pair.image)
-        size = pair.drawing.size if pair.drawing else mask_size(pair.mask) if pair.mask else found
+        found = size = picture_size(pair.image)
+        if pair.drawing:
+            size = pair.drawing.size
+        elif pair.mask:
+            with open_mask(pair.mask) as mask:
+                mask.load()  # all of it can be read
+                size = mask.size[::-1]
     except DataError as error:
         return str(error)
     what = f"{pair.mask}: a mask of {size} pixels, its photo {pair.image.name} (upright) has {found}"
@@ -121,14 +132,13 @@ def _write(out: Path, parts: dict[str, list[Pair]], meaning: Meaning) -> dict[st
             if mask and not meaning.as_is:
                 written = out / "masks" / f"{pair.name}.png"
                 written.parent.mkdir(parents=True, exist_ok=True)
-                save_png(written, meaning.read(mask), palette)
+                save_png(indexed(meaning.read(mask), palette), written)
                 mask = written
             files = [relative(file, out) for file in (pair.image, mask) if file]
             lines[part or "train"].append("\t".join(files))
     for part, text in lines.items():
-        if not text:
-            (out / f"{part}.txt").unlink(missing_ok=True)  # of an earlier draw
-        else:
+        (out / f"{part}.txt").unlink(missing_ok=True)  # of an earlier draw
+        if text:
             records.write_atomically(out / f"{part}.txt", "".join(f"{line}\n" for line in text))
     records.write_atomically(out / "classes.txt", "".join(f"{name}\n" for name in meaning.classes))
     shapes = np.array([picture_size(pair.image) for pairs in parts.values() for pair in pairs])
@@ -144,13 +154,14 @@ def _write(out: Path, parts: dict[str, list[Pair]], meaning: Meaning) -> dict[st
 def _draw(out: Path, dataset: SegDataset, labeled: str, seed: int) -> None:
     """Write the split "labeled"."""
     masked = [id for id in dataset.train if dataset.has_label(id)]
-    whole = len(masked) < len(dataset.train) or labeled == "all"
     fraction = re.fullmatch(r"(1/)?([1-9]\d*)", labeled)
-    if not fraction and labeled not in ("", "all"):
-        raise ValueError(f"labeled is 1/4, 40 or all; got {labeled!r}")
-    counts = [len(masked)] if whole else [-(-len(masked) // part) for part in (4, 2, 1)]
     if fraction:
         counts = [-(-len(masked) // int(fraction[2])) if fraction[1] else int(fraction[2])]
+    elif labeled in ("", "all"):
+        whole = labeled == "all" or len(masked) < len(dataset.train)
+        counts = [len(masked)] if whole else [-(-len(masked) // part) for part in (4, 2, 1)]
+    else:
+        raise ValueError(f"labeled is 1/4, 40 or all; got {labeled!r}")
     for count in counts:
         try:
             chosen = masked if count == len(masked) else load_split(dataset, f"random/{count}", seed).labeled
@@ -167,10 +178,74 @@ def _draw(out: Path, dataset: SegDataset, labeled: str, seed: int) -> None:
 def _sheet(dataset: SegDataset, ids: Sequence[str]) -> figures.Picture:
     """Draw eight photos and their masks laid over them."""
     rows: dict[str, list[Any]] = {"photo": [], "mask over it": []}
+    colours = visible(dataset.palette, dataset.classes)
     for id in ids[:: max(1, len(ids) // 8)][:8]:
         image, label = dataset.image(id), dataset.label(id)
         step = max(1, max(label.shape) // 400)
         photo, label = figures.to_image(image[:, ::step, ::step]), label[::step, ::step]
         rows["photo"].append(photo)
-        rows["mask over it"].append(figures.overlay(photo, label, dataset.palette, dataset.classes, 0.6))
+        rows["mask over it"].append(figures.overlay(photo, label, colours, dataset.classes, 0.6))
     return figures.sheet(rows, palette=dataset.palette, classes=dataset.classes, side=1.6)
+
+
+def train_folder(
+    folder: str | Path, methods: Sequence[str] = ("supervised", "mkd"), *, quick: bool = False,
+    out: str | Path | None = None, classes: Classes = None, **keys: Any,
+) -> records.Cells:  # fmt: skip
+    """Train methods on one's own photos, write their report, return their records by row and column.
+
+    The folder is prepared where that was not done; `classes`, and all else about that: `prepare_folder`.
+    out       where the folder was prepared, default <folder>/mkd; the report lies in <out>/report, or in
+              report-2 ... beside that of other settings
+    quick     few steps, minutes on two cores
+    keys      of RunConfig over <out>/mkd.yaml; "options.alpha": 2.0 reaches into MKD's options
+
+    Where there is a test.txt, the trained runs are evaluated on it too.
+    """
+    out = absolute(out or absolute(folder) / "mkd")
+    if not (out / DONE).exists():
+        prepare_folder(folder, out, classes=classes)
+    elif classes:
+        raise ValueError(f"{out} is prepared already; give the classes to mkd prepare --overwrite")
+    values = read_parameters(out / DONE, TEXT)
+    values = merge(values, (QUICK if quick else {}) | keys, values)
+    own, options, seed = values.pop("method"), values.pop("options"), values.pop("seed")
+    for name in methods:
+        choose("method", name, METHODS)
+    if own not in methods and any(key.startswith("options") for key in keys):
+        raise ValueError(f"options are {own}'s, which is not among the methods")
+    rows: dict[str, Any] = {
+        METHODS[name].label: {"method": name, "options": options if name == own else {}} for name in methods
+    }
+    table: dict[str, Any] = {"common": values, "rows": rows, "seeds": [seed]}
+    grid = Grid(**table)
+    places = (out / f"report{'-quick' * quick}{k}" for k in ("", *(f"-{k}" for k in range(2, 1000))))
+    place = next(place for place in places if not holds_other_runs(place, grid))
+    cells = run_table(grid)
+    place.mkdir(exist_ok=True)
+    made, _ = report.write(cells, place)
+    models = {name: open_run(of[""][0].id).predictor() for name, of in cells.items()}
+    of_data: dict[str, Any] = values.get("dataset_options", {})
+    picture = _comparison(models, open_dataset("folder", str(out), **of_data))
+    figures.save(picture, place / "predictions.png")
+    print("", made.markdown(), "", sep="\n")
+    if (out / "test.txt").is_file():  # images that no run has seen
+        dataset = open_dataset("folder", str(out), **of_data | {"val": "test.txt"})
+        print(f"mIoU on the {len(dataset.val)} images of test.txt:")
+        for name, model in models.items():
+            confusion, _ = evaluate(model, dataset, dataset.val)
+            print(f"  {name}: {miou(confusion[model.names[0]]):.1f}")
+    best = max((record for of in cells.values() for record in of[""]), key=lambda record: record.miou)
+    print(f"Report: {place}\nNext: mkd predict {best.id} PHOTOS --out predictions")
+    return cells
+
+
+def _comparison(models: Mapping[str, Predictor], dataset: SegDataset) -> figures.Picture:
+    """Draw photos of val, their masks and what the models predict."""
+    ids = dataset.val[: 64 if len(models) > 1 else 8]
+    images, truth = [dataset.image(id) for id in ids], [dataset.label(id) for id in ids]
+    found = {name: [model.label(image)[0] for image in images] for name, model in models.items()}
+    if len(found) > 1:
+        return figures.figure2(images, truth, found, dataset.palette, dataset.classes)
+    rows: dict[str, Any] = {"photo": [*map(figures.to_image, images)], "mask": truth, **found}
+    return figures.sheet(rows, palette=dataset.palette, classes=dataset.classes)

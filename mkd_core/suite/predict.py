@@ -1,7 +1,5 @@
 """A trained run at work on images of any size: masks of one's own pictures, and pseudo-labels as a data set."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 import yaml
 from numpy.typing import NDArray
 from PIL import Image
@@ -20,13 +17,14 @@ from torch import Tensor
 from .. import records
 from ..choices import choose
 from ..config import RunConfig
-from ..data import IGNORE, DataError, load_split, open_dataset
-from ..data.base import colormap, read_image, some
+from ..data import IGNORE, DataError
+from ..data.base import colormap, read_image, some, visible
 from ..data.pictures import absolute, find_pictures
 from ..evaluate import LARGE, Predictor
+from ..prepare import open_data
 from ..progress import Progress
 from ..trained import OpenRun, open_run
-from .figures import overlay
+from .figures import overlay, to_image
 
 Pixels = NDArray[np.uint8]
 
@@ -41,20 +39,19 @@ class Item(NamedTuple):
 
 
 Items = Mapping[str, Item]  # by the name of what is written of it
-Labeled = tuple[str, Tensor, Tensor, Tensor]  # name, image (3, H, W), label (H, W), confidence (H, W)
+Labeled = tuple[str, Tensor, Pixels, NDArray[np.float32]]  # name, image (3, H, W), label, confidence (H, W)
 
 
 def predict(
-    run: str | Path, images: Sequence[str | Path], out: str | Path | None = None, *, predictor: str = "",
-    step: int | str | None = None, protocol: str = "", device: str = "auto", overwrite: bool = False,
-    quiet: bool = False,
+    run: str | Path, images: Sequence[str | Path], out: str | Path, *, predictor: str = "", step: int | str | None = None,
+    protocol: str = "", device: str = "auto", overwrite: bool = False, quiet: bool = False,
 ) -> list[Path]:  # fmt: skip
     """Predict images, given as files or as folders with all below them; return the masks written.
 
-    out        default runs/predictions/<run>. For each image: out/masks/<name>.png (class indices, the
-               data set's colours as palette), out/overlays/<name>.png and out/confidence/<name>.png
-               (8 bits, 255 = certain). <name> is the image's path below the deepest folder that holds
-               all of them. All lie as the photo is seen: EXIF orientation is applied.
+    out        for each image: out/masks/<name>.png (class indices, the data set's colours as palette),
+               out/overlays/<name>.png and out/confidence/<name>.png (8 bits, 255 = certain). <name> is
+               the image's path below the deepest folder that holds all of them. All lie as the photo is
+               seen: EXIF orientation is applied.
     predictor  one of the method's predictors, or "mean"; default: the first, which the record reports
     step       "best", or of a checkpoint-<step>.pt that the run kept; default: the last
     protocol   a name of evaluate.PROTOCOLS; default: the run's own
@@ -64,17 +61,16 @@ def predict(
     ValueError every file in the way, unless it may be overwritten. Files appear whole or not at all.
     """
     opened, model, net = open_predictor(run, predictor, step, protocol, device)
-    progress = Progress("predict", quiet)
-    out = absolute(records.RUNS / "predictions" / opened.folder.name if out is None else out)
-    items = _named(_found(images, out, quiet))
-    kinds = [out / kind for kind in ("masks", "confidence", "overlays")]
-    _check([folder / name for folder in kinds for name in items], [*items.values()], overwrite, progress)
+    out, progress = absolute(out), Progress("predict", quiet)
+    items, colours = _named(_found(images, out, quiet)), visible(opened.palette, opened.classes)
+    made = [out / kind / name for kind in ("masks", "confidence", "overlays") for name in items]
+    _check(made, [*items.values()], overwrite, progress)
     for name, image, label, confidence in _labels(model, net, items, progress):
-        save_png(kinds[0] / name, label.numpy(), opened.palette)
-        save_png(kinds[1] / name, (255 * confidence).round().byte().numpy())
-        seen = overlay(_pixels(image) / 255, label, opened.palette, opened.classes)
-        save_png(kinds[2] / name, (255 * seen).round().astype(np.uint8))
-    return [kinds[0] / name for name in items]
+        save_png(indexed(label, opened.palette), out / "masks" / name)
+        seen = overlay(to_image(image), label, colours, opened.classes)
+        for kind, values in (("confidence", confidence), ("overlays", seen)):
+            save_png(Image.fromarray((255 * values).round().astype(np.uint8)), out / kind / name)
+    return made[: len(items)]
 
 
 def pseudo_label(
@@ -102,7 +98,7 @@ def pseudo_label(
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be in [0, 1]; got {threshold}")
     opened, model, net = open_predictor(run, predictor, step, protocol, device)
-    out, progress, classes = absolute(out), Progress("pseudo-label", quiet), len(opened.classes)
+    out, progress = absolute(out), Progress("pseudo-label", quiet)
     parts = _parts(opened, images, out, with_labeled, val, quiet)
     items = _named([item for part in parts for item in part])
     new = dict(zip(items, parts[0], strict=False))
@@ -111,24 +107,20 @@ def pseudo_label(
     made = [*texts, *(out / "masks" / name for name in items), *pictures]
     _check(made, [item for item in items.values() if not item.generated], overwrite, progress)
     (out / "train.txt").unlink(missing_ok=True)  # only where the data set is complete
-
-    def write(name: str, mask: Tensor) -> None:
-        save_png(out / "masks" / name, mask.numpy(), opened.palette)
-        if items[name].generated:
-            save_png(items[name].file, _pixels(items[name].image()))
-
-    for name in items.keys() - new.keys():
-        write(name, items[name].truth())  # type: ignore[misc]
-    counts = np.zeros((4, classes), np.int64)  # by label: all, kept, kept and judged, kept and right
+    for name, item in items.items():
+        if item.generated:
+            save_png(Image.fromarray(item.image().permute(1, 2, 0).numpy()), item.file)
+        if name not in new and item.truth:
+            save_png(indexed(item.truth().numpy(), opened.palette), out / "masks" / name)
+    counts = np.zeros((4, len(opened.classes)), np.int64)
     for name, _, label, confidence in _labels(model, net, new, progress):
-        kept, read = confidence >= threshold, items[name].truth
-        truth = read() if read else torch.full_like(label, IGNORE)
-        cases = (label >= 0, kept, kept & (truth != IGNORE), kept & (truth == label))
-        counts += np.stack([np.bincount(label[case], minlength=classes) for case in cases])
-        write(name, torch.where(kept, label, IGNORE))
+        read, kept = items[name].truth, confidence >= threshold
+        counts += count(label, kept, read().numpy() if read else None, len(opened.classes))
+        save_png(indexed(np.where(kept, label, np.uint8(IGNORE)), opened.palette), out / "masks" / name)
     for path, text in texts.items():
         records.write_atomically(path, text)
-    table = _table(counts, opened.classes)
+    index = pd.Index([*opened.classes, "all"], name="class")
+    table = pd.DataFrame(shares(counts).T, index, ["share", "kept", "accuracy"])
     if not quiet:
         _report(table, threshold, out)
     return table
@@ -151,7 +143,8 @@ def _labels(model: Predictor, net: str, items: Items, progress: Progress) -> Ite
         if not told and image.shape[1:].numel() > LARGE:
             print(f"images above {LARGE:,} pixels are predicted in windows of {model.window} (sliding)")
             told = True
-        yield name, image, *model.label(image, net)
+        label, confidence = model.label(image, net)
+        yield name, image, label.numpy(), confidence.numpy()
         progress(f"{k:,} of {len(items):,} images", now=k == len(items))
 
 
@@ -168,9 +161,7 @@ def _parts(
     """The images to label, the labeled and the evaluated ones of the new data set; none is in two of them."""
     if images and not (with_labeled or val):  # the run's own images may have gone
         return _found(images, out, quiet), [], []
-    config = opened.config
-    dataset = open_dataset(config.dataset, config.root, **config.dataset_options)
-    split = load_split(dataset, config.split, config.seed)
+    dataset, split = open_data(opened.config)
 
     def item(id: str) -> Item:
         file, truth = dataset.files(id)[0], partial(dataset.label, id) if dataset.has_label(id) else None
@@ -211,12 +202,18 @@ def _texts(opened: OpenRun, out: Path, items: Items, parts: Sequence[list[Item]]
     return {out / name: text for name, text in (texts | {"train.txt": labeled + new}).items()}
 
 
-def _table(counts: NDArray[np.int64], classes: Sequence[str]) -> pd.DataFrame:
-    """Counts (4, C) as percentages."""
-    every, kept, judged, right = np.column_stack((counts, counts.sum(1))).astype(float)
-    with np.errstate(invalid="ignore"):
-        columns = {"share": every / every[-1], "kept": kept / every, "accuracy": right / judged}
-    return 100 * pd.DataFrame(columns, index=pd.Index([*classes, "all"], name="class"))
+def count(label: Pixels, kept: NDArray[np.bool_], truth: Pixels | None, classes: int) -> NDArray[np.int64]:
+    """Count the pixels of each label, (4, C): all, kept, kept whose truth is known, right ones of these."""
+    known = np.zeros_like(kept) if truth is None else kept & (truth != IGNORE)
+    cases = (np.ones_like(kept), kept, known, known & (label == truth))
+    return np.stack([np.bincount(label[case], minlength=classes) for case in cases])
+
+
+def shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Make percent of `count`, (3, C + 1), last over all: of the pixels, kept of these, right of the kept."""
+    every, kept, known, right = np.column_stack((counts, counts.sum(1))).astype(float)
+    with np.errstate(invalid="ignore"):  # NaN where nothing is counted
+        return 100 * np.stack((every / every[-1], kept / every, right / known))
 
 
 def _report(table: pd.DataFrame, threshold: float, out: Path) -> None:
@@ -266,20 +263,18 @@ def _check(made: Sequence[Path], items: Sequence[Item], overwrite: bool, progres
         except DataError as error:
             bad.append(str(error))
     if bad:
-        raise DataError(
-            "\n".join([f"{len(bad)} of {len(items)} images or their masks cannot be read:", *bad])
-        )
+        what = f"{len(bad)} of {len(items)} images or their masks cannot be read:"
+        raise DataError("\n".join([what, *bad]))
     for folder in {path.parent for path in made}:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def _pixels(image: Tensor) -> Pixels:
-    return image.permute(1, 2, 0).numpy()
+def indexed(mask: Pixels, palette: Pixels) -> Image.Image:
+    """Make a palette picture of class indices (H, W) in colours (C, 3), the other ones VOC's."""
+    picture = Image.fromarray(mask)
+    picture.putpalette(np.concatenate((palette, colormap(256)[len(palette) :])).tobytes())
+    return picture
 
 
-def save_png(path: Path, array: Pixels, palette: Pixels | None = None) -> None:
-    """Write a PNG of (H, W) or (H, W, 3); with a palette (C, 3), an indexed one, its other colours VOC's."""
-    picture = Image.fromarray(array)
-    if palette is not None:
-        picture.putpalette(np.concatenate((palette, colormap(256)[len(palette) :])).tobytes())
+def save_png(picture: Image.Image, path: Path) -> None:
     records.write_atomically(path, partial(picture.save, format="PNG"))

@@ -84,14 +84,6 @@ CSS = """<style>
 .mkd-table th, .mkd-table td {text-align: left; padding: 3px 10px; border: 0; border-bottom: 1px solid #ddd}
 .mkd-table thead th {border-bottom: 1px solid #222}
 </style>"""
-ALONE = r"""% For a document that loads booktabs, multirow and threeparttable. Alone: pdflatex
-% '\documentclass{article}\usepackage{booktabs,multirow,threeparttable}\begin{document}\input{table}\end{document}'"""
-FLOAT = r"""\begin{table}
-\centering
-\begin{threeparttable}
-\caption{%s}
-%s%s\end{threeparttable}
-\end{table}"""
 BEST = re.compile(r"\*\*(.+?)\*\*")
 
 
@@ -127,13 +119,12 @@ class Table:
     _repr_html_ = html
 
     def latex(self) -> str:
-        """Write a float for each part, the notes under the first."""
-        items = "".join(rf"\item {_latex(note)}" + "\n" for note in self.notes)
-        below, floats = f"\\begin{{tablenotes}}\n{items}\\end{{tablenotes}}\n" if items else "", [ALONE]
+        """Write a float for each part, then the notes."""
+        texts = [r"% \usepackage{booktabs,multirow}"]
         for heading, text in self.parts:
-            made = BEST.sub(r"\\textbf{\1}", text.rename_axis(index=None).to_latex(escape=True))
-            floats.append(FLOAT % (_latex(heading), made, below if len(floats) == 1 else ""))
-        return "\n\n".join(floats)
+            made = text.rename_axis(index=None).to_latex(escape=True, caption=_latex(heading))
+            texts.append(BEST.sub(r"\\textbf{\1}", made))
+        return "\n\n".join([*texts, *map(_latex, self.notes)])
 
 
 def _piped(text: str) -> str:
