@@ -13,7 +13,7 @@ demo: .venv/.ok  ## SupOnly, co-training and MKD on the embedded data set, on th
 	$(MKD) run notebooks/00_quickstart.ipynb -f parameters/demo/00_quickstart.yaml --out runs/demo --html
 
 test: .venv/.ok  ## all tests, notebooks included, a file at a time on each core
-	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 bench: .venv/.ok  ## speed and memory of the parts, as ratios
 	$(PY) tests/bench.py

@@ -57,11 +57,8 @@ class Row(NamedTuple):
     def met(self) -> str:
         if self.target != self.target:
             return ""
-        return (
-            "met"
-            if (self.value >= self.target if self.unit == "x" else self.value <= self.target)
-            else "MISSED"
-        )
+        more, less = self.value >= self.target, self.value <= self.target
+        return "met" if (more if self.unit == "x" else less) else "MISSED"
 
 
 def compare(
@@ -129,9 +126,8 @@ def parts(size: tuple[int, int] = (375, 500), pairs: int = 3) -> Iterator[Row]:
     label[:, :20] = 255
 
     def masks() -> Tensor:
-        return torch.stack(
-            [torch.stack([((label == t) & (prediction == p)).sum() for p in range(C)]) for t in range(C)]
-        )
+        every = [((label == t) & (prediction == p)).sum() for t in range(C) for p in range(C)]
+        return torch.stack(every).view(C, C)
 
     ours = partial(confusion_matrix, prediction, label, C)
     assert torch.equal(masks(), ours())
@@ -145,9 +141,8 @@ def parts(size: tuple[int, int] = (375, 500), pairs: int = 3) -> Iterator[Row]:
         for own, other in zip(plain.module.parameters(), net.parameters(), strict=True):
             own.mul_(0.99).add_(other, alpha=0.01)
 
-    yield compare(
-        "EMA, foreach against a loop over parameters", loop, lambda: teacher.update(net, 1000), 5 * pairs
-    )
+    foreach = partial(teacher.update, net, 1000)
+    yield compare("EMA, foreach against a loop over parameters", loop, foreach, 5 * pairs)
 
     images = torch.rand(8, 3, *size)
 
@@ -155,14 +150,13 @@ def parts(size: tuple[int, int] = (375, 500), pairs: int = 3) -> Iterator[Row]:
         coin = torch.rand(len(images), 1, 1, 1) < probability
         return torch.where(coin, operation(images), images)
 
-    def every() -> Tensor:
-        torch.manual_seed(0)
-        with mock.patch.object(colour, "_sometimes", whole):
-            return colour.chain(images)
-
     def drawn() -> Tensor:
         torch.manual_seed(0)
         return colour.chain(images)
+
+    def every() -> Tensor:
+        with mock.patch.object(colour, "_sometimes", whole):
+            return drawn()
 
     assert torch.equal(every(), drawn())
     yield compare("colour `chain`, on the images drawn for it against on all", every, drawn, 2 * pairs)
@@ -180,18 +174,14 @@ def released(keys: dict[str, Any] = REAL, pairs: int = 3) -> Iterator[Row]:
     yield memory("step of the paper's recipe: memory", most, peak_bytes(paper))
 
 
-def loader(
-    size: tuple[int, int] = (375, 500), crop: tuple[int, int] = (320, 320), pairs: int = 5
-) -> Iterator[Row]:
+def loader(size: tuple = (375, 500), crop: tuple = (320, 320), pairs: int = 5) -> Iterator[Row]:
     """A sample's way into a batch: files are opened, one window is cut and only it is resampled."""
     rng = np.random.default_rng(0)
     low = rng.integers(0, 255, (size[0] // 8, size[1] // 8, 3), np.uint8)
     with tempfile.TemporaryDirectory() as place:
         files = Path(place, "a.jpg"), Path(place, "a.png")
         Image.fromarray(low).resize(size[::-1], Image.Resampling.BICUBIC).save(files[0])
-        Image.fromarray(rng.integers(0, 20, (size[0] // 8, size[1] // 8), np.uint8)).resize(
-            size[::-1], 0
-        ).save(files[1])
+        Image.fromarray(low[..., 0] // 13).resize(size[::-1], 0).save(files[1])
         image, label = read_image(files[0]), read_label(files[1])
 
         def cut() -> tuple[Tensor, ...]:
@@ -210,14 +200,11 @@ def loader(
             return (x.flip(-1), y.flip(-1)) if rng.random() < 0.5 else (x.contiguous(), y.contiguous())
 
         yield compare("a crop, cut before it is resampled against after", whole, cut, pairs)
-        times = {name: ratio(f, f, 1)[2] for name, f in (("image", partial(read_image, files[0])), ("mask", partial(read_label, files[1])), ("crop", cut))}  # fmt: skip
+        ways = {"image": partial(read_image, files[0]), "mask": partial(read_label, files[1]), "crop": cut}
+        times = {name: ratio(f, f, 1)[2] for name, f in ways.items()}
     for name, seconds in times.items():
-        yield Row(
-            f"loader: {name}, share of a labeled sample's time",
-            100 * seconds / sum(times.values()),
-            unit="%",
-            note=f"{1e3 * seconds:.3g} ms",
-        )
+        share, note = 100 * seconds / sum(times.values()), f"{1e3 * seconds:.3g} ms"
+        yield Row(f"loader: {name}, share of a labeled sample's time", share, unit="%", note=note)
 
 
 def cache(
@@ -259,30 +246,17 @@ class Timed(Steps):
 
 def waiting(keys: dict[str, Any] | None = None, steps: int = 24) -> Iterator[Row]:
     """Share of a step that waits for its batch, one loader process beside the training one; the first third does not count."""
-    c = config(
-        "mkd",
-        workers=1,
-        steps=steps,
-        **({"encoder": "resnet18", "channels": 64, "crop": (96, 96), "batch": 4} if keys is None else keys),
-    )
+    real = {"encoder": "resnet18", "channels": 64, "crop": (96, 96), "batch": 4}
+    c = config("mkd", workers=1, steps=steps, **keys or real)
     dataset, split, method = prepare(c)
     made = streams(c, dataset, split.labeled, split.unlabeled, None)
     timed = Timed(made.labeled, made.unlabeled, made.batch)
-    rows = [
-        row["seconds"]
-        for row in train(c, method, make_optimizers(c, method), timed, (0, 0, steps), lambda step: True)
-    ]
-    after = steps // 3
-    waits = timed.waits[after:steps]
-    yield Row(
-        "share of a step that waits for its batch, one loader",
-        100 * sum(waits) / sum(rows[after:]),
-        100 * min(waits) / max(rows[after:]),
-        100 * max(waits) / statistics.median(rows[after:]),
-        2,
-        "%",
-        f"step {1e3 * statistics.median(rows[after:]):.3g} ms",
-    )
+    rows = train(c, method, make_optimizers(c, method), timed, (0, 0, steps), lambda step: True)
+    times, waits = [row["seconds"] for row in rows][steps // 3 :], timed.waits[steps // 3 : steps]
+    usual = statistics.median(times)
+    low, high = 100 * min(waits) / max(times), 100 * max(waits) / usual
+    what, note = "share of a step that waits for its batch, one loader", f"step {1e3 * usual:.3g} ms"
+    yield Row(what, 100 * sum(waits) / sum(times), low, high, 2, "%", note)
 
 
 def evaluation(images: int = 24, size: int = 64, pairs: int = 3) -> Iterator[Row]:
@@ -301,10 +275,8 @@ def evaluation(images: int = 24, size: int = 64, pairs: int = 3) -> Iterator[Row
             logits = net(normalise(torch.from_numpy(x)[None]))[0].numpy()
             prob = np.exp(logits - logits.max(0)) / np.exp(logits - logits.max(0)).sum(0)
             y, label = prob.argmax(0), dataset.label(id).numpy()
-            inside = label != 255
-            counts += np.bincount(
-                classes * label[inside].astype(int) + y[inside], minlength=classes**2
-            ).reshape(classes, classes)
+            pairs = classes * label[label != 255].astype(int) + y[label != 255]
+            counts += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
         over = counts.sum(0) + counts.sum(1) - counts.diagonal()
         return 100 * float(np.mean(counts.diagonal()[over > 0] / over[over > 0]))
 
@@ -312,13 +284,8 @@ def evaluation(images: int = 24, size: int = 64, pairs: int = 3) -> Iterator[Row
         return miou(evaluate(predictor, dataset, dataset.val)[0]["net"])
 
     assert abs(plain() - ours()) < 1e-3, (plain(), ours())
-    yield compare(
-        f"evaluation of {images} images of {size} x {size}, against one at a time with numpy",
-        plain,
-        ours,
-        pairs,
-        3,
-    )
+    what = f"evaluation of {images} images of {size} x {size}, against one at a time with numpy"
+    yield compare(what, plain, ours, pairs, 3)
 
 
 def steps(

@@ -68,9 +68,8 @@ def bench(device: torch.device, put: Put, args: argparse.Namespace) -> None:
             name = f"{encoder} {method} {precision}{' channels_last' * last}"
             with attempt(put, name):
                 of = TINY if args.dry else size | {"encoder": encoder}
-                c = RunConfig(
-                    method=method, precision="bfloat16" if precision == "bfloat16" else "float32", **of
-                )
+                stored = "bfloat16" if precision == "bfloat16" else "float32"
+                c = RunConfig(method=method, precision=stored, **of)
                 put(name, **measure(c, device, precision, last, ceiling[precision]))
     for name in ("one_of", "chain"):
         with attempt(put, f"colour {name}"):
@@ -102,11 +101,8 @@ def _measure(step: Step, c: RunConfig, device: torch.device, last: bool, ceiling
 
     if last:
         step.method.to(memory_format=torch.channels_last)
-        parts = {
-            k: tuple(map(turned, v)) if isinstance(v, tuple) else turned(v)
-            for k, v in vars(step.batch).items()
-        }
-        step.batch = Batch(**parts)
+        parts = vars(step.batch).items()
+        step.batch = Batch(**{k: tuple(map(turned, v)) if k == "strong" else turned(v) for k, v in parts})
     optimizers = make_optimizers(c, step.method)
 
     def whole() -> None:
@@ -121,17 +117,9 @@ def _measure(step: Step, c: RunConfig, device: torch.device, last: bool, ceiling
     with FlopCounterMode(display=False) as flops:  # warms up too
         whole()
     torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
-    time_s, images, work = (
-        seconds(whole, device),
-        len(step.batch.x) + len(step.batch.weak),
-        flops.get_total_flops(),
-    )
-    found = {
-        "ms": 1e3 * time_s,
-        "images_per_s": images / time_s,
-        "tflop": work / 1e12,
-        "mfu": work / time_s / ceiling,
-    }
+    time_s, work = seconds(whole, device), flops.get_total_flops()
+    found = {"ms": 1e3 * time_s, "images_per_s": (len(step.batch.x) + len(step.batch.weak)) / time_s}
+    found |= {"tflop": work / 1e12, "mfu": work / time_s / ceiling}
     if device.type == "cuda":
         found["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     gradient, plain = step.passes()
@@ -170,12 +158,8 @@ def seconds(f: Callable[[], Any], device: torch.device, most: float = 2.0) -> fl
 def matmul(device: torch.device, precision: str, n: int) -> float:
     """FLOP/s of an n x n x n matrix product of random numbers."""
     with arithmetic(precision):
-        a, b = (
-            torch.randn(
-                n, n, device=device, dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32
-            )
-            for _ in range(2)
-        )
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        a, b = torch.randn(2, n, n, device=device, dtype=dtype)
         return 2 * n**3 / seconds(lambda: a @ b, device, 0.5)
 
 
@@ -184,11 +168,8 @@ def costliest(f: Callable[[], Any], device: torch.device) -> str:
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as found:
         f()
-    rows = {
-        e.key: e.self_device_time_total if cuda else e.self_cpu_time_total
-        for e in found.key_averages()
-        if e.key.startswith("aten::")
-    }
+    events = [e for e in found.key_averages() if e.key.startswith("aten::")]
+    rows = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in events}
     total = sum(rows.values()) or 1
     top = sorted(rows, key=rows.__getitem__, reverse=True)[:3]
     return ", ".join(f"{key.removeprefix('aten::')} {100 * rows[key] / total:.0f} %" for key in top)
@@ -198,12 +179,8 @@ def versions(device: torch.device, put: Put, args: argparse.Namespace) -> None:
     about = {"device": "cpu", "commit": records.commit(), **records.environment()}
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(0)
-        about |= {
-            "device": card.name,
-            "memory_gib": card.total_memory / 2**30,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-        }
+        about |= {"device": card.name, "memory_gib": card.total_memory / 2**30}
+        about |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     put("versions", True, **about)
 
 
@@ -243,24 +220,16 @@ def leave(c: RunConfig, runs: Path, out: Path, put: Put, status: int | None) -> 
     """Put down a run: its record, or how far it came."""
     rows = records.history(runs / c.id)
     with open(out / "history.jsonl", "a") as file:
-        file.writelines(
-            json.dumps({"run": c.id, **{k: v for k, v in row.items() if k != "confusion"}}) + "\n"
-            for row in rows
-        )
+        for row in rows:
+            row.pop("confusion", None)
+            file.write(json.dumps({"run": c.id, **row}) + "\n")
     scores = [max(row["miou"].values()) for row in rows if "miou" in row]
-    about = {
-        "state": "done" if status == 0 else "failed" if status else "cut off",
-        "step": rows[-1]["step"] if rows else 0,
-        "of": c.steps,
-    }
+    state = "done" if status == 0 else "failed" if status else "cut off"
+    about = {"state": state, "step": rows[-1]["step"] if rows else 0, "of": c.steps}
     if record := records.load(runs / c.id):
-        about |= {
-            "miou": record.miou,
-            "predictors": record.predictors,
-            "seconds": record.seconds,
-            "images_per_s": record.images_per_second,
-            "memory_mib": record.peak_memory_mb,
-        }
+        about |= record.model_dump(
+            include={"miou", "predictors", "seconds", "images_per_second", "peak_memory_mb"}
+        )
     elif scores:
         about |= {"best_predictor_so_far": max(scores)}
     put(f"{c.method} {c.split} seed {c.seed} {c.precision}", not status, **about)
@@ -282,16 +251,10 @@ def report(out: Path) -> int:
     if target.exists() and target.stat().st_mtime > source.stat().st_mtime:
         return len(bad)
     text = [f"# {len(rows)} results, {len(bad)} failed\n"]
-    text += [
-        f"- FAILED {row['part']}: {row['name']}: {row.get('error', row)} {row.get('where', '')}"
-        for row in bad
-    ]
+    text += [f"- FAILED {r['part']}: {r['name']}: {r.get('error', r)} {r.get('where', '')}" for r in bad]
+    shown = [{k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in rows]
     for part in dict.fromkeys(row["part"] for row in rows):
-        mine = [
-            {k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items() if k != "part"}
-            for row in rows
-            if row["part"] == part
-        ]
+        mine = [{k: v for k, v in row.items() if k != "part"} for row in shown if row["part"] == part]
         columns = dict.fromkeys(key for row in mine for key in row)
         table = [columns, dict.fromkeys(columns, "---"), *mine]
         lines = [" | ".join(columns), *(" | ".join(row.get(c, "") for c in columns) for row in table[1:])]
@@ -328,16 +291,9 @@ def work_through(parts: dict[str, int], args: argparse.Namespace, end: float) ->
             for name, (process, until) in [*active.items()]:
                 if process.is_alive() and time.time() < until:
                     continue
-                if process.is_alive():
-                    put(args.out, name, "the whole part", False, error="its time was up")
-                elif process.exitcode:
-                    put(
-                        args.out,
-                        name,
-                        "the whole part",
-                        False,
-                        error=f"ended with {process.exitcode}, see log.txt",
-                    )
+                error = f"ended with {process.exitcode}, see log.txt" if process.exitcode else ""
+                if error := "its time was up" if process.is_alive() else error:
+                    put(args.out, name, "the whole part", False, error=error)
                 stop(active.pop(name)[0])
             report(args.out)
     finally:

@@ -10,6 +10,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,7 @@ def apart(a: Tensor, b: Tensor) -> float:
 
 
 def onto(b: Batch, device: torch.device) -> Batch:
-    return Batch(
-        **{
-            k: tuple(t.to(device) for t in v) if isinstance(v, tuple) else v.to(device)
-            for k, v in vars(b).items()
-        }
-    )
+    return Batch(**tree_map_only(Tensor, lambda t: t.to(device), vars(b)))
 
 
 def other_way(device: torch.device) -> Any:
@@ -88,10 +84,8 @@ def one_step(name: str, options: dict, device: torch.device, precision: str) -> 
     """Terms, gradient as one vector, and the method after a backward from the same weights and draws."""
     method = make(name, **options).to(device)
     torch.manual_seed(1)
-    with (
-        SameDraws(),
-        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False),
-    ):
+    low = precision == "bfloat16"
+    with SameDraws(), torch.autocast(device.type, torch.bfloat16, enabled=low, cache_enabled=False):
         terms, _ = method(onto(batch(size=64), device), 0.7)
     torch.stack([t.float() for t in terms.values()]).sum().backward()
     fixed = {id(p) for t in teachers(method) for p in t.parameters()}
@@ -124,9 +118,8 @@ def methods(device: torch.device, put: Put, names: Sequence[str] = tuple(METHODS
 def compare(name: str, precision: str, found: tuple, reference: tuple) -> dict[str, Any]:
     """ok and measures: terms and gradients near the reference's, finite; students get a gradient, teachers none."""
     (terms, gradient, method), (exact, wanted, _) = found, reference
-    loss = max(
-        abs(terms[k].item() - t.item()) / max(abs(t.item()), 0.1) for k, t in exact.items()
-    )  # of a small term, the absolute difference counts
+    # Of a small term, the absolute difference counts.
+    loss = max(abs(terms[k].item() - t.item()) / max(abs(t.item()), 0.1) for k, t in exact.items())
     ends = [part for s in students(method) for part in (s.encoder, s.decoder, s.classifier)]
     reached = all(any(p.grad is not None and p.grad.abs().sum() > 0 for p in e.parameters()) for e in ends)
     untouched = all(p.grad is None for t in teachers(method) for p in t.parameters())
@@ -135,12 +128,8 @@ def compare(name: str, precision: str, found: tuple, reference: tuple) -> dict[s
     of_gradient = apart(gradient, wanted)
     ok = terms.keys() == exact.keys() and loss <= most[0] and of_gradient <= most[1]
     measures = {"loss": loss, "gradient": of_gradient, "finite": finite}
-    return {
-        "ok": ok and finite and reached and untouched,
-        **measures,
-        "students": reached,
-        "teachers": untouched,
-    }
+    ok = ok and finite and reached and untouched
+    return {"ok": ok, **measures, "students": reached, "teachers": untouched}
 
 
 def waits(name: str, device: torch.device) -> None:
@@ -240,37 +229,28 @@ def kernels(device: torch.device, put: Put) -> None:
         return [out, *torch.autograd.grad(out.sum(), [x])]
 
     near = {  # name -> (function, arguments); float32
-        "cross_entropy": (lambda z, y: slope(losses.cross_entropy, z, y), maps, label),
-        "cross_entropy over": (lambda z, y, v: slope(losses.cross_entropy, z, y, v), maps, label, valid),
-        "confidence": (losses.confidence, maps),
-        "entropy": (lambda z: slope(losses.entropy, z), maps),
-        "kl_divergence": (lambda z, t: slope(losses.kl_divergence, z, t), maps, others),
+        "cross_entropy": (partial(slope, losses.cross_entropy), maps, label),
+        "cross_entropy over": (partial(slope, losses.cross_entropy), maps, label, valid),
+        "confidence": (losses.confidence, maps), "entropy": (partial(slope, losses.entropy), maps),
+        "kl_divergence": (partial(slope, losses.kl_divergence), maps, others),
         "squared_distance": (losses.squared_distance, maps, others),
-        "masked_mean": (lambda z, v: losses.masked_mean(z[:, 0], v), maps, valid),
-        "percentiles": (lambda z, v: losses.percentiles(z[:, 0], v, (0.2, 0.5, 0.83)), maps, valid),
-        "unit": (losses.unit, maps),
-        "resize": (lambda z: slope(resize, z, (93, 111)), maps),
+        "masked_mean": (losses.masked_mean, maps[:, 0], valid), "unit": (losses.unit, maps),
+        "percentiles": (losses.percentiles, maps[:, 0], valid, (0.2, 0.5, 0.83)),
+        "resize": (partial(slope, resize), maps, (93, 111)), "EMA": (average, maps),
         "class moments, table, shift": (moments, features, label, maps),
-        "EMA": (average, maps),
-        **{
-            f"colour {name}": (getattr(colour, name), image)
-            for name in ("brightness", "contrast", "saturation", "hue", "blur", "greyscale", "chain", "distort")
-        },
     }  # fmt: skip
-    size = (48, 64)
+    for name in ("brightness", "contrast", "saturation", "hue", "blur", "greyscale", "chain", "distort"):
+        near[f"colour {name}"] = getattr(colour, name), image
     same = {  # equal to the last bit
-        "pseudo_label": (losses.pseudo_label, maps, 0.7, valid),
-        "nearest": (nearest, label, (13, 31)),
+        "pseudo_label": (losses.pseudo_label, maps, 0.7, valid), "nearest": (nearest, label, (13, 31)),
         "confusion_matrix": (lambda z, y: confusion_matrix(z.max(1).indices, y, CLASSES), maps, label),
-        "draw": (lambda v: losses.draw(v.flatten(1), 9), valid),
+        "draw": (losses.draw, valid.flatten(1), 9), "mix": (boxes.mix, maps, valid),
         "colour one_of": (lambda x: (colour.one_of(x) * 255).round(), image),
         "colour three_of": (lambda x: (three_of(x) * 255).round(), image),
-        **{
-            f"boxes {law}": (lambda x, law=law: getattr(boxes, law)(len(x), size, x.device), image)
-            for law in ("xor_boxes", "ratio_box", "beta_box", "half_box", "square")
-        },
-        "mix": (lambda z, v: boxes.mix(z, v), maps, valid),
     }  # fmt: skip
+    for law in ("xor_boxes", "ratio_box", "beta_box", "half_box", "square"):
+        draw = getattr(boxes, law)
+        same[f"boxes {law}"] = lambda x, draw=draw: draw(len(x), (48, 64), x.device), image
     for exact, cases in ((False, near), (True, same)):
         for name, (f, *args) in cases.items():
             with attempt(put, name):
@@ -281,20 +261,15 @@ def kernels(device: torch.device, put: Put) -> None:
                         out = f(*tree_map_only(Tensor, lambda t, place=place: t.to(place), args))
                     out = [out] if isinstance(out, Tensor) else [*out]
                     found.append([t.detach().cpu().double() for t in out])
-                error = max(
-                    ((a - b).abs() / b.abs().clamp_min(1)).max().item() for b, a in zip(*found, strict=True)
-                )
+                pairs = [*zip(*found, strict=True)]
+                error = max(((a - b).abs() / b.abs().clamp_min(1)).max().item() for b, a in pairs)
                 # A value on the edge of two classes or grey levels may fall to either side.
-                few = max((a != b).double().mean().item() for b, a in zip(*found, strict=True))
+                few = max((a != b).double().mean().item() for b, a in pairs)
                 put(name, few <= 1e-3 if exact else error <= 1e-4, error=error, differing=few)
 
 
-RESUMED: dict[str, dict] = {
-    "supervised": {},
-    "mkd": {"threshold": 0.3, "fda": 1.5},
-    "unimatch": {},
-    "st_plus_plus": {"scales": [1.0]},
-}
+RESUMED: dict[str, dict] = {"supervised": {}, "mkd": {"threshold": 0.3, "fda": 1.5}, "unimatch": {}}
+RESUMED["st_plus_plus"] = {"scales": [1.0]}
 
 
 def resume(device: torch.device, put: Put, names: Sequence[str] = tuple(RESUMED)) -> None:

@@ -24,10 +24,8 @@ def largest(kind: str) -> tuple[int, str]:
                 first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
                 found.append((node.end_lineno - first + 1, f"{place} {node.name}"))
             if kind == "class" and isinstance(node, ast.ClassDef):
-                public = [
-                    n for n in node.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")
-                ]
-                found.append((len(public), f"{place} {node.name}"))
+                names = [n.name for n in node.body if isinstance(n, ast.FunctionDef)]
+                found.append((sum(name[0] != "_" for name in names), f"{place} {node.name}"))
     return max(found)
 
 
@@ -44,7 +42,7 @@ def measures() -> dict[str, tuple[int, int, int, str]]:
         "public methods of a class": (methods[0], 6, 6, methods[1]),
         "lines of methods/mkd.py": (lines([ROOT / "mkd_core/methods/mkd.py"]), 80, 80, ""),
         "lines of parameters": (lines((ROOT / "parameters").rglob("*.yaml")), 1400, 1400, ""),
-        "lines of tests": (lines((ROOT / "tests").glob("*.py")), 12980, 7500, ""),
+        "lines of tests": (lines((ROOT / "tests").glob("*.py")), 11570, 7500, ""),
         "lines of the README": (lines([ROOT / "README.md"]), 150, 150, ""),
     }
 

@@ -20,15 +20,8 @@ from mkd_core.methods import Batch
 from mkd_core.methods.mkd_ablation import MKDAblation
 from mkd_core.models import nearest
 
-SWITCHES = {
-    "decay": 0.6,
-    "threshold": 0.0,
-    "fda": 1.5,
-    "fda_own": True,
-    "stride": 8,
-    "on_labeled": True,
-    "ignore_padding": False,
-}
+SWITCHES = {"decay": 0.6, "threshold": 0.0, "fda": 1.5, "fda_own": True, "stride": 8, "on_labeled": True,
+            "ignore_padding": False}  # fmt: skip
 
 
 class Released:

@@ -8,7 +8,7 @@ import bench
 import pytest
 import torch
 from released import SWITCHES, Released
-from tiny import batch, config, make
+from tiny import batch, make
 
 SMALL = {"encoder": "tu-test_resnet", "channels": 16, "crop": (32, 32), "batch": 2}
 
@@ -44,34 +44,16 @@ def test_every_comparison_runs_small_and_has_a_number():
     assert len(rows) == len(frame) == len(set(frame.index)) >= 18
     assert (frame["value"] > 0).all() and frame["value"].notna().all()
     of = {row.what.split(",")[0].split(":")[0]: row for row in rows if row.unit == "x"}
-    assert of["FDA"].value > 1 and all(
-        row.low <= row.value <= row.high for row in rows if row.low == row.low and row.unit == "x"
-    )
+    spans = [row for row in rows if row.low == row.low and row.unit == "x"]
+    assert of["FDA"].value > 1 and all(row.low <= row.value <= row.high for row in spans)
     assert sum(row.value for row in rows if row.what.startswith("loader")) == pytest.approx(100)
 
 
-def test_the_table_of_steps_has_a_vision_transformer():
+def test_the_table_of_steps_has_a_vision_transformer_and_targets_are_met_or_missed():
     frame = bench.steps(SMALL, ["supervised"], 1, "tu-test_vit")
     assert list(frame.index) == ["supervised", "supervised, ViT", "mkd, ViT"]
     assert list(frame.loc["mkd, ViT", ["gradient", "plain"]]) == [4, 2]
     assert frame.loc["mkd, ViT", "x memory"] > 1.5 * frame.loc["supervised, ViT", "x memory"] > 0
-
-
-def test_a_target_is_met_or_missed():
     assert bench.Row("a", 3.0, target=2).met == "met" and bench.Row("a", 1.0, target=2).met == "MISSED"
     share = bench.Row("a", 3.0, target=2, unit="%")
     assert share.met == "MISSED" and bench.Row("a", 3.0).met == ""
-
-
-def test_waiting_is_seen(monkeypatch):
-    """With a loader in the same process, all of its work is waited for."""
-    image = bench.Steps.__getitem__
-
-    def slow(self, step):
-        bench.time.sleep(0.3)
-        return image(self, step)
-
-    monkeypatch.setattr(bench.Steps, "__getitem__", slow)
-    monkeypatch.setattr(bench, "config", lambda *a, **k: config(*a, **k | {"workers": 0}))
-    (row,) = bench.waiting(SMALL, 6)
-    assert row.value > 25 and row.met == "MISSED"

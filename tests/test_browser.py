@@ -357,25 +357,6 @@ def test_threshold_layers_and_predictors(seen, study):
     check(seen, study, id)
 
 
-def test_checkpoints_and_runs(seen, study):
-    id = study.sets["unlabeled"][0]
-    seen.slide("A weights", "ArrowLeft")
-    check(seen, study, id, a=(0, "step 10", "teacher 1"))
-    seen.choose("A run", "cps")  # it has no teachers: its first student
-    check(seen, study, id, a=(1, "step 10", "student 1"))
-    seen.page.get_by_role("button", name="look again", exact=True).click()  # nothing new: all stays as it is
-    seen.choose("A run", "mkd")
-    check(seen, study, id, a=(0, "step 10", "student 1"))
-    seen.choose("A shows", "teacher 1")
-    seen.slide("A weights", "ArrowRight")
-    seen.choose("B run", "mkd")
-    seen.choose("B as", "confidence")
-    check(seen, study, id, b=(0, "last", "student 1"), layers=("pseudo-labels", "confidence"))
-    seen.choose("B as", "pseudo-labels")
-    seen.choose("B run", "cps")
-    check(seen, study, id)
-
-
 def test_images_are_reached_by_slider_buttons_keys_and_thumbnails(seen, study):
     ids = study.sets["unlabeled"]
     seen.slide("image", "ArrowRight", 2)
@@ -480,21 +461,6 @@ def test_the_curve_is_accuracy_against_coverage_and_its_dot_is_now(seen, study):
         assert abs(100 - (y - 14) * (100 - low) / 136 - 100 * right[kept].mean()) < 0.1
         assert np.abs(points - (x, y)).max(1).min() < 8, "the dot lies on the curve"
     seen.slide("T", "ArrowRight", 4)
-
-
-def test_a_save_is_confirmed_beside_its_button(seen, study, place):
-    for name in ("save pseudo-label", "save view"):
-        button = seen.page.get_by_role("button", name=name)
-        button.click()
-        said = seen.page.get_by_text("saved: ").filter(has_text="view" if "view" in name else f"T{T:.2f}")
-        saved = Path(said.inner_text().removeprefix("saved: "))
-        assert saved.parent == place / "out"
-        assert abs(said.bounding_box()["y"] - button.bounding_box()["y"]) < 15
-        if name == "save view":
-            assert Image.open(saved).size == (1034, 512)
-        else:
-            expected = predicted(study, A, study.sets["unlabeled"][0]).pseudo_label(T)
-            assert np.array_equal(np.array(Image.open(saved)), expected)
 
 
 def test_ordering_leaves_the_kernel_answering(seen, study):

@@ -26,10 +26,8 @@ KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name
 
 def write(path, parameters, code):
     path.parent.mkdir(parents=True, exist_ok=True)
-    cells = [
-        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell(code),
-    ]
+    first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    cells = [first, nbformat.v4.new_code_cell(code)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=KERNEL), path)
     return path
 
@@ -48,48 +46,28 @@ def printed(path):
     return "".join(o.text for c in nbformat.read(path, 4).cells for o in c.get("outputs", []))
 
 
-# Text stays text.
+TYPED = ["1_16", "2024-01-05", "on", "1e3", "null", "007", "data #2", "a: b", "[x", "12:30", ""]
 
 
-@pytest.mark.parametrize(
-    "typed", ["1_16", "2024-01-05", "on", "1e3", "null", "007", "data #2", "a: b", "[x", "12:30", ""]
-)
+@pytest.mark.parametrize("typed", TYPED)
 def test_a_parameter_declared_as_text_is_taken_as_typed(tmp_path, typed):
-    assert parse_values([f"split={typed}", f"common.split={typed}"], ["split"]) == {
-        "split": typed,
-        "common.split": typed,
-    }
+    parsed = parse_values([f"split={typed}", f"common.split={typed}"], ["split"])
+    assert parsed == {"split": typed, "common.split": typed}
     assert notebooks.read_all(RUN, None, [f"root={typed}"]).parameters["root"] == typed
     for quoted in (f"'{typed}'", f'"{typed}"'):  # as YAML would have it
         assert parse_values([f"split={quoted}"], ["split"]) == {"split": typed}
     if "#" not in typed and ":" not in typed and "[" not in typed:
         (tmp_path / "p.yaml").write_text(f"root: {typed}\ncommon: {{split: {typed}, steps: 3}}\n")
-        assert read_parameters(tmp_path / "p.yaml", ["root", "split"]) == {
-            "root": typed,
-            "common": {"split": typed, "steps": 3},
-        }
+        read = read_parameters(tmp_path / "p.yaml", ["root", "split"])
+        assert read == {"root": typed, "common": {"split": typed, "steps": 3}}
 
 
 def test_files_and_words_are_yaml_1_2(tmp_path):
-    (tmp_path / "p.yaml").write_text(
-        "1_16: 1_16\non: [no, yes, off, 2024-01-05, 12:30, 1e-3, -.5, 010, 0x10, 0o17, true, False, ~, .inf]\n1e3: 1\n"
-    )
+    text = "1_16: 1_16\non: [no, yes, off, 2024-01-05, 12:30, 1e-3, -.5, 010, 0x10, 0o17, true, False, ~, .inf]\n"
+    (tmp_path / "p.yaml").write_text(text + "1e3: 1\n")
     values = [
-        "no",
-        "yes",
-        "off",
-        "2024-01-05",
-        "12:30",
-        0.001,
-        -0.5,
-        10,
-        16,
-        15,
-        True,
-        False,
-        None,
-        float("inf"),
-    ]
+        "no", "yes", "off", "2024-01-05", "12:30", 0.001, -0.5, 10, 16, 15, True, False, None, float("inf"),
+    ]  # fmt: skip
     assert read_parameters(tmp_path / "p.yaml") == {"1_16": "1_16", "on": values, "1e3": 1}
     words = ["lr=1e-3", "crop=[64, 32]", "options={boxes: 3}", "name=a=b", "root=data #2", "weights="]
     assert parse_values(words) == {
@@ -97,21 +75,18 @@ def test_files_and_words_are_yaml_1_2(tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("pairs", "word"),
-    [
-        (["lr"], "key=value"),
-        (["a=1", "a=2"], "twice"),
-        (["a=[1"], "not YAML"),
-        (["a={b: 1, b: 2}"], "twice"),
-    ],
-)
+PAIRS = [
+    (["lr"], "key=value"), (["a=1", "a=2"], "twice"), (["a=[1"], "not YAML"), (["a={b: 1, b: 2}"], "twice"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pairs, word", PAIRS)
 def test_pairs_that_are_wrong(pairs, word):
     with pytest.raises(ValueError, match=word):
         parse_values(pairs)
 
 
-def test_dotted_keys_reach_into_the_files_mappings_and_change_nothing_else():
+def test_dotted_keys_reach_into_the_files_mappings_and_merged_keys_may_be_given_anew(tmp_path):
     file = {"common": {"root": "a", "steps": 3}, "out": "x"}
     merged = merge(file, {"common.root": "b", "out": "y"}, file)
     assert merged == {"common": {"root": "b", "steps": 3}, "out": "y"}
@@ -121,6 +96,8 @@ def test_dotted_keys_reach_into_the_files_mappings_and_change_nothing_else():
     # a mapping of the file below it
     based = merge({"base": "x.yaml"}, {"common.root": "b"}, {"common": {"steps": 3}})
     assert based == {"base": "x.yaml", "common": {"root": "b"}}
+    (tmp_path / "p.yaml").write_text("c: {d: {<<: &b {<<: &a {x: 1, y: 1}, x: 2}, y: 3}}\ne: *b\n")
+    assert read_parameters(tmp_path / "p.yaml") == {"c": {"d": {"x": 2, "y": 3}}, "e": {"x": 2, "y": 1}}
 
 
 @pytest.mark.parametrize(
@@ -132,14 +109,6 @@ def test_parameter_files_that_are_wrong(tmp_path, text, word):
     (tmp_path / "p.yaml").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=word):
         read_parameters(tmp_path / "p.yaml")
-
-
-def test_a_merged_key_may_be_given_anew(tmp_path):
-    (tmp_path / "p.yaml").write_text("c: {d: {<<: &b {<<: &a {x: 1, y: 1}, x: 2}, y: 3}}\ne: *b\n")
-    assert read_parameters(tmp_path / "p.yaml") == {"c": {"d": {"x": 2, "y": 3}}, "e": {"x": 2, "y": 1}}
-
-
-# What a single run gets.
 
 
 def test_what_check_takes_run_takes_and_options_of_another_method_or_data_set_are_dropped(tmp_path):
@@ -163,18 +132,12 @@ def test_the_configuration_of_a_run_executes_it_again(tmp_path):
     assert RunConfig(**{k: v for k, v in ready.parameters.items() if k in RunConfig.model_fields}) == config
 
 
-# Notebooks.
-
-
-def test_the_kernel_is_this_interpreter_with_this_package_whatever_is_named_python3(
-    notebook, tmp_path, monkeypatch, capsys
-):
+def test_the_kernel_is_this_interpreter_whatever_is_named_python3(notebook, tmp_path, monkeypatch, capsys):
     """A kernel python3 of another environment comes first on Jupyter's path, another mkd_core lies where the user is."""
     other = tmp_path / "kernels/python3"
     other.mkdir(parents=True)
-    (other / "kernel.json").write_text(
-        json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"})
-    )
+    about = {"argv": ["/bin/false"], "display_name": "x", "language": "python"}
+    (other / "kernel.json").write_text(json.dumps(about))
     (tmp_path / "mkd_core").mkdir()
     (tmp_path / "mkd_core/__init__.py").write_text("raise SystemExit('another clone')")
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
@@ -214,39 +177,31 @@ def test_an_interrupt_ends_with_one_line_and_no_kernel(tmp_path):
     assert not Path(f"/proc/{kernel}").exists() and not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["divisr=2"], "did you mean 'divisor'"),
-        (["divisor=true"], "parameter divisor is a int; got True"),
-        (["-f", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
-        (["-o", "notebooks"], "would be overwritten"),
-    ],
-)
-def test_refused_before_anything_runs(notebook, tmp_path, monkeypatch, capsys, words, said):
+@pytest.mark.parametrize("name, words, said", [
+    ("divide", ["divisr=2"], "did you mean 'divisor'"),
+    ("divide", ["divisor=true"], "parameter divisor is a int; got True"),
+    ("divide", ["-f", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
+    ("divide", ["-o", "notebooks"], "would be overwritten"),
+    ("divid", [], "divide.ipynb"), ("divide", [], "is of another copy of the project")])  # fmt: skip
+def test_refused_before_anything_runs(notebook, tmp_path, monkeypatch, capsys, name, words, said):
     monkeypatch.chdir(tmp_path)
-    assert main(["run", str(notebook), *words]) == 2
+    if "another copy" in said:
+        (tmp_path / "mkd_core").mkdir()
+    assert main(["run", str(notebook.with_name(f"{name}.ipynb")), *words]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_a_notebook_that_does_not_exist_or_is_of_another_clone_is_refused(notebook, tmp_path, capsys):
-    assert main(["run", str(notebook.with_name("divid.ipynb"))]) == 2
-    assert "divide.ipynb" in capsys.readouterr().err
-    (tmp_path / "mkd_core").mkdir()
-    assert main(["run", str(notebook)]) == 2
-    assert "is of another copy of the project" in capsys.readouterr().err
-
-
-# The other commands.
-
-
-def test_check_reports_and_its_status_tells(capsys):
+def test_check_reports_and_help_does_not_wait_for_torch(capsys):
     assert main(["check", "shapes", "train_size=16", "--split", "random/8"]) == 0
     assert "no problems found" in capsys.readouterr().out
     assert main(["check", "shape"]) == 2
     assert "did you mean 'shapes'" in capsys.readouterr().err
     assert main(["check", "shapes", "train_size=many"]) == 2
     assert "train_size" in capsys.readouterr().err
+    code = "import sys; from mkd_core.suite.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print([m for m in ('torch', 'pydantic', 'papermill', 'yaml', 'numpy') if m in sys.modules])"
+    text = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    assert "batch" in text and text.splitlines()[-1] == "[]"
 
 
 def test_lists_of_parameters_methods_and_runs(tmp_path, monkeypatch, capsys):
@@ -271,15 +226,14 @@ def test_lists_of_parameters_methods_and_runs(tmp_path, monkeypatch, capsys):
     assert "at work just now" in capsys.readouterr().err
     assert main(["runs", "--remove", config.id]) == 0
     assert (
-        not (tmp_path / config.id).exists() and f"Removed: {tmp_path / config.id}" in capsys.readouterr().out
+        f"Removed: {tmp_path / config.id}" in capsys.readouterr().out and not (tmp_path / config.id).exists()
     )
 
 
 def test_results_of_other_settings_are_not_overwritten(tmp_path):
     """What is typed beside a file needs a folder of its own where the file's table lies; more seeds do not."""
-    (tmp_path / "t.yaml").write_text(
-        f"out: {tmp_path / 'o'}\ncommon: {{dataset: shapes, steps: 9}}\nrows: {{A: {{method: cps}}}}\nseeds: [3]\n"
-    )
+    text = "common: {dataset: shapes, steps: 9}\nrows: {A: {method: cps}}\nseeds: [3]\n"
+    (tmp_path / "t.yaml").write_text(f"out: {tmp_path / 'o'}\n{text}")
     known = notebooks.PLAIN | {"out": notebooks.Parameter("")}
 
     def read(*words):
@@ -294,26 +248,16 @@ def test_results_of_other_settings_are_not_overwritten(tmp_path):
         assert read(*words).grid
 
 
-def test_help_does_not_wait_for_torch():
-    code = "import sys; from mkd_core.suite.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-    code += "print([m for m in ('torch', 'pydantic', 'papermill', 'yaml', 'numpy') if m in sys.modules])"
-    text = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert "batch" in text and text.splitlines()[-1] == "[]"
-
-
 def test_a_base_lies_beside_the_file_or_in_parameters(tmp_path):
     (tmp_path / "below.yaml").write_text("common: {steps: 7, split: 1_16}\n")
-    (tmp_path / "table.yaml").write_text("base: below.yaml\nrows: {A: {method: cps}}\nseeds: [3]\n")
+    text = "base: below.yaml\nrows: {A: {method: cps}}\nseeds: [3]\n"
+    (tmp_path / "table.yaml").write_text(text)
     ready = notebooks.read_all(notebooks.PLAIN, tmp_path / "table.yaml", ["common.batch=5"])
     (config,) = ready.grid.runs["A"]
     assert (config.steps, config.batch, config.split, config.seed) == (7, 5, "1_16", 3)
     assert ready.parameters["base"] == [str(tmp_path / "below.yaml")]
     assert ready.parameters["common"] == {"batch": 5}
-    (tmp_path / "table.yaml").write_text(
-        "base: below.yaml\nrows: {A: {method: cps}}\nseeds: [3]\ncommon: {}\n"
-    )
+    (tmp_path / "table.yaml").write_text(text + "common: {}\n")
     table4 = notebooks.read_cell(ROOT / "notebooks/30_table4_components.ipynb")
     with pytest.raises(ValueError, match="the notebook's own columns would lie over the file's base"):
         notebooks.read_all(table4, tmp_path / "table.yaml", [])

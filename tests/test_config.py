@@ -22,7 +22,6 @@ OUT_OF_RANGE = {
 
 # What is wrong with a run: its keys, and part of the one message.
 BAD = [
-    # names: a guess, and what there is
     ({"stepz": 5}, "no option 'stepz'; did you mean 'steps'? It has: dataset, root"),
     ({"LR": 0.1}, "did you mean 'lr'"),
     ({"dataset": "shape"}, "no data set 'shape'; did you mean 'shapes'? There are: shapes, folder, voc"),
@@ -36,13 +35,9 @@ BAD = [
     ({"supervised_loss": "ohm"}, "'cross_entropy' or 'ohem'"),
     ({"ohem_keep": 9}, "ohem_keep belongs to supervised_loss 'ohem'"),
     ({"ohem_keep": 0}, "'ohem_keep': input should be greater than 0"),
-    ({"protocol": "slide"}, "'whole', 'long512' or 'sliding'"),
-    ({"strong": "oneof"}, "'one_of', 'chain'"),
-    ({"precision": "fp16"}, "'float32' or 'bfloat16'"),
-    ({"norm": "layer"}, "'batch' or 'group'"),
-    ({"optimizer": "adam"}, "'sgd' or 'adamw'"),
-    ({"device": "gpu"}, "'device'"),
-    # options of methods and data sets
+    ({"protocol": "slide"}, "'whole', 'long512' or 'sliding'"), ({"strong": "oneof"}, "'one_of', 'chain'"),
+    ({"precision": "fp16"}, "'float32' or 'bfloat16'"), ({"norm": "layer"}, "'batch' or 'group'"),
+    ({"optimizer": "adam"}, "'sgd' or 'adamw'"), ({"device": "gpu"}, "'device'"),
     ({"options": {"treshold": 0.9}}, "mkd has no option 'treshold'; did you mean 'threshold'? It has: alpha, beta"),
     ({"method": "supervised", "options": {"alpha": 1}}, "supervised has no option 'alpha'. It has: no options"),
     ({"options": {"alpha": "strong"}}, "mkd, 'alpha': input should be a valid number"),
@@ -62,17 +57,13 @@ BAD = [
     ({"method": "mkd_ablation", "options": {"stride": True}}, "'stride' cannot be true or false"),
     ({"dataset_options": {"train_sice": 9}}, "data set 'shapes' has no option 'train_sice'; did you mean 'train_size'"),
     ({"dataset_options": {"size": "large"}}, "data set 'shapes', 'size': input should be a valid integer"),
-    # text that YAML takes for something else
     ({"split": 116}, "'split': input should be a valid string; got 116; in YAML, text that reads as a number"),
     ({"root": None}, "'root': input should be a valid string; got None; in YAML"),
-    ({"weights": 1e3}, "needs quotes"),
-    ({"method": True}, "'method' cannot be true or false"),
-    # numbers
+    ({"weights": 1e3}, "needs quotes"), ({"method": True}, "'method' cannot be true or false"),
     ({"steps": 0}, "'steps': input should be greater than 0"),
     ({"steps": 1.5}, "'steps': input should be a valid integer"),
     ({"steps": True}, "'steps' cannot be true or false"),
-    ({"batch": 0}, "'batch': input should be greater than 0"),
-    ({"batch": 1}, "batch must be at least 2"),
+    ({"batch": 0}, "'batch': input should be greater than 0"), ({"batch": 1}, "batch must be at least 2"),
     ({"lr": 0}, "'lr': input should be greater than 0"),
     ({"lr": "fast"}, "'lr': input should be a valid number"),
     ({"lr": INF}, "'lr': input should be a finite number"),
@@ -84,8 +75,7 @@ BAD = [
     ({"scale": (True, 2.0)}, "'scale' cannot be true or false"),
     ({"base": 8}, "base must be 0 or the long side of an image"),
     *[({key: value}, f"'{key}': input should be") for key, value in OUT_OF_RANGE.items()],
-    ({"keep_every": 1_500}, "keep_every must be a multiple of checkpoint_every, 1000"),
-]  # fmt: skip
+    ({"keep_every": 1_500}, "keep_every must be a multiple of checkpoint_every, 1000")]  # fmt: skip
 
 
 @pytest.mark.parametrize("keys, words", BAD, ids=lambda value: str(value)[:60])
@@ -96,41 +86,29 @@ def test_what_is_wrong_with_a_run_is_one_message(keys, words):
     assert words in text and "pydantic" not in text and "Value error" not in text and "\n" not in text
 
 
-def test_all_faults_are_told_at_once():
+def test_all_faults_are_told_at_once_and_what_is_valid_is_frozen():
     with pytest.raises(ValueError) as error:
         RunConfig(lr=-1, steps=0, crop=(5, 5))
     for words in ("'lr': input should be greater than 0; got -1", "'steps'", "'crop'"):
         assert words in str(error.value)
-
-
-def test_true_and_false_are_values_where_the_hint_says_so():
     for value in (True, False, None):
         assert RunConfig(method="cps", options={"on_labeled": value}).options["on_labeled"] is value
+    with pytest.raises(ValueError):
+        config().lr = 1.0
 
 
-def test_numbers_may_be_written_in_several_ways():
+def test_numbers_may_be_written_in_several_ways_and_records_state_them_all():
     """PyYAML reads 1e-3 as text. The same run has one id, and the method gets a number."""
     c = RunConfig(lr="1e-3", steps="200", crop=[512, 1024])
     assert (c.lr, c.steps, c.crop) == (0.001, 200, (512, 1024))
     assert c.id == RunConfig(lr=0.001, steps=200, crop=(512, 1024)).id
     written = ((1, 2), (1.0, 2.0), ("1.0", "2e0"))
     assert len({RunConfig(method="mkd", options={"alpha": a, "fda": f}).id for a, f in written}) == 1
-
-
-def test_a_configuration_is_frozen():
-    with pytest.raises(ValueError):
-        config().lr = 1.0
-
-
-def test_the_record_of_a_run_states_every_hyper_parameter():
     for name, method in METHODS.items():
         expected = {n: p.default for n, p in inspect.signature(method).parameters.items() if n != "build"}
         assert RunConfig(method=name).options == json.loads(json.dumps(expected))  # a tuple is a list there
     c = config("mkd", options={"alpha": 0.5})
     assert c.options["alpha"] == 0.5 and RunConfig(**c.model_dump(mode="json")).id == c.id
-
-
-# The id.
 
 
 def test_the_id_does_not_depend_on_how_the_run_is_written():
@@ -208,9 +186,6 @@ def test_the_same_run_from_another_folder(tmp_path, monkeypatch):
     assert there.named and there.id and not here.named
 
 
-# Tables.
-
-
 def test_grid():
     rows = {"SupOnly": {"method": "supervised", "lr": 0.1}, "CPS": {"method": "cps"}}
     runs = Grid(common={"steps": 9, "lr": 0.5, "split": "random/8@{seed}"}, rows=rows, seeds=[3, 4]).runs
@@ -219,28 +194,23 @@ def test_grid():
     assert [c.split for c in runs["CPS"]] == ["random/8@3", "random/8@4"]
 
 
-@pytest.mark.parametrize(
-    "keys, words",
-    [
-        ({"common": {"stepz": 9}, "rows": {"a": {}}} | SEEDS, "a, seed 0: RunConfig has no option 'stepz'"),
-        ({"common": {"seed": 1}, "rows": {"a": {}}} | SEEDS, "seed stands in `seeds`"),
-        ({"common": {"split": 116}, "rows": {"a": {}}} | SEEDS, "'split': input should be a valid string"),
-        ({"rows": {"a": {}, "b": {"options": {"alpha": 1.5}}}} | SEEDS, "rows 'a' and 'b' hold the same run, shapes-"),
-        ({"rows": {"a": {}}, "seeds": [1, 1]}, "seeds [1, 1] hold the same run twice"),
-        ({"rows": {}} | SEEDS, "'rows': dictionary should have at least 1 item"),
-        ({"rows": {"a": {}}, "columns": {}} | SEEDS, "'columns'"),
-        ({"rows": {"a": 5}} | SEEDS, "'rows.a': input should be a valid dictionary"),
-        ({"rows": {1: {}}} | SEEDS, "rows.1.[key]': input should be a valid string; got 1; in YAML"),
-        ({"rows": {"a": {}}, "seeds": []}, "'seeds'"),
-        ({"rows": {"a": {}}, "seeds": [True]}, "'seeds'"),
-        ({"rows": {"a": {}}}, "Grid needs the option 'seeds'"),
-        ({"rows": {"a": {}}, "extra": 1} | SEEDS, "Grid has no option 'extra'"),
-        ({"rows": {"a": {"recipe": "papr"}}, "recipes": {"paper": {}}} | SEEDS, "no recipe 'papr'; did you mean 'paper'"),
-        ({"rows": {"a": {}}, "base": "none.yaml"} | SEEDS, "base: there is no file 'none.yaml' in"),
-        ({"rows": {"a": {}}, "base": {"a": 1}} | SEEDS, "base: there is no file 'a'"),
-    ],
-    ids=lambda value: str(value)[:60],
-)  # fmt: skip
+@pytest.mark.parametrize("keys, words", [
+    ({"common": {"stepz": 9}, "rows": {"a": {}}} | SEEDS, "a, seed 0: RunConfig has no option 'stepz'"),
+    ({"common": {"seed": 1}, "rows": {"a": {}}} | SEEDS, "seed stands in `seeds`"),
+    ({"common": {"split": 116}, "rows": {"a": {}}} | SEEDS, "'split': input should be a valid string"),
+    ({"rows": {"a": {}, "b": {"options": {"alpha": 1.5}}}} | SEEDS, "rows 'a' and 'b' hold the same run, shapes-"),
+    ({"rows": {"a": {}}, "seeds": [1, 1]}, "seeds [1, 1] hold the same run twice"),
+    ({"rows": {}} | SEEDS, "'rows': dictionary should have at least 1 item"),
+    ({"rows": {"a": {}}, "columns": {}} | SEEDS, "'columns'"),
+    ({"rows": {"a": 5}} | SEEDS, "'rows.a': input should be a valid dictionary"),
+    ({"rows": {1: {}}} | SEEDS, "rows.1.[key]': input should be a valid string; got 1; in YAML"),
+    ({"rows": {"a": {}}, "seeds": []}, "'seeds'"), ({"rows": {"a": {}}, "seeds": [True]}, "'seeds'"),
+    ({"rows": {"a": {}}}, "Grid needs the option 'seeds'"),
+    ({"rows": {"a": {}}, "extra": 1} | SEEDS, "Grid has no option 'extra'"),
+    ({"rows": {"a": {"recipe": "papr"}}, "recipes": {"paper": {}}} | SEEDS, "no recipe 'papr'; did you mean 'paper'"),
+    ({"rows": {"a": {}}, "base": "none.yaml"} | SEEDS, "base: there is no file 'none.yaml' in"),
+    ({"rows": {"a": {}}, "base": {"a": 1}} | SEEDS, "base: there is no file 'a'"),
+], ids=lambda value: str(value)[:60])  # fmt: skip
 def test_what_is_wrong_with_a_table_is_one_message(keys, words):
     with pytest.raises(ValueError) as error:
         Grid(**keys)
@@ -289,22 +259,17 @@ def test_a_row_starts_from_a_recipe_and_a_single_run_is_one(write):
     assert with_bases({"base": 64, "lr": 0.2}) == {"base": 64, "lr": 0.2} and with_bases({"base": ""}) == {}
 
 
-def test_bases_in_a_circle_are_refused(write):
+def test_bases_in_a_circle_are_refused_and_laying_over_changes_neither_mapping(write):
     write("a.yaml", base="b.yaml", lr=1.0)
     write("b.yaml", base="a.yaml")
     with pytest.raises(ValueError, match="base: a.yaml -> b.yaml -> a.yaml is a circle"):
         Grid(base="a.yaml", rows={"a": {}}, seeds=[0])
-
-
-def test_laying_over_changes_neither_mapping():
     below, above = {"a": {"x": 1}, "b": 1, "c": {"y": 1}}, {"a": {"z": 2}, "b": None, "c": None}
     assert lay_over(below, above) == {"a": {"x": 1, "z": 2}, "b": None}
     assert below == {"a": {"x": 1}, "b": 1, "c": {"y": 1}} and above["a"] == {"z": 2}
 
 
-@pytest.mark.parametrize(
-    "values, typed, left",
-    [
+@pytest.mark.parametrize("values, typed, left", [
         ({"method": "supervised", "options": {"alpha": 1}}, {"method"}, {"options": {}}),
         ({"method": "cutmix_seg", "options": {"alpha": 1, "decay": 0.5}}, {"method"}, {"options": {}}),  # decay is MKD's too
         ({"method": "mkd_ablation", "options": {"alpha": 1}}, {"method"}, {"options": {"alpha": 1}}),
@@ -312,9 +277,7 @@ def test_laying_over_changes_neither_mapping():
         ({"method": "supervised", "options": {"alpha": 1}}, {"lr"}, {"options": {"alpha": 1}}),  # a slip in the file
         ({"method": "none", "options": {"alpha": 1}}, {"method"}, {"options": {"alpha": 1}}),
         ({"dataset": "folder", "dataset_options": {"train_size": 1}}, {"dataset"}, {"dataset_options": {}}),
-        ({"dataset": "shapes", "dataset_options": {"size": 48}}, {"dataset"}, {"dataset_options": {"size": 48}}),
-    ],
-)  # fmt: skip
+        ({"dataset": "shapes", "dataset_options": {"size": 48}}, {"dataset"}, {"dataset_options": {"size": 48}})])  # fmt: skip
 def test_options_of_another_method_or_data_set_are_dropped_where_one_is_typed(values, typed, left):
     before = json.dumps(values)
     assert drop_foreign_options(values, typed) == values | left and json.dumps(values) == before

@@ -30,18 +30,22 @@ def trained(values, accuracy=80.0, **keys):
     return record(evaluations=found, **keys)
 
 
-def test_an_image_survives_normalisation():
+def test_images_colours_and_overlays():
     image = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
     expected = image.permute(1, 2, 0).numpy() / 255
     np.testing.assert_allclose(figures.to_image(image), expected)
     np.testing.assert_allclose(figures.to_image(normalise(image[None].float() / 255)[0]), expected, atol=1e-6)
-
-
-def test_colours_are_the_palette_and_ignored_pixels_are_grey():
     colours = figures.colourise(torch.tensor([[0, 1], [2, 255]]), PALETTE)
     np.testing.assert_array_equal(colours[0], [[0, 0, 0], [1, 0, 0]])
     np.testing.assert_array_equal(colours[1, 0], [0, 0, 1])
     assert np.ptp(colours[1, 1]) == 0 and 0.5 < colours[1, 1, 0] < 1  # a light grey, in no palette
+    image = np.full((1, 2, 3), 0.5)
+    expected = [[[0.7, 0.3, 0.3], [0.5, 0.5, 0.5]]]
+    np.testing.assert_allclose(figures.overlay(image, np.array([[1, 255]]), PALETTE, alpha=0.4), expected)
+    for first in ("background", "none"):  # the data set says what is one
+        shown = figures.overlay(image, np.array([[0, 1]]), PALETTE, (first, "red", "blue"), alpha=0.4)
+        tinted = (shown[0] != image[0]).any(-1)
+        assert tinted.tolist() == [first == "none", True]
 
 
 def lab(colours):
@@ -64,16 +68,6 @@ def test_dark_classes_are_seen_on_black_and_differ_from_the_others_as_before():
     for name, black in (("footwear", False), ("background", True)):
         drawn = figures.sheet({"": [np.zeros((2, 2), int)]}, palette=PALETTE, classes=(name, "red", "blue"))
         assert (drawn.axes[0].images[0].get_array().max() == 0) == black
-
-
-def test_overlay_blends_classes_and_leaves_ignored_pixels():
-    image = np.full((1, 2, 3), 0.5)
-    expected = [[[0.7, 0.3, 0.3], [0.5, 0.5, 0.5]]]
-    np.testing.assert_allclose(figures.overlay(image, np.array([[1, 255]]), PALETTE, alpha=0.4), expected)
-    for first in ("background", "none"):  # the data set says what is one
-        shown = figures.overlay(image, np.array([[0, 1]]), PALETTE, (first, "red", "blue"), alpha=0.4)
-        tinted = (shown[0] != image[0]).any(-1)
-        assert tinted.tolist() == [first == "none", True]
 
 
 def test_columns_are_gains_losses_and_a_seeded_draw():
@@ -127,7 +121,12 @@ def test_curves_show_every_method_with_its_band():
     assert legend(figure) == ["CPS", "MKD (2 seeds)"]
 
 
-def test_all_labels_are_the_upper_line():
+def test_curves_draw_what_was_measured_and_all_labels_as_the_upper_line():
+    once = record(evaluations=[{"step": 1, "miou": {"student 1": 3.0}}])
+    assert len(report.curves({"MKD": [once]}).axes) == 1
+    # nothing kept: no accuracy
+    assert len(report.curves({"MKD": [trained([40, 50], accuracy=None)]}).axes) == 2
+    assert legend(report.curves({"MKD": [trained([40, 50]), record(seed=1)], "CPS": [record()]})) == ["MKD"]
     best = runs((0, 70), (1, 74), config=of("supervised", "full"))
     for figure in (
         report.curves({"MKD": [trained([40, 50], config=of("mkd"))], "all labels": best}),
@@ -135,14 +134,6 @@ def test_all_labels_are_the_upper_line():
     ):
         assert legend(figure) == ["MKD"] and "all labels" in [t.get_text() for t in figure.axes[0].texts]
         assert any(set(line.get_ydata()) == {72} for line in figure.axes[0].lines)
-
-
-def test_curves_draw_what_was_measured():
-    once = record(evaluations=[{"step": 1, "miou": {"student 1": 3.0}}])
-    assert len(report.curves({"MKD": [once]}).axes) == 1
-    # nothing kept: no accuracy
-    assert len(report.curves({"MKD": [trained([40, 50], accuracy=None)]}).axes) == 2
-    assert legend(report.curves({"MKD": [trained([40, 50]), record(seed=1)], "CPS": [record()]})) == ["MKD"]
 
 
 def test_a_table_has_the_pictures_that_its_records_allow():
@@ -182,16 +173,13 @@ def test_a_row_has_its_methods_colour_and_no_two_rows_share_one(monkeypatch):
     assert len({*map(str, many.values())}) == 30
 
 
-def test_label_counts_joins_means_over_columns():
+def test_label_counts_and_costs_stand_where_they_belong():
     at = {n: runs((0, 40 + n), (1, 44 + n), split={"labeled": n, "sha256": "a"}) for n in (8, 16)}
     figure = report.label_counts({"MKD": {"1/8": at[8], "1/16": at[16]}, "not run": {"1/8": []}})
     ax = figure.axes[0]
     (drawn,) = [line.get_xydata() for line in ax.lines if len(line.get_xydata()) == 2]
     np.testing.assert_allclose(drawn, [[8, 50], [16, 58]])
     assert [*ax.get_xticks()] == [8, 16] and legend(figure) == ["MKD"]
-
-
-def test_cost_stands_at_the_time_given():
     rows = {name: runs((0, 50 + k), (1, 51 + k)) for k, name in enumerate(("SupOnly", "MKD $a$"))}
     figure = report.cost(rows, {"SupOnly": 1, "MKD $a$": 5.5})
     places = {tuple(xy) for dots in figure.axes[0].collections for xy in dots.get_offsets().round(2).tolist()}
@@ -251,14 +239,6 @@ def test_names_of_data_are_escaped_and_own_labels_are_mathematics():
     assert sheet.axes[0].get_ylabel() == "mask $m$"
 
 
-def test_a_confusion_of_many_classes_stays_small():
-    figure = figures.confusion(np.ones((150, 150)), [f"class {k}" for k in range(150)])
-    FigureCanvasAgg(figure).draw()
-    assert max(figure.get_size_inches()) < 15 and not figure.axes[0].texts
-    boxes = [t.get_window_extent() for t in figure.axes[0].get_yticklabels()]
-    assert all(upper.y0 >= lower.y1 - 1 for upper, lower in pairwise(boxes))
-
-
 def test_every_seed_is_shown_and_no_line_joins_methods():
     figure = report.seeds({"SupOnly": runs((0, 40), (1, 44)), "MKD": runs((1, 50), (0, 48)), "not run": []})
     ax = figure.axes[0]
@@ -269,12 +249,16 @@ def test_every_seed_is_shown_and_no_line_joins_methods():
     assert [t.get_text() for t in ax.get_yticklabels()] == ["SupOnly", "MKD"]
 
 
-def test_a_report_leaves_records_text_and_pictures(tmp_path, capsys):
+def test_a_report_leaves_whole_and_reproducible_files(tmp_path, capsys):
     cells = {"MKD": {"92": [trained([40, 50])]}, "SupOnly": {"92": runs((0, 30))}}
     report.report(cells, out=str(tmp_path / "made"), against="SupOnly")
     names = {"records.jsonl", "table.md", "table.html", "table.tex", "curves.png", "classes.png"}
     assert {path.name for path in (tmp_path / "made").iterdir()} == names
     assert records.read_cells(tmp_path / "made/records.jsonl") == cells
+    history = [{"step": 1, "loss": 2.0, "term/sup": 2.0}]
+    first, second = (figures.save(figures.terms(history), tmp_path / n) for n in ("a.png", "new/b.png"))
+    assert first.read_bytes() == second.read_bytes() and first.read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in tmp_path.rglob("*.tmp")] == []
 
 
 def test_long_row_names_and_legends_keep_clear_of_each_other():
@@ -292,12 +276,17 @@ def test_long_row_names_and_legends_keep_clear_of_each_other():
         assert min(ax.get_window_extent().y0 for ax in figure.axes) > legend.y1 > legend.y0 >= 0
 
 
-def test_tables_are_annotated():
+def test_a_confusion_is_annotated_and_of_many_classes_stays_small():
     figure = figures.confusion(torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), CLASSES)
     assert [t.get_text() for t in figure.axes[0].texts] == ["75", "25", "0", "0", "100", "0", "0", "0", "0"]
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == list(CLASSES)
     figure = figures.confusion([[[3, 1], [0, 2]], [[1, 3], [0, 0]]], CLASSES[:2])  # two runs
     assert [t.get_text() for t in figure.axes[0].texts] == ["50", "50", "0", "100"]
+    figure = figures.confusion(np.ones((150, 150)), [f"class {k}" for k in range(150)])
+    FigureCanvasAgg(figure).draw()
+    assert max(figure.get_size_inches()) < 15 and not figure.axes[0].texts
+    boxes = [t.get_window_extent() for t in figure.axes[0].get_yticklabels()]
+    assert all(upper.y0 >= lower.y1 - 1 for upper, lower in pairwise(boxes))
 
 
 def test_figure1_names_every_loss_and_network():
@@ -307,10 +296,3 @@ def test_figure1_names_every_loss_and_network():
     for k in "12":
         names |= {f"teacher {k}", f"student {k}", f"ℓθ{k}st", f"ℓθ{k}ss"}
     assert names <= {*found}
-
-
-def test_files_are_whole_and_reproducible(tmp_path):
-    history = [{"step": 1, "loss": 2.0, "term/sup": 2.0}]
-    first, second = (figures.save(figures.terms({"": history}), tmp_path / n) for n in ("a.png", "new/b.png"))
-    assert first.read_bytes() == second.read_bytes() and first.read_bytes().startswith(b"\x89PNG")
-    assert [p.name for p in tmp_path.rglob("*.tmp")] == []

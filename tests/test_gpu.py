@@ -30,9 +30,8 @@ def test_the_dry_run_does_every_part_and_none_fails(tmp_path):
     parts = {name for stage in gpu.ROUNDS for name in stage}
     assert {row["part"] for row in found} == parts and all(row["ok"] for row in found)
     steps = [row for row in found if "mfu" in row]
-    assert len(steps) >= 3 and all(
-        row["ms"] > 0 and row["tflop"] > 0 and row["costs"].count("%") == 3 for row in steps
-    )
+    assert len(steps) >= 3 and all(row["costs"].count("%") == 3 for row in steps)
+    assert min(min(row["ms"], row["tflop"]) for row in steps) > 0
     runs = [row for row in found if row["part"] == "train"]
     assert len(runs) == 2 and all(row["state"] == "done" and row["miou"] >= 0 for row in runs)
     curves = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
@@ -41,12 +40,8 @@ def test_the_dry_run_does_every_part_and_none_fails(tmp_path):
     assert text.startswith(f"# {len(found)} results, 0 failed") and all(
         f"## {name}" in text for name in parts
     )
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "results.jsonl",
-        "report.md",
-        "log.txt",
-        "history.jsonl",
-    }
+    files = {"results.jsonl", "report.md", "log.txt", "history.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == files
 
 
 def test_a_part_that_fails_or_hangs_is_put_down_and_the_others_go_on(tmp_path, monkeypatch):
@@ -70,13 +65,9 @@ def test_a_part_that_fails_or_hangs_is_put_down_and_the_others_go_on(tmp_path, m
     assert time.time() - began < 40
     found = {(row["part"], row["name"]): row for row in rows(tmp_path)}
     assert found["methods", "before"]["ok"] and found["resume", "two of two"]["ok"]
-    bad = {key: row["error"] for key, row in found.items() if not row["ok"]}
-    assert bad.keys() == {
-        ("methods", "the whole part"),
-        ("kernels", "the whole part"),
-        ("resume", "one of two"),
-    }
-    assert "time" in bad["kernels", "the whole part"] and bad["resume", "one of two"] == "ValueError: a case"
+    bad, whole = {key: row["error"] for key, row in found.items() if not row["ok"]}, "the whole part"
+    assert bad.keys() == {("methods", whole), ("kernels", whole), ("resume", "one of two")}
+    assert "time" in bad["kernels", whole] and bad["resume", "one of two"] == "ValueError: a case"
     assert "no such kernel" in (tmp_path / "log.txt").read_text()
     assert (tmp_path / "report.md").read_text().count("FAILED") == 3
 
@@ -85,7 +76,7 @@ def test_runs_that_are_not_done_in_time_are_put_down_with_how_far_they_came(tmp_
     endless = {"workers": 0, "steps": 100_000, "evaluate_every": 2, "log_every": 1}
     make = gpu.config
     monkeypatch.setattr(gpu, "config", lambda method, **_: make(method, **endless))
-    args = argparse.Namespace(dry=True, runs=None, data=None, slots=1, out=tmp_path, until=time.time() + 25)
+    args = argparse.Namespace(dry=True, runs=None, data=None, slots=1, out=tmp_path, until=time.time() + 15)
     found = []
     gpu.train(CPU, lambda name, ok, **about: found.append(about), args)
     assert [row["state"] for row in found] == ["cut off", "not begun"]

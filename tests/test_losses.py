@@ -9,18 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mkd_core.losses import (
-    confidence,
-    cosine,
-    cross_entropy,
-    draw,
-    hard_pixels,
-    masked_mean,
-    percentiles,
-    pseudo_label,
-    ramp,
-    squared_distance,
-)
+from mkd_core.losses import confidence, cosine, cross_entropy, draw, hard_pixels, masked_mean  # isort: skip
+from mkd_core.losses import percentiles, pseudo_label, ramp, squared_distance  # isort: skip
 
 IGNORE = 255
 
@@ -36,14 +26,11 @@ def case(seed: int = 0, classes: int = 5, ignored: float = 0.3) -> tuple[torch.T
 def loop_cross_entropy(logits: torch.Tensor, label: torch.Tensor) -> tuple[float, int]:
     """Sum of -log softmax over the labelled pixels, and their number, in plain Python."""
     total, count = 0.0, 0
-    for b in range(label.shape[0]):
-        for i in range(label.shape[1]):
-            for j in range(label.shape[2]):
-                c = int(label[b, i, j])
-                if c != IGNORE:
-                    z = logits[b, :, i, j].tolist()
-                    total += math.log(sum(math.exp(v) for v in z)) - z[c]
-                    count += 1
+    for b, i, j in np.ndindex(*label.shape):
+        if (c := int(label[b, i, j])) != IGNORE:
+            z = logits[b, :, i, j].tolist()
+            total += math.log(sum(math.exp(v) for v in z)) - z[c]
+            count += 1
     return total, count
 
 
@@ -54,20 +41,19 @@ def test_cross_entropy_is_torch_s_and_the_loop_s(seed, ignored):
     total, count = loop_cross_entropy(logits, label)
     ours = cross_entropy(logits, label).item()
     assert ours == pytest.approx(total / max(count, 1), rel=1e-12)
+    over = torch.rand(label.shape) < 0.5  # another denominator
+    assert cross_entropy(logits, label, over=over).item() == pytest.approx(total / int(over.sum()), rel=1e-12)
     if count:
         assert ours == pytest.approx(F.cross_entropy(logits, label, ignore_index=IGNORE).item(), rel=1e-12)
 
 
-def test_cross_entropy_has_torch_s_gradient():
+def test_cross_entropy_has_torch_s_gradient_and_of_nothing_is_zero():
     logits, label = case()
     ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
     cross_entropy(ours, label).backward()
     F.cross_entropy(theirs, label, ignore_index=IGNORE).backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
     assert (ours.grad.movedim(1, -1)[label == IGNORE] == 0).all()
-
-
-def test_cross_entropy_of_nothing_is_zero_and_can_be_differentiated():
     logits, label = case()
     logits.requires_grad_()
     for over in (None, torch.zeros_like(label, dtype=torch.bool)):
@@ -75,14 +61,6 @@ def test_cross_entropy_of_nothing_is_zero_and_can_be_differentiated():
         assert loss.item() == 0
         (gradient,) = torch.autograd.grad(loss, logits)
         assert (gradient == 0).all()
-
-
-def test_cross_entropy_over_another_denominator():
-    logits, label = case()
-    over = torch.rand(label.shape, generator=torch.Generator().manual_seed(1)) < 0.5
-    total, count = loop_cross_entropy(logits, label)
-    assert count != int(over.sum())
-    assert cross_entropy(logits, label, over=over).item() == pytest.approx(total / int(over.sum()), rel=1e-12)
 
 
 def loop_ohem(logits: torch.Tensor, label: torch.Tensor, keep: int) -> tuple[float, int]:
@@ -121,17 +99,13 @@ def test_pseudo_label_keeps_all_at_zero_and_only_the_confident_above():
     torch.testing.assert_close(confidence(logits), prob.amax(1))
     q = prob.amax(1)
     threshold = q.median().item() + 1e-9
+    half = torch.tensor([0.5, 0.5], dtype=torch.float64).log().view(1, 2, 1, 1)
+    assert [pseudo_label(half, 0.5 + e).item() for e in (-1e-12, 1e-12)] == [0, IGNORE]
     label = pseudo_label(logits, threshold)
     assert 0 < (label != IGNORE).sum() < label.numel()
     assert torch.equal(label != IGNORE, q >= threshold)
     assert torch.equal(label[label != IGNORE], prob.argmax(1)[label != IGNORE])
     assert (pseudo_label(logits, 1.1) == IGNORE).all()
-
-
-def test_pseudo_label_counts_a_pixel_at_the_threshold_as_confident():
-    logits = torch.tensor([0.5, 0.5], dtype=torch.float64).log().view(1, 2, 1, 1)
-    assert pseudo_label(logits, 0.5 - 1e-12).item() == 0
-    assert pseudo_label(logits, 0.5 + 1e-12).item() == IGNORE
 
 
 def test_pseudo_label_leaves_invalid_pixels_out_and_has_no_graph():
@@ -143,23 +117,16 @@ def test_pseudo_label_leaves_invalid_pixels_out_and_has_no_graph():
         assert label.dtype == torch.int64 and not confidence(logits).requires_grad
 
 
-def test_confidence_is_exact_where_float32_softmax_saturates():
+def test_confidence_and_squared_distance():
     logits = torch.tensor([[40.0, 0.0]]).view(1, 2, 1, 1)
     assert confidence(logits).item() == 1
     assert confidence(torch.zeros(1, 7, 1, 1)).item() == pytest.approx(1 / 7)
-
-
-def test_squared_distance_is_the_mean_square_error():
     a, b = case(0)[0].softmax(1), case(1)[0].softmax(1)
     by_hand = [sum((a[0, c, 1, 2] - b[0, c, 1, 2]).item() ** 2 for c in range(5)) / 5]
     assert squared_distance(a, b)[0, 1, 2].item() == pytest.approx(by_hand[0])
     torch.testing.assert_close(squared_distance(a, b).mean(), F.mse_loss(a, b))  # MSE_p of the specification
-
-
-def test_masked_mean():
     values = torch.tensor([1.0, 2.0, 30.0])
-    assert masked_mean(values, torch.tensor([True, True, False])).item() == 1.5
-    assert masked_mean(values, torch.zeros(3, dtype=torch.bool)).item() == 0
+    assert masked_mean(values, values < 3).item() == 1.5 and masked_mean(values, values < 0).item() == 0
 
 
 def test_ramps_begin_and_end_where_they_should():

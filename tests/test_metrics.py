@@ -26,21 +26,10 @@ def loop_iou(prediction: list[int], label: list[int], classes: int) -> list[floa
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
-@given(
-    st.integers(2, 6).flatmap(
-        lambda c: st.tuples(
-            st.just(c),
-            st.lists(
-                st.tuples(st.integers(0, c - 1), st.one_of(st.integers(0, c - 1), st.just(IGNORE))),
-                min_size=1,
-                max_size=40,
-            ),
-        )
-    ),
-    st.sampled_from([torch.uint8, torch.int64]),
-)
-def test_iou_is_the_loop_s(case, dtype):
-    classes, pixels = case
+@given(st.data(), st.integers(2, 6), st.sampled_from([torch.uint8, torch.int64]))
+def test_iou_is_the_loop_s(data, classes, dtype):
+    of = st.integers(0, classes - 1)
+    pixels = data.draw(st.lists(st.tuples(of, of | st.just(IGNORE)), min_size=1, max_size=40))
     prediction, label = ([p[i] for p in pixels] for i in (0, 1))
     half = len(pixels) // 2
     shape = (2, half) if half and len(pixels) % 2 == 0 else (len(pixels),)
@@ -56,16 +45,13 @@ def test_iou_is_the_loop_s(case, dtype):
     assert miou(matrix) == pytest.approx(sum(present) / len(present) if present else math.nan, nan_ok=True)
 
 
-def test_absent_and_spurious_classes():
+def test_absent_spurious_and_many_classes():
     """A class that neither occurs nor is predicted leaves the mean; one that is only predicted counts as 0."""
     label = torch.tensor([0, 0, 1, 1, IGNORE])
     found = iou(confusion_matrix(torch.tensor([0, 0, 1, 1, 2]), label, 4)).tolist()
     assert found == pytest.approx([100, 100, math.nan, math.nan], nan_ok=True)
     mean = miou(confusion_matrix(torch.tensor([0, 0, 1, 2, 2]), label, 4))
     assert mean == pytest.approx((100 + 50 + 0) / 3)
-
-
-def test_confusion_adds_up_over_batches_of_many_classes():
     g = torch.Generator().manual_seed(0)
     label = torch.randint(0, 81, (4, 50, 50), generator=g)
     label[torch.rand(label.shape, generator=g) < 0.1] = IGNORE
@@ -107,8 +93,5 @@ def test_pseudo_label_quality_is_the_loop_s():
         assert found["kept_per_class"][c] == (share if share is None else pytest.approx(share, abs=1e-3))
         assert found["accuracy_per_class"][c] == (right if right is None else pytest.approx(right, abs=1e-3))
     assert found["kept_per_class"][3] is None
-
-
-def test_pseudo_label_quality_of_nothing():
     quality = PseudoLabelQuality(3, 0.95)
     assert quality.summary()["kept"] is None and quality.summary()["accuracy"] is None

@@ -18,9 +18,6 @@ from mkd_core.train import build_method
 DINOV2, DINOV3 = "tu-vit_small_patch14_dinov2", "tu-vit_small_patch16_dinov3"
 
 
-# ResNet-v1c with the separable head of MMSegmentation.
-
-
 def conv_module(name: str, *weight: int) -> dict[str, tuple[int, ...]]:
     bn = {f"{name}.bn.{key}": weight[:1] for key in ("weight", "bias", "running_mean", "running_var")}
     return {f"{name}.conv.weight": weight, f"{name}.bn.num_batches_tracked": (), **bn}
@@ -39,11 +36,8 @@ def released_head(in_channels: int, c1_in_channels: int, channels: int) -> dict[
         shapes |= separable(f"aspp_modules.{i}", in_channels, channels)
     shapes |= conv_module("bottleneck", channels, 5 * channels, 3, 3)
     shapes |= conv_module("c1_bottleneck", 48, c1_in_channels, 1, 1)
-    return (
-        shapes
-        | separable("sep_bottleneck.0", channels + 48, channels)
-        | separable("sep_bottleneck.1", channels, channels)
-    )
+    shapes |= separable("sep_bottleneck.0", channels + 48, channels)
+    return shapes | separable("sep_bottleneck.1", channels, channels)
 
 
 def v1c(blocks: tuple[int, ...], stem: str = "stem.{}") -> dict[str, tuple[int, ...]]:
@@ -151,9 +145,6 @@ def test_files_of_openmmlab_and_of_torchvision_s_style_are_told_apart(tmp_path):
         load_encoder(net, str(tmp_path / "standard.pth"))
 
 
-# Vision transformers.
-
-
 @pytest.mark.parametrize("encoder, patch", [("tu-test_vit", 16), (DINOV2, 14), (DINOV3, 16)])
 def test_vit_features_classifier_logits(encoder, patch):
     torch.manual_seed(0)
@@ -171,7 +162,7 @@ def test_vit_features_classifier_logits(encoder, patch):
     assert net(torch.randn(1, 3, 75, 50)).shape == (1, CLASSES, 75, 50)  # any size
 
 
-def test_its_maps_are_timm_s_at_every_quarter():
+def test_its_maps_are_timm_s_at_every_quarter_and_position_embeddings_interpolated():
     torch.manual_seed(0)
     net = SegNet(CLASSES, arch="dpt", encoder=DINOV2, channels=8).eval()
     model, x = net.encoder.model, torch.randn(1, 3, 56, 42)
@@ -185,11 +176,9 @@ def test_its_maps_are_timm_s_at_every_quarter():
     assert len(maps) == 4
     for a, b in zip(maps, expected, strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_position_embeddings_are_interpolated_and_another_size_is_resized_to_the_nearest_patches():
-    torch.manual_seed(0)
-    net = SegNet(CLASSES, arch="dpt", encoder=DINOV2, channels=8).eval()
+    x = torch.randn(1, 3, 61, 71)  # another size is resized to the nearest patches
+    resized = F.interpolate(x, (56, 70), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(net.features(x), net.features(resized))
     grid = net.encoder.model.pos_embed[:, 1:].reshape(1, 37, 37, -1).permute(0, 3, 1, 2)
     assert grid.shape[-1] == 37  # of crop 518
     small = F.interpolate(grid, (5, 4), mode="bicubic", antialias=True, align_corners=False)
@@ -198,9 +187,6 @@ def test_position_embeddings_are_interpolated_and_another_size_is_resized_to_the
         net.encoder.model.patch_embed.proj.bias.zero_()
     found = net.encoder.model._pos_embed(net.encoder.model.patch_embed(torch.zeros(1, 3, 70, 56)))[:, 1:]
     torch.testing.assert_close(found, small.flatten(2).transpose(1, 2))
-    x = torch.randn(1, 3, 61, 71)
-    resized = F.interpolate(x, (56, 70), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(net.features(x), net.features(resized))
 
 
 def meta_dinov2(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -248,8 +234,6 @@ def test_dpt_is_for_vision_transformers():
         build_method(config(**DPT, encoder_depth=4), CLASSES)
 
 
-# Runs.
-
 DPT = {"arch": "dpt", "encoder": "tu-test_vit", "channels": 8}
 UNLIKE = DPT | {"encoder2": "tu-test_resnet", "arch2": "deeplabv3plus_mmseg"}
 
@@ -284,9 +268,8 @@ def test_two_unlike_networks(tmp_path):
     assert "patch_embed" in str(first.encoder) and "patch_embed" not in str(second.encoder)
     file = tmp_path / "w.pth"
     torch.save({name: tensor + 1 for name, tensor in second.encoder.state_dict().items()}, file)
-    one, two = (
-        build_method(config("cps", **UNLIKE, **w), CLASSES).students[1] for w in ({"weights2": str(file)}, {})
-    )
+    keys = ({"weights2": str(file)}, {})
+    one, two = (build_method(config("cps", **UNLIKE, **w), CLASSES).students[1] for w in keys)
     name, tensor = next(iter(second.encoder.state_dict().items()))
     assert torch.equal(one.encoder.state_dict()[name], tensor + 1)
     assert not torch.equal(two.encoder.state_dict()[name], tensor + 1)

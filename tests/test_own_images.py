@@ -59,18 +59,11 @@ def places(root):
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-# Which mask belongs to which photo.
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        "images/{}.jpg masks/{}.png", "img/{}.jpg ann/{}.jpg.png", "JPEGImages/{}.jpg SegmentationClass/{}.png",
-        "leftImg8bit/train/city/{}_leftImg8bit.png gtFine/train/city/{}_gtFine_labelIds.png", "{}.jpg {}_mask.png",
-        "train/images/{}.jpg train/labels/{}.png", "imgs/{}_img.jpg gts/{}_gt.png", "photos/a/{}.jpg masks/{}.png",
-        "images/{}_l.jpg masks/{}_l.png", "images/{}.JPG masks/{}_L.png",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("names", [
+    "images/{}.jpg masks/{}.png", "img/{}.jpg ann/{}.jpg.png", "JPEGImages/{}.jpg SegmentationClass/{}.png",
+    "leftImg8bit/train/city/{}_leftImg8bit.png gtFine/train/city/{}_gtFine_labelIds.png", "{}.jpg {}_mask.png",
+    "train/images/{}.jpg train/labels/{}.png", "imgs/{}_img.jpg gts/{}_gt.png", "photos/a/{}.jpg masks/{}.png",
+    "images/{}_l.jpg masks/{}_l.png", "images/{}.JPG masks/{}_L.png"])  # fmt: skip
 def test_layouts_that_people_have(tmp_path, names):
     folder(tmp_path, lambda y: y, 3, 1, names)
     pairs, left_out = find_pairs(tmp_path, tmp_path / "mkd")
@@ -106,9 +99,6 @@ def test_what_cannot_be_paired_is_refused(tmp_path):
     save(tmp_path / "a/00.jpg", photo(0))
     with pytest.raises(DataError, match="photos of one name"):
         find_pairs(tmp_path, tmp_path / "mkd", images="a", masks="b")
-
-
-# What masks mean.
 
 
 def palette(y, order=(0, 1, 2)):
@@ -162,10 +152,8 @@ def test_palettes_that_disagree_are_read_as_colours(tmp_path):
         path = tmp_path / f"{k}.png"
         palette(truth(k), (0, 1, 2) if k % 2 else (2, 0, 1)).save(path)
         masks.append(path)
-    meaning = understand(masks, ["a", "c", "b"], {})
-    assert not meaning.as_is and all(
-        (meaning.read(m) == np.array([0, 2, 1])[truth(k)]).all() for k, m in enumerate(masks)
-    )
+    meaning, order = understand(masks, ["a", "c", "b"], {}), np.array([0, 2, 1])
+    assert not meaning.as_is and all((meaning.read(m) == order[truth(k)]).all() for k, m in enumerate(masks))
     assert understand([masks[1], masks[3]], ["a", "b", "c"], {}).as_is
 
 
@@ -186,19 +174,11 @@ def test_colour_tables_of_several_programs(tmp_path, lines):
         understand([mask], None, {(200, 30, 30): "red", (30, 200, 30): "green"})
 
 
-@pytest.mark.parametrize(
-    ("form", "classes", "said"),
-    [
-        (lambda y: y, None, "(?s)0  .*2  .*which classes are they.*--classes a,b,c"),
-        (lambda y: y * 100, ["a", "b"], "2 class names do not fit"),
-        (lambda y: COLOURS[y], None, r"(?s)\(200, 30, 30\).*--colours FILE"),
-        (
-            lambda y: np.random.default_rng(0).integers(0, 200, (48, 40, 3), np.uint8),
-            None,
-            "classes are 64 at most",
-        ),
-    ],
-)
+@pytest.mark.parametrize("form, classes, said", [
+    (lambda y: y, None, "(?s)0  .*2  .*which classes are they.*--classes a,b,c"),
+    (lambda y: y * 100, ["a", "b"], "2 class names do not fit"),
+    (lambda y: COLOURS[y], None, r"(?s)\(200, 30, 30\).*--colours FILE"),
+    (lambda y: np.random.default_rng(0).integers(0, 200, (48, 40, 3), np.uint8), None, "classes are 64 at most")])  # fmt: skip
 def test_what_masks_do_not_tell_is_asked_for(tmp_path, form, classes, said):
     with pytest.raises(DataError, match=said):
         prepare_folder(folder(tmp_path, form, 4), classes=classes, quiet=True)
@@ -210,14 +190,8 @@ def test_class_lists_are_read_as_those_of_a_data_set(tmp_path):
     with pytest.raises(DataError, match=r"labels.txt: 'id,name' is no class name"):
         prepare_folder(tmp_path, quiet=True)
     (tmp_path / "labels.txt").write_text("# mine\n\n__ignore__\na\nb\nc\n")
-    assert open_dataset("folder", prepare_folder(tmp_path, quiet=True, weights="").root).classes == (
-        "a",
-        "b",
-        "c",
-    )
-
-
-# Outlines in JSON.
+    data = open_dataset("folder", prepare_folder(tmp_path, quiet=True, weights="").root)
+    assert data.classes == ("a", "b", "c")
 
 
 SHAPES = [
@@ -235,10 +209,8 @@ def labelme(path, shapes, **keys):
     path.write_text(json.dumps(content | keys))
 
 
-@pytest.mark.parametrize(
-    "names",
-    ["{}.jpg {}.json", "images/{}.jpg json/{}.json", "b/{}.jpg b/ann/{}.jpg.json", "a/{}.jpg c/of_{}.json"],
-)
+@pytest.mark.parametrize("names", [
+    "{}.jpg {}.json", "images/{}.jpg json/{}.json", "b/{}.jpg b/ann/{}.jpg.json", "a/{}.jpg c/of_{}.json"])  # fmt: skip
 def test_outlines_of_labelme(tmp_path, names, capsys):
     image, drawn = names.split()
     for k in range(8):
@@ -280,17 +252,13 @@ def test_outlines_of_coco_in_the_order_of_their_ids(tmp_path):
     assert len(load_split(data, "labeled").unlabeled) == 2  # without an object: nobody looked, perhaps
 
 
-@pytest.mark.parametrize(
-    ("shapes", "keys", "said"),
-    [
-        ([SHAPES[0] | {"shape_type": "linestrip"}], {}, "0.json: shape 1 is a linestrip of 4 points: outlines are polygons of "),
-        ([SHAPES[0] | {"points": [[1, 1], [5, 5]]}], {}, "0.json: shape 1 is a polygon of 2 points: outlines"),
-        (SHAPES, {"imageHeight": 40}, r"0.json: a mask of \(40, 40\) pixels, its photo 0.jpg \(upright\) has \(48, 40\)"),
-        (SHAPES, {"imageHeight": None}, "0.json: not JSON as labelme or COCO has it"),
-        ([SHAPES[0] | {"label": "roof"}], {}, r"1 labels \(roof\), in .*0.json first, are not among wall, door"),
-        ([], {}, "(?s)no photo has a mask.*no outline in it.*0.json"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("shapes", "keys", "said"), [
+    ([SHAPES[0] | {"shape_type": "linestrip"}], {}, "0.json: shape 1 is a linestrip of 4 points: outlines are polygons of "),
+    ([SHAPES[0] | {"points": [[1, 1], [5, 5]]}], {}, "0.json: shape 1 is a polygon of 2 points: outlines"),
+    (SHAPES, {"imageHeight": 40}, r"0.json: a mask of \(40, 40\) pixels, its photo 0.jpg \(upright\) has \(48, 40\)"),
+    (SHAPES, {"imageHeight": None}, "0.json: not JSON as labelme or COCO has it"),
+    ([SHAPES[0] | {"label": "roof"}], {}, r"1 labels \(roof\), in .*0.json first, are not among wall, door"),
+    ([], {}, "(?s)no photo has a mask.*no outline in it.*0.json")])  # fmt: skip
 def test_outlines_that_cannot_be_used(tmp_path, shapes, keys, said):
     save(tmp_path / "0.jpg", photo(0))
     labelme(tmp_path / "0.json", shapes, **keys)
@@ -309,9 +277,6 @@ def test_masks_and_outlines_are_not_mixed(tmp_path):
     (tmp_path / "masks/01.png").unlink()
     with pytest.raises(DataError, match="00.png is a mask, .*01.json holds outlines: move one kind"):
         find_pairs(tmp_path, tmp_path / "mkd")
-
-
-# The data set.
 
 
 def test_photos_without_masks_are_unlabeled_and_what_is_left_out_is_told(tmp_path, capsys):
@@ -349,21 +314,16 @@ def test_draws_repeat_keep_groups_together_and_know_folders_called_val(tmp_path)
     folder(tmp_path / "a", lambda y: y, 20, 6, "images/{}.png masks/{}.png")
 
     def parts(**how):
-        config = prepare_folder(
-            tmp_path / "a", tmp_path / "out", classes=3, quiet=True, overwrite=True, weights="", **how
-        )
+        how |= {"classes": 3, "quiet": True, "overwrite": True, "weights": ""}
+        config = prepare_folder(tmp_path / "a", tmp_path / "out", **how)
         data = open_dataset("folder", config.root)
         return data, load_split(data, "labeled")
 
     first, second, other = parts(), parts(), parts(seed=1)
     assert first[0].val == second[0].val and first[1] == second[1] and first[0].val != other[0].val
     data, split = parts(group_by="1")  # 00 .. 09, 10 .. 19, 20 ..: by the first letter
-    val = {Path(id).name[0] for id in data.val}
-    assert (
-        len(val) == 1
-        and len(data.val) == 10
-        and not val & {Path(id).name[0] for id in (*data.train, *split.unlabeled)}
-    )
+    val, rest = ({Path(id).name[0] for id in ids} for ids in (data.val, (*data.train, *split.unlabeled)))
+    assert len(val) == 1 and len(data.val) == 10 and not val & rest
     assert len(parts(labeled="6")[1].labeled) == 6 and len(parts(labeled="1/4")[1].labeled) == 4
     parts(test=0.2)
     parts()  # no test list of an earlier draw stays, of which some would be trained on
@@ -373,8 +333,6 @@ def test_draws_repeat_keep_groups_together_and_know_folders_called_val(tmp_path)
     config = prepare_folder(tmp_path / "b", classes=3, quiet=True, weights="")
     assert [Path(id).name for id in open_dataset("folder", config.root).val] == ["x00.png", "x01.png"]
 
-
-# Training.
 
 SMALL = dict(
     weights="", encoder="tu-test_resnet", channels=16, crop=[32, 32], steps=4, batch=2, evaluate_every=2, quality_images=2,
@@ -389,14 +347,11 @@ def test_one_command_trains_evaluates_on_val_and_test_and_reports(tmp_path, monk
     assert main(["train", str(tmp_path / "p"), "--methods", "supervised,mkd", "options.alpha=2"]) == 0
     text = capsys.readouterr().out
     place = tmp_path / "p/mkd/report"
-    assert {"table.md", "records.jsonl", "curves.png", "predictions.png"} <= {
-        path.name for path in place.iterdir()
-    }
+    names = {"table.md", "records.jsonl", "curves.png", "predictions.png"}
+    assert names <= {path.name for path in place.iterdir()}
     cells = records.read_cells(place / "records.jsonl")
-    assert {name: of[""][0].config["options"].get("alpha") for name, of in cells.items()} == {
-        "SupOnly": None,
-        "MKD": 2.0,
-    }
+    alpha = {name: of[""][0].config["options"].get("alpha") for name, of in cells.items()}
+    assert alpha == {"SupOnly": None, "MKD": 2.0}
     best = max((of[""][0] for of in cells.values()), key=lambda record: record.miou)
     assert f"Next: mkd predict {best.id} PHOTOS" in text and "3 images of test.txt" in text
     opened = mkd_core.open_run(best.id)
@@ -449,23 +404,17 @@ def test_imagenet_weights_by_name(tmp_path, monkeypatch):
     path.parent.mkdir()
     net = models.SegNet(3, encoder="tu-test_resnet")
     with_file = mkd_core.RunConfig(encoder="tu-test_resnet", weights="imagenet")
-    monkeypatch.setattr(
-        "mkd_core.models.get_hf_file_metadata", lambda url, timeout: SimpleNamespace(etag="1")
-    )
-    monkeypatch.setattr(
-        "pooch.retrieve", lambda *_, fname, path: save_file(net.encoder.state_dict(), path / fname)
-    )
+    state, about = net.encoder.state_dict(), SimpleNamespace(etag="1")
+    monkeypatch.setattr("mkd_core.models.get_hf_file_metadata", lambda url, timeout: about)
+    monkeypatch.setattr("pooch.retrieve", lambda *_, fname, path: save_file(state, path / fname))
     planned = batch.Run("a", "", with_file)
     assert planned.folder is None
     batch.check([planned])  # fetches
     assert planned.folder == records.RUNS / with_file.id
     assert with_file.id == mkd_core.RunConfig(encoder="tu-test_resnet", weights=str(path)).id
     assert with_file.id != mkd_core.RunConfig(encoder="tu-test_resnet").id
-    other = build_net(with_file, 3)
-    assert all(
-        (a == b).all()
-        for a, b in zip(net.encoder.state_dict().values(), other.encoder.state_dict().values(), strict=True)
-    )
+    other = build_net(with_file, 3).encoder.state_dict()
+    assert all((state[key] == other[key]).all() for key in other)
     with pytest.raises(ValueError, match="neither smp nor timm"):
         mkd_core.RunConfig(encoder="resnext101_32x32d", weights="imagenet")
 

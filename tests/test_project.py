@@ -1,8 +1,6 @@
 """The files around the package: README numbers come from committed records, recipes and parameters are valid, both lists of pins agree."""
 
 import re
-import shutil
-import subprocess
 import tomllib
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import pytest
 import yaml
 from measures import measures
 
-from mkd_core import Grid, RunConfig, published, table
+from mkd_core import RunConfig, published, table
 from mkd_core.records import read_cells
 
 ROOT = Path(__file__).parents[1]
@@ -31,10 +29,6 @@ def test_committed_tables_and_the_readme_show_the_committed_records(folder):
     assert shown.strip() in README or folder.name != "00_quickstart"
 
 
-def test_there_is_evidence():
-    assert "00_quickstart" in {folder.name for folder in EVIDENCE}
-
-
 def test_the_embedded_data_set_meets_its_target_over_five_seeds():
     """MKD above SupOnly by 10 points and above co-training by 5, each by more than two standard errors of the paired difference."""
     cells = read_cells(ROOT / "figures/00_quickstart/records.jsonl")
@@ -48,9 +42,7 @@ def test_the_embedded_data_set_meets_its_target_over_five_seeds():
         assert mean > margin and mean > 2 * error
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "parameters/recipes").glob("*.yaml")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("parameters/recipes/*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_complete_configurations(path):
     values = yaml.safe_load(path.read_text())
     config, own = RunConfig(**values), path.stem == "own_images"
@@ -60,24 +52,6 @@ def test_recipes_are_complete_configurations(path):
     assert left == {"root", "weights", "weights2", "seed", "device", "devices", "cache", "tensorboard"}
     named = set(re.findall(r"^  (\w+):", path.read_text(), re.M))
     assert named <= set(config.options), "every option of a recipe is one of the method's"
-
-
-def test_the_released_recipe_differs_from_the_paper_where_the_readme_says():
-    files = (ROOT / f"parameters/recipes/{name}.yaml" for name in ("paper", "released"))
-    paper, released = (RunConfig(**yaml.safe_load(file.read_text())) for file in files)
-    assert (paper.options["threshold"], released.options["threshold"]) == (0.95, 0)
-    assert paper.method == "mkd" and released.options["stride"] == 8 and released.options["fda_own"]
-    assert (paper.options["decay"], released.options["decay"]) == (0.99, 0.6)
-    assert released.weak_photometric and not paper.weak_photometric
-
-
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("parameters/*/00_quickstart.yaml")), ids=lambda path: path.parent.name
-)
-def test_quickstart_grids_are_valid(path):
-    values = yaml.safe_load(path.read_text())
-    grid = Grid(**{key: value for key, value in values.items() if key in Grid.model_fields})
-    assert all(len(configs) == len(values["seeds"]) for configs in grid.runs.values())
 
 
 def test_every_parameters_file_says_how_it_is_run():
@@ -91,26 +65,18 @@ def test_the_tree_in_the_readme_is_the_tree():
     tree = README.split("## The tree")[1].split("```")[1]
     named = set(re.findall(r"mkd_core/[\w./]+|^[a-z]+/", tree, re.M))
     assert all((ROOT / name).exists() for name in named)
-    wanted = {
-        "mkd_core/methods/",
-        "mkd_core/train.py",
-        "mkd_core/evaluate.py",
-        "mkd_core/ema.py",
-        "notebooks/",
-    }
-    assert wanted <= named
+    assert {f"mkd_core/{name}" for name in ("methods/", "train.py", "evaluate.py", "ema.py")} <= named
     folders = {f"mkd_core/{path.parent.name}/" for path in (ROOT / "mkd_core").glob("*/__init__.py")}
     assert folders <= named
 
 
-@pytest.mark.parametrize("what", measures())
-def test_the_suite_stays_thin(what):
+def test_the_suite_stays_thin():
     """`python tests/measures.py` prints all of them."""
-    value, most, _, where = measures()[what]
-    assert value <= most, f"{what}: {value}, {where}"
+    large = {what: found for what, found in measures().items() if found[0] > found[1]}
+    assert not large
 
 
-def test_requirements_and_lock_pin_the_same():
+def test_what_is_installed_and_cited_is_one_everywhere():
     def pins(name):
         return set(re.findall(r"^([\w.\-\[\]]+==[^\s;\\]+)", (ROOT / name).read_text(), re.M))
 
@@ -119,21 +85,7 @@ def test_requirements_and_lock_pin_the_same():
     names = {pin.split("==")[0] for pin in pins("requirements.txt")}
     assert {re.split(r"[><=]", want)[0] for want in wanted} <= names
     assert "://" not in (ROOT / "requirements.lock").read_text()
-
-
-def test_environment_and_citation_parse():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert environment["dependencies"][-1] == {"pip": ["-r requirements.txt"]}
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "title", "authors", "preferred-citation"} <= citation.keys()
-
-
-@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
-def test_jupyterlab_opens_the_demo_where_it_is_finished(tmp_path):
-    for name in ("Makefile", "requirements.lock", "pyproject.toml", "setup.sh"):
-        shutil.copy(ROOT / name, tmp_path)
-    command = ["make", "-n", "-C", str(tmp_path), "lab"]
-    assert " notebooks/00_quickstart.ipynb" in subprocess.check_output(command, text=True)
-    (tmp_path / "runs/demo").mkdir(parents=True)
-    (tmp_path / "runs/demo/00_quickstart.ipynb").touch()
-    assert " runs/demo/00_quickstart.ipynb" in subprocess.check_output(command, text=True)

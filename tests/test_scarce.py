@@ -21,12 +21,12 @@ def test_an_evaluation_that_fails_at_the_end_costs_no_step(tmp_path, monkeypatch
     """Out of memory after the last step: the second try evaluates, and trains nothing again."""
     c = config("mkd", steps=4, checkpoint_every=100)
     run(c, tmp_path / "whole", quiet=True)
+
+    def fail(*args, **how):
+        raise RuntimeError("can't allocate memory")
+
     with monkeypatch.context() as m:
-        m.setattr(
-            runner,
-            "evaluate",
-            lambda *args, **how: (_ for _ in ()).throw(RuntimeError("can't allocate memory")),
-        )
+        m.setattr(runner, "evaluate", fail)
         with pytest.raises(RuntimeError, match="allocate"):
             run(c, tmp_path, quiet=True)
     monkeypatch.setattr(runner, "train", None)

@@ -30,10 +30,7 @@ UNLABELED = {
     ("voc_aug", "classic/366"): (10216, "b9a203a2f84f7bb362546401ecd17cf728da8c7bc3927b463003f728e433c6f3"),
     ("voc_aug", "classic/732"): (9850, "944eea998e978483fe3c1ccd99a2e1f2dbd643c84453980bcc331c44304132bd"),
     ("voc_aug", "classic/1464"): (9118, "e74502571e6d172bdfe6cb3257a58fcb046e4464aa4765b54ec170e73a2f4f53"),
-    ("voc_aug", "classic-cps/732"): (
-        9850,
-        "35137b872592782214fbffc87e56ee7482f74a75fc595316b193803ab1f9abf4",
-    ),
+    ("voc_aug", "classic-cps/732"): (9850, "35137b872592782214fbffc87e56ee7482f74a75fc595316b193803ab1f9abf4"),
     ("voc_aug", "cps/1_16"): (9920, "49b06340ca1534c3f15001ea9ce6d2815dd2ae1302390cfbdcfc0b004e17d960"),
     ("voc_aug", "cps/1_8"): (9259, "b93006960bd751713dd8f5c14a148925077ba8deade79fa8591f715d7adb80e2"),
     ("voc_aug", "cps/1_4"): (7936, "a84acda9b7087bb4595db3d023d9f546347dd7e937f4db5ce6a7146739983cb9"),
@@ -50,12 +47,8 @@ UNLABELED = {
     ("cityscapes", "u2pl/1_8"): (2603, "d08f2cff541ee593b9f1d84c50364d13f0dbefcbfbf981d6e8bc16b7a375d43a"),
     ("cityscapes", "u2pl/1_4"): (2231, "a844fadb2bda69397fdbdfc6ba66ac5b7f9f1dbe0eb40b8686cac2fc63773a8d"),
     ("cityscapes", "u2pl/1_2"): (1487, "093af6ed9647b77456e1a2e696430cafed148b245cca786c32890053cf3774d3"),
-    ("coco", "pseudoseg/1_512"): (118055, None),
-    ("coco", "pseudoseg/1_256"): (117824, None),
-    ("coco", "pseudoseg/1_128"): (117362, None),
-    ("coco", "pseudoseg/1_64"): (116438, None),
-    ("coco", "pseudoseg/1_32"): (114590, None),
-}
+} | {("coco", f"pseudoseg/1_{n}"): (count, None) for n, count in
+     {512: 118055, 256: 117824, 128: 117362, 64: 116438, 32: 114590}.items()}  # fmt: skip
 
 
 class Listed(SegDataset):
@@ -110,7 +103,14 @@ def test_published_list_leaves_the_published_unlabeled_images(universes, mirror,
     assert sorted(split.labeled + split.unlabeled) == sorted(universes[dataset].train)
 
 
-def test_every_shipped_name_was_compared():
+def test_every_shipped_name_was_compared_and_agrees_with_a_second_repository(universes, mirror):
+    for name, path in {"cps/1_8": "1_8", "u2pl/1_8": "u2pl_1_8", "classic/732": "732"}.items():
+        theirs = parse_ids((mirror / "unimatch/pascal" / path / "labeled.txt").read_text(), VOC_ID, path)
+        assert set(load_split(universes["voc_aug"], name).labeled) == set(theirs)
+    one, other = (set(load_split(universes["voc"], f"{of}/732").labeled) for of in ("classic", "classic-cps"))
+    assert len(one & other) == 371
+    split = load_split(universes["voc"], "classic/1464")  # where all are labeled, all serve as unlabeled
+    assert split.labeled == split.unlabeled == tuple(sorted(universes["voc"].train))
     names = {(d, n) for d in ("voc", "voc_aug", "cityscapes", "coco") for n in LISTS[d]}
     # cac: not in the shared folder. voc classic/732 and 1464: no repository draws them in the universe of 1464
     cac = {("voc_aug", f"cac/1_{n}") for n in (16, 8, 4)}
@@ -119,38 +119,19 @@ def test_every_shipped_name_was_compared():
             for _, file, _ in rows if file} == set(LISTS["files"])  # fmt: skip
 
 
-def test_labeled_lists_agree_with_a_second_repository(universes, mirror):
-    for name, path in {"cps/1_8": "1_8", "u2pl/1_8": "u2pl_1_8", "classic/732": "732"}.items():
-        theirs = parse_ids((mirror / "unimatch/pascal" / path / "labeled.txt").read_text(), VOC_ID, path)
-        assert set(load_split(universes["voc_aug"], name).labeled) == set(theirs)
-    one, other = (set(load_split(universes["voc"], f"{of}/732").labeled) for of in ("classic", "classic-cps"))
-    assert len(one & other) == 371
-
-
-def test_where_all_are_labeled_all_serve_as_unlabeled(universes, mirror):
-    split = load_split(universes["voc"], "classic/1464")
-    assert split.labeled == split.unlabeled == tuple(sorted(universes["voc"].train))
-
-
-def test_unknown_split_lists_the_known(universes, mirror):
+def test_unknown_splits_and_parts_of_the_data_are_refused(universes, mirror):
     message = r"no voc_aug split 'cps/1_6'; did you mean 'cps/1_16'\? There are: classic/92, .*u2pl/1_2"
     with pytest.raises(ValueError, match=message):
         load_split(universes["voc_aug"], "cps/1_6")
     for name in ("random/0", "random/", "random/1_0", "random/half", "Full", ""):
         with pytest.raises(ValueError, match="There are"):
             load_split(universes["coco"], name)
-
-
-def test_a_part_of_the_data_cannot_serve_a_published_split(universes, mirror):
     whole = universes["voc_aug"]
     first = load_split(whole, "cps/1_16").labeled[0]
     part = Listed([id for id in whole.train if id != first], whole.val, name="voc_aug", pattern=VOC_ID)
     message = rf"10582 training images.* has 10581, without 1 labeled images \({first}\)"
     with pytest.raises(DataError, match=message):
         load_split(part, "cps/1_16")
-
-
-# ---- fetching
 
 
 def test_files_on_record_are_the_bytes_that_the_repositories_ship(mirror):
@@ -210,9 +191,6 @@ def test_a_list_that_was_tampered_with_is_refused(universes, mirror, monkeypatch
         load_split(universes["voc_aug"], "cps/1_16")
 
 
-# ---- the syntax of lists
-
-
 def test_lists_are_read_whatever_their_syntax():
     wanted = ("2007_000032", "2008_000002")
     for text in (
@@ -225,21 +203,12 @@ def test_lists_are_read_whatever_their_syntax():
     assert set_hash(wanted) == set_hash(wanted[::-1]) == by_hand
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "empty"),
-        (" \r\n\n", "empty"),
-        ("a_1\n", "line 1: no id"),
-        ("2007_000032\n2007_000039\n2007_000032\r\n", "(2007_000032).*once"),
-    ],
-)
+@pytest.mark.parametrize("text, message", [
+    ("", "empty"), (" \r\n\n", "empty"), ("a_1\n", "line 1: no id"),
+    ("2007_000032\n2007_000039\n2007_000032\r\n", "(2007_000032).*once")])  # fmt: skip
 def test_bad_lists_are_refused(text, message):
     with pytest.raises(DataError, match=message):
         parse_ids(text, VOC_ID, "list.txt")
-
-
-# ---- random
 
 
 def holding():
@@ -272,7 +241,7 @@ def test_random_is_the_same_everywhere_and_another_for_each_seed():
     assert len({load_split(Listed(holds, holds=holds), "random/8", seed=s).labeled for s in range(10)}) == 10
 
 
-def test_random_skips_what_cannot_be_labeled_and_gives_up_classes_that_do_not_occur():
+def test_random_opens_few_masks_skips_what_cannot_be_labeled_and_tells_what_does_not_occur():
     holds = {f"i{k}": {k % 3} if k % 2 else None for k in range(40)}
     dataset = Listed(holds, holds=holds)
     split = load_split(dataset, "random/6")
@@ -283,9 +252,6 @@ def test_random_skips_what_cannot_be_labeled_and_gives_up_classes_that_do_not_oc
         load_split(dataset, "random/21")
     with pytest.raises(DataError, match=r"no 2 images hold every class, \['.'\] would be absent"):
         load_split(dataset, "random/2")
-
-
-def test_random_stops_opening_masks_once_every_class_is_there():
     holds = {f"i{k}": {0, 1, 2, 3} for k in range(500)}
     dataset = Listed(holds, holds=holds)
     assert draw(dataset, 5, 0) == dataset.opened and len(dataset.opened) == 5
@@ -294,21 +260,15 @@ def test_random_stops_opening_masks_once_every_class_is_there():
     assert 4 < len(dataset.opened) < 30
 
 
-def test_random_on_real_street_scenes(shared):
-    camvid = open_dataset("folder", str(shared / "data/camvid"), classes=11, val="test.txt")
-    split = load_split(camvid, "random/1_32", seed=1)
-    present = torch.cat([camvid.label(id).unique() for id in split.labeled]).unique().tolist()
-    assert len(split.labeled) == 12 and present[:11] == list(range(11))
-
-
-def test_full():
+def test_full_and_random_on_real_street_scenes(shared):
     holds = {"a": {0}, "b": None, "c": {1}}
     split = load_split(Listed(holds, holds=holds), "full")
     assert split.labeled == ("a", "c") and split.unlabeled == ("a", "b", "c")
     assert str(split) == "full: 2 labeled, 3 unlabeled"
-
-
-# ---- one's own lists
+    camvid = open_dataset("folder", str(shared / "data/camvid"), classes=11, val="test.txt")
+    split = load_split(camvid, "random/1_32", seed=1)
+    present = torch.cat([camvid.label(id).unique() for id in split.labeled]).unique().tolist()
+    assert len(split.labeled) == 12 and present[:11] == list(range(11))
 
 
 @pytest.fixture
@@ -321,23 +281,26 @@ def own(tmp_path):
 
 
 def test_own_folder_without_unlabeled_list_takes_the_rest(own):
-    split = load_split(open_dataset("folder", own, classes=3), "half")
+    data = open_dataset("folder", own, classes=3)
+    split = load_split(data, "half")
     assert split.labeled == ("a.png",) and split.unlabeled == ("b.png", "c.png", "d.png")
+    with pytest.raises(ValueError, match="no folder split 'hlaf'; did you mean 'half'"):
+        load_split(data, "hlaf")
+    (own / "half/unlabeled.txt").write_text("\n")  # none: enough for supervised training
+    (own / "random").mkdir()
+    (own / "half").rename(own / "random/mine")
+    split = load_split(data, "random/mine")
+    assert split.labeled == ("a.png",) and split.unlabeled == ()
 
 
-@pytest.mark.parametrize(
-    ("labeled", "unlabeled", "message"),
-    [
-        ("a.png a_.png\nb.png b_.png", "c.png\nb.png", r"1 images \(b.png\) both labeled and unlabeled"),
-        ("a.png a_.png", "v.png", r"1 images \(v.png\) of the validation set in training"),
-        ("a.png a_.png\nv.png v_.png", None, r"1 images \(v.png\) of the validation set in training"),
-        ("", "c.png", "labeled.txt: the list is empty"),
-        ("c.png", None, r"\d masks \(.*c.png.*\) missing"),
-        ("x.png x_.png", None, r"2 masks \(.*x_.png\) missing"),
-        ("a.png a_.png\n./a.png a_.png", None, r"1 images \(a.png\) listed more than once"),
-        ("a.png b_.png", None, "a.png has mask a_.png in one list and b_.png in another"),
-    ],
-)
+@pytest.mark.parametrize(("labeled", "unlabeled", "message"), [
+    ("a.png a_.png\nb.png b_.png", "c.png\nb.png", r"1 images \(b.png\) both labeled and unlabeled"),
+    ("a.png a_.png", "v.png", r"1 images \(v.png\) of the validation set in training"),
+    ("a.png a_.png\nv.png v_.png", None, r"1 images \(v.png\) of the validation set in training"),
+    ("", "c.png", "labeled.txt: the list is empty"), ("c.png", None, r"\d masks \(.*c.png.*\) missing"),
+    ("x.png x_.png", None, r"2 masks \(.*x_.png\) missing"),
+    ("a.png a_.png\n./a.png a_.png", None, r"1 images \(a.png\) listed more than once"),
+    ("a.png b_.png", None, "a.png has mask a_.png in one list and b_.png in another")])  # fmt: skip
 def test_own_lists_that_are_wrong(own, labeled, unlabeled, message):
     (own / "half/labeled.txt").write_text(labeled)
     if unlabeled is not None:
@@ -345,12 +308,6 @@ def test_own_lists_that_are_wrong(own, labeled, unlabeled, message):
     dataset = open_dataset("folder", own, classes=3)
     with pytest.raises(DataError, match=message):
         check(dataset, load_split(dataset, "half"), deep=False).raise_if_bad()
-
-
-def test_no_unlabeled_images_are_enough_for_supervised_training(own):
-    (own / "half/unlabeled.txt").write_text("\n")
-    split = load_split(open_dataset("folder", own, classes=3), "half")
-    assert split.labeled == ("a.png",) and split.unlabeled == ()
 
 
 def test_own_lists_are_all_that_is_needed(own):
@@ -363,17 +320,6 @@ def test_own_lists_are_all_that_is_needed(own):
     (own / "half/unlabeled.txt").write_text("c.png\r\nd.png\r\n")
     split = load_split(dataset, "half")
     assert split.labeled == ("a.png",) and split.unlabeled == ("c.png", "d.png")
-
-
-def test_own_lists_may_be_called_random(own):
-    (own / "random").mkdir()
-    (own / "half").rename(own / "random/mine")
-    assert load_split(open_dataset("folder", own, classes=3), "random/mine").labeled == ("a.png",)
-
-
-def test_misspelt_folder_is_guessed(own):
-    with pytest.raises(ValueError, match="no folder split 'hlaf'; did you mean 'half'"):
-        load_split(open_dataset("folder", own, classes=3), "hlaf")
 
 
 def test_published_layout_accepts_own_lists(shared, tmp_path):

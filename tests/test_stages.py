@@ -84,16 +84,11 @@ def staged(
 
 
 # The stages begin at 4 and 8: between two checkpoints, or at one.
-@pytest.mark.parametrize(
-    "checkpoint_every, deaths",
-    [
-        (3, [("half label 4", 3, ".labels-1.tmp"), ("renamed labels-1 0", 3, "labels-1"), ("renamed checkpoint.pt 1", 6, "labels-1"),
-             ("half label 3", 6, ".labels-2.tmp"), ("renamed checkpoint.pt 1", 9, "labels-2")]),
-        (4, [("full labels-1 1", 4, ".labels-1.tmp"), ("renamed checkpoint.pt 1", 8, "labels-1"), ("half label 3", 8, ".labels-2.tmp"),
-             ("renamed labels-2 0", 8, "labels-2")]),
-    ],
-    ids=["between", "at"],
-)  # fmt: skip
+@pytest.mark.parametrize("checkpoint_every, deaths", [(3, [
+    ("half label 4", 3, ".labels-1.tmp"), ("renamed labels-1 0", 3, "labels-1"),
+    ("renamed checkpoint.pt 1", 6, "labels-1"), ("half label 3", 6, ".labels-2.tmp"),
+    ("renamed checkpoint.pt 1", 9, "labels-2"),
+]), (4, [("full labels-1 1", 4, ".labels-1.tmp"), ("renamed checkpoint.pt 1", 8, "labels-1"), ("half label 3", 8, ".labels-2.tmp"), ("renamed labels-2 0", 8, "labels-2")])], ids=["between", "at"])  # fmt: skip
 def test_killed_in_a_stage_or_at_its_labels_is_the_uninterrupted_run(checkpoint_every, deaths, tmp_path):
     often = {"checkpoint_every": checkpoint_every, "evaluate_every": 4}
     c = config("st_plus_plus", options={"scales": [1.0]}, steps=12, lr=0.05, **often)
@@ -125,9 +120,6 @@ def test_labels_that_are_gone_are_an_error(stop, checkpoint_every, gone, tmp_pat
     with pytest.raises(ValueError, match=message):
         run(c, tmp_path, quiet=True)
     assert (folder / "checkpoint.pt").read_bytes() == kept
-
-
-# What a stage trains on.
 
 
 @pytest.mark.parametrize("kind", [Staged, StagedLabeled])
@@ -174,9 +166,6 @@ def test_labels_follow_the_geometry_of_their_image(tmp_path, monkeypatch):
         assert torch.corrcoef(torch.stack((green[b.valid], b.label[b.valid].float())))[0, 1] > 0.9
 
 
-# What a stage resets.
-
-
 def test_learning_rate_and_optimiser_start_anew(tmp_path, monkeypatch):
     c, _ = staged(monkeypatch, optimizer="adamw", steps=13)  # stages begin at 4 and 9
     run(c, tmp_path, quiet=True)
@@ -188,31 +177,22 @@ def test_learning_rate_and_optimiser_start_anew(tmp_path, monkeypatch):
     assert {state["step"].item() for state in optimizer["state"].values()} == {4}
 
 
-def test_labeling_counts_as_time(tmp_path, monkeypatch):
-    def relabel(self, *args, f=Staged.relabel):
-        time.sleep(0.5)
-        yield from f(self, *args)
-
-    c, _ = staged(monkeypatch)
-    quick = run(c, tmp_path / "quick", quiet=True)
-    monkeypatch.setattr(Staged, "relabel", relabel)
-    slow = run(c, tmp_path / "slow", quiet=True)
-    assert slow.seconds > 1 and slow.seconds > quick.seconds
-    assert slow.images_per_second > quick.images_per_second / 3  # the rate is that of training
-
-
-def test_the_end_of_a_stage_counts_as_time_without_a_log_there(tmp_path, monkeypatch):
+def test_labeling_counts_as_time_and_the_end_of_a_stage_without_a_log_there_too(tmp_path, monkeypatch):
     def forward(self, batch, progress, f=Staged.forward):
         time.sleep(0.1 * (progress < 2 / 3))
         return f(self, batch, progress)
 
+    def relabel(self, *args, f=Staged.relabel):
+        time.sleep(0.5)
+        yield from f(self, *args)
+
     c, _ = staged(monkeypatch, checkpoint_every=50, log_every=50)
     monkeypatch.setattr(Staged, "forward", forward)
+    monkeypatch.setattr(Staged, "relabel", relabel)
     record = run(c, tmp_path, quiet=True)
-    assert record.seconds > 0.8 and record.images_per_second < 12 * 2 * c.batch / 0.8
-
-
-# What does not work.
+    images, training = 12 * 2 * c.batch, 0.8
+    assert record.seconds > training + 2 * 0.5  # the rate is that of training
+    assert images / (record.seconds - 0.9) < record.images_per_second < images / training
 
 
 def test_a_loss_that_is_not_finite_at_the_end_of_a_stage_is_found(tmp_path, monkeypatch):
@@ -229,13 +209,6 @@ def test_a_loss_that_is_not_finite_at_the_end_of_a_stage_is_found(tmp_path, monk
     monkeypatch.setattr(Staged, "relabel", relabel)
     with pytest.raises(NonFiniteLoss, match="not finite at step 3,"):
         run(c, tmp_path, quiet=True)
-
-
-def test_too_few_steps_are_refused_before_training(tmp_path, monkeypatch):
-    c, made = staged(monkeypatch, steps=2, checkpoint_every=1)
-    with pytest.raises(ValueError, match="3 stages; 2 steps are too few"):
-        run(c, tmp_path, quiet=True)
-    assert not made[0].batches and not (tmp_path / c.id / "checkpoint.pt").exists()
 
 
 def test_a_stage_without_images_says_so(tmp_path, monkeypatch):

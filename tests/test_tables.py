@@ -73,17 +73,11 @@ def test_a_column_of_the_paper_holds_such_runs_alone(title, config, keys, words)
     assert len(table({"co-training": {"mine": [run]}}, published("table4")).parts[0][1].columns) == 1
 
 
-def test_a_column_refuses_other_unlabeled_images_of_one_data_set():
+def test_a_column_refuses_other_unlabeled_images_seeds_twice_and_other_folders():
     with pytest.raises(ValueError, match="different unlabeled images"):
         table({row: [record(split=record().split | {"sha256_unlabeled": row})] for row in "ab"})
-
-
-def test_a_seed_counts_once():
     with pytest.raises(ValueError, match="row 'a' holds seed 1 more than once"):
         table({"a": [record(seed=0), record(seed=1), record(seed=1)], "b": [record(seed=1)]})
-
-
-def test_folders_of_ones_own_are_data_sets_by_their_names():
     own = record().config | {"dataset": "folder"}
     street, forest = (record(config=own | {"root": f"data/{name}"}) for name in ("street", "forest"))
     with pytest.raises(ValueError, match="data sets: folder forest, folder street"):
@@ -124,15 +118,12 @@ def test_the_papers_number_stands_in_a_column_of_its_own(made):
     assert what in made.parts[1][0]
 
 
-def test_the_best_of_ours_is_bold_in_every_form(made):
+def test_the_best_of_ours_is_bold_and_text_escaped_in_every_form(made):
     # one measured row in 1/8: nothing is best
     assert re.findall(r"\*\*(.*?)\*\*", made.markdown().split("\n\n")[1]) == ["76.5 ± 0.7"]
     assert re.findall(r"\\textbf{(.*?)}", made.latex().split("\n\n")[1]) == ["76.5 ± 0.7"]
     # overview, and last and best of 1/16
     assert "<b" not in made.markdown() and made.html().count("<b>") == 3
-
-
-def test_text_is_escaped():
     made = table({"a & b <1%>": {"50 %_#": [record()]}})
     assert "a &amp; b &lt;1%&gt;" in made.html()
     assert r"a \& b" in made.latex() and r"50 \%\_\#" in made.latex()
@@ -140,7 +131,7 @@ def test_text_is_escaped():
     assert r"| a \| b" in text and "**60.0**" in text
 
 
-def test_no_difference_across_split_families():
+def test_no_difference_across_split_families_and_no_other_unlabeled_images():
     """The paper's ST++ row is on lists of its own, whatever the caption says."""
     title = "R50 1/16 (662)"
     cells = {row: {title: [on(title, 75.0, name="table2_vocaug")]} for row in ("ST++", "PS-MT")}
@@ -148,32 +139,29 @@ def test_no_difference_across_split_families():
     text = made.parts[0][1]
     assert "ST++ is on other lists" in made.markdown() and "PS-MT is on other" not in made.markdown()
     assert [*text[title, "paper"]] == ["73.20", "72.83"] and [*text[title, "difference"]] == ["", "+2.2"]
-
-
-def test_no_difference_where_the_list_of_one_column_is_another():
-    """CPS's 732 labeled images of Table 1 are not those of the column; its 366 are."""
+    # CPS's 732 labeled images of Table 1 are not those of the column; its 366 are.
     titles = ("R101 1/4 (366)", "R101 1/2 (732)")
     made = table({"CPS": {title: [on(title, 75.0, name="table1")] for title in titles}}, published("table1"))
     assert [made.parts[0][1][title, "difference"]["CPS"] for title in titles] == ["+3.3", ""]
     assert "CPS is on other lists in R101 1/2 (732), so without a difference" in made.markdown()
-
-
-def test_a_row_of_other_unlabeled_images_is_refused():
-    """The paper's rows with and without a dagger share their labeled images alone; without unlabeled ones it is all the same."""
+    # The paper's rows with and without a dagger share their labeled images alone; without unlabeled ones it is all the same.
     title = "R101 1/16 (92)"
     for row, dataset, other in (("MKD", "voc_aug", "voc"), ("MKD †", "voc", "voc_aug")):
         run = on(title, 70.0, name="table1", config={"dataset": dataset})
-        with pytest.raises(
-            ValueError, match=f"row '{row}' holds a run whose data set is {dataset}, not {other}"
-        ):
+        message = f"row '{row}' holds a run whose data set is {dataset}, not {other}"
+        with pytest.raises(ValueError, match=message):
             table({row: {title: [run]}}, published("table1"))
         table({"SupOnly": {title: [run]}}, published("table1"))
 
 
-def test_a_newer_number_is_shown_with_the_decimals_of_its_source():
+def test_newer_numbers_keep_their_decimals_and_other_tables_are_named():
     frame = published("newer", "voc").frame()
     assert frame["1/16 (92)"]["UniMatch, ResNet-101 @321"] == "75.2"
     assert frame["1/4 (366)"]["AugSeg, ResNet-101 @512"] == "78.80"
+    with pytest.raises(ValueError, match="there is no published table 'table7'"):
+        published("table7")
+    with pytest.raises(ValueError, match="no section of newer ''.*There are: voc"):
+        published("newer")
 
 
 def test_what_a_table_would_refuse_is_told_before_anything_runs():
@@ -203,24 +191,17 @@ def headroom(base, full, method):
     return table(rows).parts[0][1], table({row: {"1/16": of} for row, of in rows.items()})
 
 
-def test_the_share_of_the_gap_closed_is_paired_by_seed():
+def test_the_share_of_the_gap_closed_is_paired_by_seed_and_needs_headroom():
     text, made = headroom([40, 44], [60, 64], [50, 56])  # gains 10 and 12 of a gap of 20
     assert [*text["gap closed (%)"]] == ["55 ± 7", "", ""]
     assert [*text["mIoU last"]] == ["**53.0 ± 4.2**", "42.0 ± 2.8", "62.0 ± 2.8"]  # all labels do not compete
     assert "gap closed (%)" in made.parts[1][1] and any("Gap closed" in note for note in made.notes)
     assert "32 labeled" not in made.parts[1][0] and "6 labeled images, " in made.parts[1][0]
     assert [*headroom([40], [60], [35, 90])[0]["gap closed (%)"]] == ["-25", "", ""]  # seed 1 has no base
+    for base, full in (([40, 44], [41, 43]), ([40, 44], [60, 25]), ([40], [39]), ([40], []), ([], [60])):
+        text, made = headroom(base, full, [50, 56])
+        assert "gap closed (%)" not in text and len(made.notes) == 1, (base, full)
 
-
-@pytest.mark.parametrize(
-    "base, full", [([40, 44], [41, 43]), ([40, 44], [60, 25]), ([40], [39]), ([40], []), ([], [60])]
-)
-def test_where_there_is_no_headroom_no_share_is_given(base, full):
-    text, made = headroom(base, full, [50, 56])
-    assert "gap closed (%)" not in text and len(made.notes) == 1
-
-
-# The published numbers.
 
 GAINS = {  # what the paper prints in brackets behind its own rows: an independent copy of each number
     ("table1", "MKD"): "19.58 15.26 8.56 4.21 7.46",
@@ -283,10 +264,3 @@ def test_published_tables_are_complete(name, section):
     assert section or sum(len(row["values"]) for row in source.rows.values()) == COUNTS[name]
     frame = source.frame()
     assert [*frame.columns[:2]] == ["backbone", "split family"] and (frame["split family"] != "").all()
-
-
-def test_a_published_table_that_does_not_exist_is_named():
-    with pytest.raises(ValueError, match="there is no published table 'table7'"):
-        published("table7")
-    with pytest.raises(ValueError, match="no section of newer ''.*There are: voc"):
-        published("newer")

@@ -22,6 +22,22 @@ def build(arch: str = "deeplabv3plus", **options: Any) -> SegNet:
     return SegNet(CLASSES, arch=arch, encoder=encoder, channels=16, **options)
 
 
+class Pointwise(nn.Module):
+    """A network that sees pixels one by one."""
+
+    def __init__(self, seed: int | None = None) -> None:
+        super().__init__()
+        if seed is not None:
+            torch.manual_seed(seed)
+        self.encoder, self.classifier = nn.Conv2d(3, 6, 1), nn.Conv2d(6, CLASSES, 1)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.encoder(x).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x))
+
+
 def make(name: str, seed: int = 0, arch2: str = "deeplabv3plus", **options: Any) -> Method:
     """A method in training mode, its networks drawn from `seed`; arch2: of its second network."""
     torch.manual_seed(seed)
