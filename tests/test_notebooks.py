@@ -63,7 +63,7 @@ def test_is_thin(path):
 
 @pytest.mark.parametrize("path", SAME, ids=lambda path: path.stem)
 def test_the_notebook_of_a_table_is_the_first_one_with_other_parameters(path, capsys):
-    """So nbval executes 20, 32 and 33 alone (pyproject.toml): of the others, what plans and checks runs here."""
+    """So nbval executes 20, 24, 32 and 33 alone (pyproject.toml): of the others, what plans and checks runs here."""
     first, mine = (["\n".join(line for line in c.source.splitlines() if "paper" not in line and "published(" not in line).strip()
                     for c in code(p)[1:]] for p in (SAME[0], path))  # fmt: skip
     assert mine == first and len(SAME) == 9
