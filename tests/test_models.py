@@ -106,6 +106,11 @@ def test_group_norm_keeps_the_activations_of_the_encoder_and_batch_norm_its_mome
     assert {m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)} == {0.001}
 
 
+def test_unknown_architecture_lists_what_there_is():
+    with pytest.raises(ValueError, match="deeplabv3plus, pspnet"):
+        SegNet(CLASSES, arch="unet", encoder="tu-test_resnet")
+
+
 def test_resize_and_nearest():
     maps = torch.randn(2, 3, 4, 6)
     assert resize(maps, (4, 6)) is maps and nearest(maps, (4, 6)) is maps
