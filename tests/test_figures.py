@@ -126,7 +126,8 @@ def test_curves_draw_what_was_measured_and_all_labels_as_the_upper_line():
     assert len(report.curves({"MKD": [once]}).axes) == 1
     # nothing kept: no accuracy
     assert len(report.curves({"MKD": [trained([40, 50], accuracy=None)]}).axes) == 2
-    assert legend(report.curves({"MKD": [trained([40, 50]), record(seed=1)], "CPS": [record()]})) == ["MKD"]
+    found = legend(report.curves({"MKD": [trained([40, 50]), record(seed=1)], "CPS": [record()]}))
+    assert found == ["MKD (1 of 2 seeds)"]
     best = runs((0, 70), (1, 74), config=of("supervised", "full"))
     for figure in (
         report.curves({"MKD": [trained([40, 50], config=of("mkd"))], "all labels": best}),
@@ -256,7 +257,7 @@ def test_a_report_leaves_whole_and_reproducible_files(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "made").iterdir()} == names
     assert records.read_cells(tmp_path / "made/records.jsonl") == cells
     history = [{"step": 1, "loss": 2.0, "term/sup": 2.0}]
-    first, second = (figures.save(figures.terms(history), tmp_path / n) for n in ("a.png", "new/b.png"))
+    first, second = (figures.save(figures.terms({"": history}), tmp_path / n) for n in ("a.png", "new/b.png"))
     assert first.read_bytes() == second.read_bytes() and first.read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.rglob("*.tmp")] == []
 

@@ -28,14 +28,16 @@ def on(title: str, miou: float, seed: int = 0, name: str = "table4", **keys):
 
 
 def test_rows_alone_are_mean_and_sample_deviation():
-    base = [record(miou=40.0, seed=0), record(miou=44.0, seed=1)]
+    base = [record(miou=40.0, seed=0, seconds=9.0), record(miou=44.0, seed=1, seconds=1.0)]
+    base += [record(miou=42.0, seed=2, seconds=2.0)]
     rows = {"SupOnly": base, "MKD": [record(miou=60.0)], "later": []}
     made = table(rows)
     ((_, text),) = made.parts
     assert [*text.index] == ["SupOnly", "MKD", "later"]
-    assert [*text["mIoU last"]] == ["42.0 ± 2.8", "**60.0**", "missing"]  # sqrt(8) = 2.83
-    assert [*text["mIoU best"]] == ["43.0 ± 2.8", "**61.0**", "missing"]
-    assert [*text["runs"]] == ["2", "1", "0"] and text["seeds"]["SupOnly"] == "0, 1"
+    assert [*text["mIoU last"]] == ["42.0 ± 2.0", "**60.0**", "missing"]
+    assert [*text["mIoU best"]] == ["43.0 ± 2.0", "**61.0**", "missing"]
+    assert [*text["runs"]] == ["3", "1", "0"] and text["seeds"]["SupOnly"] == "0, 1, 2"
+    assert text["seconds a run"]["SupOnly"] == "2"  # the median: one run may have waited for others
     assert "60.0" in made.markdown() and "**" not in made.markdown()  # whole numbers keep their decimal
 
 

@@ -81,12 +81,13 @@ def curves(cells: Runs) -> Picture:
     """Draw mIoU against step for each row, mean and min .. max over its runs (seeds); and the fate of pseudo-labels.
 
     The first panel shows the reported predictor; the others the labeler (`records.evaluations`), where withheld labels
-    exist: share of pixels with confidence >= T, and accuracy of those. Runs without evaluations are left out.
+    exist: share of pixels with confidence >= T, and accuracy of those. Runs without evaluations are left out, which the legend says.
     """
     runs, colours = look(cells)
     found = records.evaluations(runs[~runs.all_labels])
-    counts = found.groupby("row", observed=True).seed.nunique()
-    named = {row: row + f" ({n} seeds)" * (n > 1) for row, n in counts.items()}
+    every, counts = (of.groupby("row", observed=True).seed.nunique() for of in (runs, found))
+    some = {row: f"{n} of {every[row]}" if n < every[row] else f"{n}" for row, n in counts.items()}
+    named = {row: f"{row} ({n} seeds)" if every[row] > 1 else row for row, n in some.items()}
     panels = {"miou": "mIoU (%)", "kept": "pixels kept (%)", "accuracy": "accuracy of kept pixels (%)"}
     keys = ["row", "seed", "step", "reported", "labeler"]
     long = found.rename(columns=panels).melt(keys, list(panels.values()), "panel", "value").dropna()

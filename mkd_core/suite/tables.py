@@ -186,14 +186,14 @@ def _notes(rows: Sequence[str], source: Published | None, details: Mapping[str, 
 
 
 def _details(runs: pd.DataFrame) -> pd.DataFrame:
-    """Lay out one column: last and best mIoU, share of the gap closed where it is known, runs, seeds, seconds."""
+    """Lay out one column: last and best mIoU, share of the gap closed where it is known, runs, seeds, median seconds."""
     of, closed = runs.groupby("row", observed=False), gap_closed(runs)
     text = {"mIoU last": _scores(runs, "miou"), "mIoU best": _scores(runs, "miou_best")}
     text |= {"gap closed (%)": closed} if len(closed) else {}
     text |= {
         "runs": of.size().map(str),
         "seeds": runs.groupby("row", observed=True).seed.agg(lambda seeds: ", ".join(map(str, seeds))),
-        "seconds a run": of.seconds.mean().map("{:.0f}".format, na_action="ignore"),
+        "seconds a run": of.seconds.median().map("{:.0f}".format, na_action="ignore"),
     }
     return pd.DataFrame(text, pd.Index(runs.row.cat.categories, name="method")).astype(object).fillna("")
 
