@@ -40,7 +40,7 @@ def test_evidence_keeps_pictures_and_loses_what_is_volatile(tmp_path):
     log = new_output("stream", name="stderr", text="WARNING host")
     data = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "W()"}
     widget = new_output("display_data", data)
-    said = new_output("stream", name="stdout", text=f"written: {ROOT}/runs/a")
+    said = new_output("stream", name="stdout", text=f"a run: [##   ] step 7 of 9\nwritten: {ROOT}/runs/a")
     path = written(tmp_path, log, widget, said, picture())
     text = executed(path)
     _, injected, cell = nbformat.reads(text, 4).cells

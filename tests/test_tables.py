@@ -28,8 +28,7 @@ def on(title: str, miou: float, seed: int = 0, name: str = "table4", **keys):
 
 
 def test_rows_alone_are_mean_and_sample_deviation():
-    base = [record(miou=40.0, seed=0, seconds=9.0), record(miou=44.0, seed=1, seconds=1.0)]
-    base += [record(miou=42.0, seed=2, seconds=2.0)]
+    base = [record(miou=m, seed=i, seconds=s) for i, (m, s) in enumerate([(40, 9), (44, 1), (42, 2)])]
     rows = {"SupOnly": base, "MKD": [record(miou=60.0)], "later": []}
     made = table(rows)
     ((_, text),) = made.parts

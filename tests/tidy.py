@@ -10,6 +10,7 @@ the pictures are seen by whoever browses the project: outputs stay, but for logs
 
 import base64
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -66,8 +67,10 @@ def executed(path: Path) -> str:
         for output in cell.outputs:
             if output.output_type == "error":
                 raise ValueError(f"{path}: {output.ename}: {output.evalue}")
-            if output.output_type == "stream" and output.name == "stderr":
-                continue
+            if output.output_type == "stream":
+                output.text = re.sub(r"^.*: \[#* *\] step .*\n", "", output.text, flags=re.M)  # progress
+                if output.name == "stderr" or not output.text:
+                    continue
             data = output.get("data", {})
             if any("widget" in kind for kind in data):
                 continue
