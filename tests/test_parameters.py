@@ -259,9 +259,9 @@ def layouts(tmp_path_factory) -> dict[str, Path]:
 def test_a_paper_configuration_trains(name, layouts, tmp_path, monkeypatch):
     """Three steps with the real networks: everything but size, split and length is the file's. MKD_SLOW=1: all of them."""
     config = configurations()[name]
-    small = {"split": "random/2", "crop": (64, 64), "batch": 2, "steps": 3, "evaluate_every": 0}
+    small = {"split": "random/2", "crop": [112 if "dinov2" in name else 64] * 2, "batch": 2, "steps": 3}
     machine = {"device": "cpu", "threads": 1, "workers": 0, "log_every": 1, "quality_images": 0}
-    where = {"root": str(layouts[config.dataset])}
+    where = {"root": str(layouts[config.dataset]), "evaluate_every": 0}
     monkeypatch.setattr(runner._Run, "_save", lambda self, *names: None)  # a gigabyte, and tested elsewhere
     record = run(RunConfig(**config.model_dump() | small | machine | where), tmp_path, quiet=True)
     rows = records.history(tmp_path / record.id)
