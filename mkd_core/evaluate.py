@@ -30,7 +30,7 @@ QUALITY_THRESHOLD = 0.95  # MKD's T: pseudo-label quality is reported at it and 
 
 
 def whole(net: nn.Module, images: Tensor, window: tuple[int, int]) -> Tensor:
-    """The image at its own size, padded below and right to multiples of 32 unless both sides are multiples of 16.
+    """The image at its own size; if a side is no multiple of 16, padded below and right to multiples of 32.
 
     Our choice for VOC and COCO. `Predictor.label` takes `sliding` for images above LARGE pixels.
     """
@@ -38,7 +38,7 @@ def whole(net: nn.Module, images: Tensor, window: tuple[int, int]) -> Tensor:
 
 
 def long512(net: nn.Module, images: Tensor, window: tuple[int, int]) -> Tensor:
-    """Resized so that the long side is 512; the logits are resized back (released MKD)."""
+    """Resized to a long side of 512, padded as `whole`; logits are resized back (released MKD, unpadded)."""
     size = images.shape[-2:]
     small = resize(images, torch.Size(max(1, round(side * 512 / max(size))) for side in size))
     return resize(_padded(net, small), size).softmax(1)

@@ -25,8 +25,8 @@ def cross_entropy(logits: Tensor, label: Tensor, over: Tensor | None = None) -> 
 def hard_pixels(logits: Tensor, label: Tensor, keep: int, threshold: float = 0.7) -> Tensor:
     """Set all pixels to IGNORE but the hard ones (OHEM), on which the probability of the label is low.
 
-    logits (B, C, H, W), label (B, H, W) int64 -> (B, H, W). Hard is what has at most the threshold and
-    the `keep` hardest; with fewer labelled pixels all are. 0.7 is that of every released code.
+    logits (B, C, H, W), label (B, H, W) int64 -> (B, H, W). A pixel is hard if that probability is
+    at most the threshold, or among the `keep` smallest. 0.7 is the threshold of every released code.
     """
     prob = (-F.cross_entropy(_precise(logits), label, ignore_index=IGNORE, reduction="none")).exp()
     prob = prob.masked_fill(label == IGNORE, float("inf"))

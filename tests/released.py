@@ -1,10 +1,10 @@
 """What one step of the released MKD code does, re-enacted on the networks of an `mkd_ablation` with the released switches.
 
 Read off its source (commit 63afda8 of semi-mmseg), written anew: teachers moved parameter by parameter into new tensors; eight
-forwards, each with a cross-entropy at full resolution, of which two are used, and its count asked from the device; class
-statistics of features expanded to (pixels, classes, channels), labeled and unlabeled images apart, ignored pixels gathered away;
-FDA of every pixel by tensors of that size; every loss read for the log. The terms are those of the method, to rounding
-(tests/test_bench.py): only the work differs. Left out: its distributed reductions, fp16, loader.
+forwards, each with a cross-entropy at full resolution, of which two are used, and its count asked from the device; statistics of
+features expanded to (pixels, classes, channels), labeled and unlabeled images apart; FDA of every pixel by tensors of that size;
+every loss read for the log. The terms are the method's, to rounding (tests/test_bench.py), because two orders are: teachers'
+maps are halved before they are mixed, and all statistics are taken before any shift. Left out: reductions, fp16, loader.
 """
 
 from __future__ import annotations

@@ -34,9 +34,9 @@ def xor_boxes(
     """CutMix mask (batch, H, W) bool of CPS and MKD ("BOX-3"): True inside an odd number of `boxes` boxes.
 
     Each box draws an area fraction p ~ U(area), a log-uniform aspect y = p ** U(0, 1), x = p / y, both
-    sides times sqrt(1 / boxes), and a place inside the image. 0 boxes: all True, no mixing.
-    French et al. use one box of area 0.5: boxes=1, area=(0.5, 0.5).
-    Released MKD mixes M * own + (1 - M) * partner with this M: own pixels are the smaller part (mean 0.252).
+    sides times sqrt(1 / boxes), and a place inside. 0 boxes: all True, no mixing. French et al.: 1, area 0.5.
+    M * own + (1 - M) * partner as in released MKD: own pixels are the smaller part (mean 0.252). The paper
+    and CPS print it the other way round, which is the same law: partners are exchangeable.
     """
     if boxes == 0:
         return torch.ones(batch, *size, dtype=torch.bool, device=device)

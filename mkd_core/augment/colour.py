@@ -1,7 +1,7 @@
 """The strong view: colour operations and the mixtures of the papers.
 
-Each takes (B, 3, H, W) float in [0, 1] and returns the same.
-`draw` draws the parameters of an operation, one per sample.
+Each takes (B, 3, H, W) float in [0, 1] and returns the same; `draw` draws its parameters, one per sample.
+Deviations from released MKD: RGB (theirs BGR); after padding, which takes colour too (theirs before).
 """
 
 import math
@@ -65,7 +65,7 @@ def _rotation(device: torch.device) -> Tensor:
 def colour_jitter(images: Tensor, draw: Draw = uniform) -> Tensor:
     """Brightness, contrast, saturation +-0.5, hue +-0.25 of a turn.
 
-    Deviation: in this order (FixMatch, PseudoSeg: in a random one).
+    Deviations: in this order (released: in a random one); hue in YIQ (released: HSV).
     """
     for operation in (brightness, contrast, saturation, hue):
         images = operation(images, draw=draw)
@@ -73,7 +73,7 @@ def colour_jitter(images: Tensor, draw: Draw = uniform) -> Tensor:
 
 
 def blur(images: Tensor, low: float = 0.1, high: float = 2.0, draw: Draw = uniform) -> Tensor:
-    """Gaussian blur, sigma U(low, high) per sample, kernel 7."""
+    """Gaussian blur, sigma U(low, high) per sample, kernel 7 (released MKD: 3 to 7; FixMatch: no limit)."""
     sigma = draw(images, low, high).flatten(1)
     tap = torch.arange(-3, 4, device=images.device)
     kernel = torch.softmax(-(tap**2) / (2 * sigma**2), 1)  # (B, 7)
@@ -98,7 +98,8 @@ def distort(images: Tensor) -> Tensor:
     """Photometric distortion of the released MKD weak view, each part with probability 0.5.
 
     Brightness +-32/255, contrast and saturation x U(0.5, 1.5), hue +-0.1 turn.
-    Deviation: RGB (the released code works on BGR arrays), contrast before HSV only.
+    Deviations: contrast about the mean grey (released: about black, so that it changes brightness) and
+    first (released: first or last); saturation by blending with grey, hue in YIQ (released: both in HSV).
     """
     for operation in (_shift, contrast, saturation, partial(hue, strength=0.1)):
         images = _sometimes(images, operation, 0.5)

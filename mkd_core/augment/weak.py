@@ -25,8 +25,8 @@ def geometry(
     scale   range of the factor r, uniform
     base    0: the image is scaled by r; else its long side becomes r * base (released MKD: 512,
             r in [0.5, 2])
-    Padding is FILL in the image, IGNORE in the label (all IGNORE without a label), False in valid.
-    The crop is taken first and only it is resampled.
+    Padding is FILL in the image, IGNORE in the label (all IGNORE without a label), False in valid; its
+    sides are random (released: right and below). Only the crop is resampled (released MKD: no antialias).
     """
     height, width = image.shape[-2:]
     factor = rng.uniform(*scale) * (base / max(height, width) if base else 1)

@@ -44,7 +44,7 @@ class Method(nn.Module):
 
     label: str  # its name in tables and figures
     colour: str  # "#rrggbb" in figures
-    passes: tuple[int, int]  # labeled batches through an encoder in a step, with and without gradient
+    passes: tuple[int, int]  # encoder passes of a step in labeled batches, with and without gradient
     terms: tuple[str, ...]  # names of the loss terms
     unlabeled = True  # False: no unlabeled image is loaded (U = 0) before a stage has pseudo-labels
     views = 0  # strong views of each unlabeled image

@@ -28,7 +28,7 @@ class MKD(Method):
     threshold    T (paper), on the teacher as text and Table 5 say; Eq. (3) prints the student. 0 keeps all
     fda          lambda at the end of training, reached by a cosine (released code 1.5); 0: no FDA
     decay        gamma = min(1 - 1 / (step + 1), decay): no value in the paper, 0.6 in the released code
-    rampup       alpha, beta (released code) grow as (progress / rampup)^2: ours, for training from scratch
+    rampup       alpha and beta (as released) grow as (progress / rampup)^2: ours, from scratch; 0: constant
     ema_buffers  "all": teachers average BatchNorm statistics too (ours); "none": they gather their own
     """
 
@@ -55,7 +55,7 @@ class MKD(Method):
         y_s = [pseudo_label(p, valid=inside) for p in p_s]
         y_t = [pseudo_label(p, self.threshold, inside) for p in p_t]
         tables = []
-        for i, moments in enumerate(self.moments):  # FDA: row c is for pixels labelled c
+        for i, moments in enumerate(self.moments):  # Sigma of true and of the other teacher's labels
             moments.update(torch.cat(f[i]), nearest(torch.cat((batch.y, y_t[1 - i])), f[i][0].shape[-2:]))
             weight = self.students[i].classifier.weight.detach().flatten(1)
             tables.append(moments.table(weight, self.fda * cosine(progress)))

@@ -22,13 +22,13 @@ from .base import Batch, Build, Count, EMABuffers, Method, Share, TeacherMode, T
 
 
 class MKDAblation(Method):
-    """Options of MKD, where a weight of 0 removes its term, and these (released: as the released code does):
+    """MKD's options, a weight of 0 removing its term, and these; "released" is what the released code does:
 
     threshold_ss   T of L_ss, on the other student's confidence (Table 5); 0: every pixel
     fda_ramp       how lambda grows: "cosine" (released), "linear" (ISDA), "constant"; the paper does not say
     fda_detach     no gradient of FDA's shift to the classifier's weights (released); False: as in ISDA
-    fda_own        False: the class of a pixel in Eq. (4) is the target of the loss. True (released): it is
-                   the network's own label, or the truth; teachers shift too; targets come after the shift
+    fda_own        False: a pixel's class in Eq. (4) is the loss's target. True (released): its true label, or
+                   the network's own argmax; teachers are shifted too; targets are argmax after the shift
     mutual         False: each teacher labels for its own student, the paper's "naive MT"
     law            of the CutMix mask: "xor" of the boxes (CPS, released), or one box as U2PL ("half" the
                    area, on half the batches), UniMatch ("ratio", on half the images) or PS-MT ("beta") draw
@@ -39,6 +39,8 @@ class MKDAblation(Method):
     denominator    "selected": mean over the pixels that T keeps (released); "valid": all inside the image
     teacher_mode   BatchNorm of the teachers: statistics of the batch ("train", released) or running ones
     joint          labeled and unlabeled images in one forward; False: BatchNorm statistics apart (released)
+    Deviations: teachers' maps are mixed on the loss's grid (released: on the decoder's, then halved; 3.5 % of
+    the pixels differ); a step has one table (released: labeled pixels miss its unlabeled ones).
     """
 
     label, colour, passes, terms, views = "MKD (ablation)", "#56b4e9", (4, 2), ("sup", "ss", "st"), 1

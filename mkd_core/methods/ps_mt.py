@@ -37,7 +37,7 @@ class PSMT(Method):
     (theirs: the input of the decoder's last layers, hence `vat` is 2 for 304 x 128 x 128 numbers: a small
     network wants less); divergence and roles at the decoder's resolution; |d| = 0.01, our choice (theirs:
     1e-6, whose gradient is rounding in float32, as a test shows); the partner is the next sample of the batch
-    (theirs: a random one); pixels inside the image only; Cityscapes' boxes and OHEM are not used.
+    (theirs: a random one); pixels inside only; no boxes of Cityscapes; the run's `strong` (theirs: chain).
     """
 
     label, colour, passes, terms = "PS-MT", "#8a8a8a", (2, 2), ("sup", "consistency")

@@ -26,7 +26,8 @@ from .base import Batch, Build, Count, Method, Positive, PositiveCount, Share, T
 class U2PL(Method):
     """Defaults of the released VOC configuration.
 
-    weight, contrast   w 1 and v 1 (the paper's text: v 0.1)
+    weight, contrast   w 1 and v 1 (the paper's text: v 0.1). The released code divides the gradient of L_c
+                       by the number of GPUs, so its v is in effect 1/4 on VOC
     drop               0.2, falling to 0: the share of pixels that is unreliable, and that is reliable enough
                        to be an anchor
     decay              EMA cap, parameters only, with warm start; the teacher labels in eval mode, everything
@@ -42,8 +43,7 @@ class U2PL(Method):
     leaves next to none); the memory takes at most a tenth of its size a step and has one size for all classes
     (released: everything; 50,000 for class 0), the anchors of a class share their keys (released: 50 each;
     the same expectation), anchors are drawn without replacement; padding is no pixel; the head sits on the
-    decoder's output (released: on the fused 512 channels); no supervised first epoch, which rampup stands
-    for.
+    decoder's output (released: on the fused 512 channels); no supervised first epoch (see rampup).
     """
 
     label, colour, passes, terms = "U2PL", "#d55e00", (2, 3), ("sup", "unsup", "contrast")
