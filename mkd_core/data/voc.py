@@ -14,7 +14,7 @@ class VOC(FileDataset):
     """1,464 training and 1,449 validation images, 21 classes, 255 = void.
 
     root               VOC2012, or the folder above it or above VOCdevkit
-    prefer_aug_masks   read SegmentationClassAug wherever it has the mask, as MKD, U2PL and CCT do
+    prefer_aug_masks   SegmentationClassAug where it has the mask, val too (U2PL; released MKD: not val)
 
     The lists in ImageSets/Segmentation are used where they exist (a part of the data may be listed
     there), else the published ones.

@@ -24,8 +24,8 @@ class VAT(Method):
     at least 0.97 (one scalar a batch), adaptive radius 1.
 
     radius 0: no direction is sought, which is Mean Teacher with this divergence and strong colour. The
-    teacher is evaluated, and always runs in eval mode (theirs: for the direction, and, as it is not set back,
-    for every target but the first of an epoch).
+    teacher is evaluated, and always runs in eval mode (so does theirs: it is set for the direction and not
+    set back before the target is made).
     Deviations: |d| = 0.01, our choice (theirs: HW / 10^9, whose gradient is mostly rounding in float32 where
     both views are equal, as a test shows); the teacher in float32 whatever the precision, for the same
     reason; pixels inside the image only; SGD and trained BatchNorm as the other methods; the strong view is
