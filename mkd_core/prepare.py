@@ -109,6 +109,14 @@ def data_identity(dataset: SegDataset, split: Split) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def data_now(config: RunConfig) -> dict[str, Any]:
+    """Say what data a run would have now; {} where they are gone, which proves nothing."""
+    try:
+        return data_identity(*open_data(config))
+    except DataError:
+        return {}
+
+
 def refuse_other_data(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     """ValueError where two identities differ in what both know."""
     if changed := [key for key, value in then.items() if value and now.get(key) and now[key] != value]:

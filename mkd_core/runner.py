@@ -19,11 +19,10 @@ from filelock import FileLock, Timeout
 
 from . import checkpoints, parallel, records
 from .config import RunConfig
-from .data.base import DataError
 from .evaluate import QUALITY_THRESHOLD, Predictor, evaluate, pick_device
 from .metrics import iou, miou
 from .models import file_sha256
-from .prepare import data_identity, open_data, prepare, refuse_other_data, try_largest
+from .prepare import data_identity, data_now, prepare, refuse_other_data, try_largest
 from .progress import Progress
 from .records import Record
 from .train import loaders, make_optimizers, stage_marks, streams, train, write_labels
@@ -53,8 +52,7 @@ def run(config: RunConfig, runs: Path | None = None, quiet: bool = False) -> Rec
                 if found := records.load(folder):
                     if found.id != config.id:
                         raise ValueError(f"{folder}/record.json is of another run ({found.id}); delete it")
-                    with suppress(DataError):  # data that are gone prove nothing
-                        refuse_other_data(folder, found.split, data_identity(*open_data(config)))
+                    refuse_other_data(folder, found.split, data_now(config))
                     if not quiet and found.commit != (now := records.commit()):
                         known = f"not run again, its record is of commit {found.commit}"
                         print(f"{config.id}: {known}; the code is at {now}")

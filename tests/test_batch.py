@@ -288,7 +288,8 @@ def test_slurm_jobs_that_are_cancelled_are_replaced(slurm):
 
 def test_the_plan_says_what_is_done_running_and_to_run_and_how_long(place, capsys):
     first, second, *rest = expect(place, "MKD", "SupOnly")
-    made = tiny.record(id=first.folder.name, config=first.config.model_dump(mode="json"), seconds=8 * 3600.0)
+    done = {"id": first.folder.name, "config": first.config.model_dump(mode="json"), "split": {}}
+    made = tiny.record(**done, seconds=8 * 3600.0)
     first.folder.mkdir(parents=True)
     records.save(made, first.folder)
     # Of runs alike those with equal options count; damaged records of other work stop no plan.

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -364,6 +365,10 @@ def test_one_command_trains_evaluates_on_val_and_test_and_reports(tmp_path, monk
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("record.json")}
     mkd_core.train_folder(tmp_path / "p", **{"options.alpha": 2.0})  # nothing is trained again
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("record.json")}
+    shutil.copytree(tmp_path / "p", tmp_path / "copy/p")  # the same ids; then a mask is mended
+    save(tmp_path / "copy/p/masks/00.png", truth(7))
+    with pytest.raises(ValueError, match="SupOnly, seed 0: .*other data .*contents"):
+        mkd_core.train_folder(tmp_path / "copy/p", **{"options.alpha": 2.0})
     with pytest.raises(ValueError, match="options are mkd's"):
         mkd_core.train_folder(tmp_path / "p", ["supervised"], **{"options.alpha": 1.0})
 

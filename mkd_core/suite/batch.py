@@ -21,7 +21,7 @@ from ..choices import choose
 from ..config import Grid, RunConfig
 from ..models import weights_file
 from ..parameters import parse_values
-from ..prepare import check_data, open_data
+from ..prepare import check_data, data_now, open_data, refuse_other_data
 from ..progress import Progress
 from ..runner import Busy, run
 from ..train import build_method
@@ -73,7 +73,7 @@ def run_table(grid: Grid, slots: int = 1, train: bool = True) -> records.Cells:
     """
     runs = expand(grid)
     missing = [one for one in runs if train and not one.record]
-    check(missing)
+    check(runs if train else [])
     if slots == 1 or len(missing) < 2:
         for one in missing:
             run(one.config)
@@ -110,10 +110,10 @@ def check(runs: Sequence[Run]) -> None:
     """Look at all that runs need before any begins; ValueError with every fault, each once.
 
     Equal data are looked through once, and equal networks built once; where weights or data are
-    missing, from random weights and for two classes.
+    missing, from random weights and for two classes. Of a run that is done, the data must be what they were.
     """
     place = next(place for place in (records.RUNS, *records.RUNS.parents) if place.exists())
-    if runs and not (place.is_dir() and os.access(place, os.W_OK)):
+    if not all(one.record for one in runs) and not (place.is_dir() and os.access(place, os.W_OK)):
         raise ValueError(f"{place} is no folder that can be written: runs are kept in {records.RUNS}")
     found: dict[str, list[Run]] = {}
     seen: dict[Any, tuple[Any, str]] = {}
@@ -131,10 +131,14 @@ def check(runs: Sequence[Run]) -> None:
 
     for one in runs:
         config = one.config
+        data, network = config.model_dump_json(include=DATA), config.model_dump_json(exclude=DATA)
+        if record := one.record:
+            now = once(one, (data, "now"), data_now, config) or {}
+            once(one, one.folder, refuse_other_data, one.folder, record.split, now)
+            continue
         files = {"weights": config.weights, "weights2": config.weights2}
         gone = [key for key, path in files.items() if path and not once(one, path, weights_file, path)]
         config = config.model_copy(update=dict.fromkeys(gone, ""))
-        data, network = config.model_dump_json(include=DATA), config.model_dump_json(exclude=DATA)
         opened = once(one, data, open_data, config)
         classes = len(opened[0].classes) if opened else 2
         method = once(one, (network, classes), lambda *args: build_method(*args).min_batch, config, classes)

@@ -145,7 +145,7 @@ def _batch(words: Words) -> int:
             raise ValueError(f"{run} has devices={config.devices}: give it such slots, as in --slots 0+1,2+3")
     print(batch.plan(runs, len(slots)), flush=True)
     missing, failed = [run for run in runs if not run.record], dict[batch.Run, str]()
-    batch.check(missing)
+    batch.check(runs)
     if words.dry_run:
         return 0
     if missing:

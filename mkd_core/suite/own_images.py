@@ -207,7 +207,7 @@ def train_folder(
         prepare_folder(folder, out, classes=classes)
     elif classes:
         raise ValueError(f"{out} is prepared already; give the classes to mkd prepare --overwrite")
-    values = read_parameters(out / DONE, TEXT)
+    values = read_parameters(out / DONE, TEXT) | {"root": str(out)}  # which may be a copy
     values = merge(values, (QUICK if quick else {}) | keys, values)
     own, options, seed = values.pop("method"), values.pop("options"), values.pop("seed")
     for name in methods:
