@@ -159,6 +159,10 @@ def test_facts_of_a_method_are_on_its_class_and_two_students_start_differently()
     assert not {label for label in labels if labels.count(label) > 1}
     for method in METHODS.values():
         assert len(method.colour) == 7 and int(method.colour[1:], 16) >= 0 and len(method.passes) == 2, method
+    method = make("mean_teacher")
+    method.evaluated = ("student", "teachr")
+    with pytest.raises(ValueError, match="no network 'teachr'; did you mean 'teacher'"):
+        method.predictors  # noqa: B018
     for name in ("cps", "mkd", "mkd_ablation", "gct"):
         a, b = make(name).students
         assert not torch.equal(a.classifier.weight, b.classifier.weight)

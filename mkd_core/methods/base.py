@@ -8,6 +8,7 @@ import torch
 from annotated_types import Ge, Gt, Interval, MinLen
 from torch import Tensor, nn
 
+from ..choices import choose
 from ..losses import cross_entropy, hard_pixels
 from ..models import SegNet
 
@@ -25,6 +26,12 @@ Terms = dict[str, Tensor]
 Labels = Iterator[tuple[int, Tensor]]
 Prob = Callable[[nn.Module, Tensor], Tensor]
 Build = Callable[[], SegNet]  # a freshly initialised network
+
+# What can be evaluated: its name in records, and where a method keeps it.
+NETWORKS = {
+    "net": "net", "student": "net", "main": "net", "decoder": "net", "teacher": "teacher", "teachers": "teachers",
+    "student 1": "students.0", "student 2": "students.1", "teacher 1": "teachers.0", "teacher 2": "teachers.1",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Method(nn.Module):
     min_batch = 1  # the smallest unlabeled batch: 2 where images need a partner
     min_side = 1  # the smallest side of a crop
     ohem_keep = 0  # pixels per labeled image that the supervised loss keeps at least; 0: all
-    evaluated: tuple[str, ...] = ("net",)  # "teacher", "student 1", "student 2"; another name: `net`
+    evaluated: tuple[str, ...] = ("net",)  # names of NETWORKS; the first one is reported
     stages: tuple[float, ...] = ()  # shares of training at which a further stage begins, see relabel
 
     def forward(self, batch: Batch, progress: float) -> tuple[Terms, Terms]:
@@ -72,9 +79,9 @@ class Method(nn.Module):
 
     @property
     def predictors(self) -> dict[str, nn.Module]:
-        """What is evaluated, by name; the first one is the reported one. Here: those of `evaluated`."""
-        places = {"teacher": "teacher", "student 1": "students.0", "student 2": "students.1"}
-        return {name: self.get_submodule(places.get(name, "net")) for name in self.evaluated}
+        """The networks of `evaluated` by name."""
+        places = {name: NETWORKS[choose("network", name, NETWORKS)] for name in self.evaluated}
+        return {name: self.get_submodule(place) for name, place in places.items()}
 
     @property
     def critic(self) -> tuple[nn.Module, float] | None:

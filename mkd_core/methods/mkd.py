@@ -33,6 +33,7 @@ class MKD(Method):
     """
 
     label, colour, passes, terms, views = "MKD", "#0072b2", (4, 2), ("sup", "ss", "st"), 1
+    evaluated = ("student 1", "student 2", "teacher 1", "teacher 2")
 
     def __init__(self, build: Build, *, alpha: Weight = 1.5, beta: Weight = 1.0, threshold: Share = 0.95,
                  fda: Weight = 0.0, decay: Share = 0.99, boxes: Count = 3, rampup: Share = 0.0,
@@ -73,8 +74,3 @@ class MKD(Method):
     def update(self, step: int) -> None:
         for teacher, student in zip(self.teachers, self.students, strict=True):
             teacher.update(student, step)
-
-    @property
-    def predictors(self) -> dict[str, nn.Module]:
-        names = "student 1", "student 2", "teacher 1", "teacher 2"
-        return dict(zip(names, [*self.students, *self.teachers], strict=True))

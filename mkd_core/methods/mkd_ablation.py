@@ -68,6 +68,7 @@ class MKDAblation(Method):
         # Networks 0 and 1 are the students, 2 and 3 their teachers.
         last = [net.classifier for net in [*students, *(t.module for t in teachers)][: 4 if fda_own else 2]]
         self.moments = nn.ModuleList([ClassMoments(c.out_channels, c.in_channels) for c in last if fda])
+        self.evaluated = ("student 1", "student 2", *(("teacher 1", "teacher 2") if alpha else ()))
         self.labeler = ([3, 2] if mutual else [2, 3]) if alpha else [1, 0]  # who labels for student 0 and 1
         self.alpha, self.beta, self.threshold, self.threshold_ss = alpha, beta, threshold, threshold_ss
         self.fda, self.fda_ramp, self.fda_detach, self.fda_own = fda, fda_ramp, fda_detach, fda_own
@@ -138,11 +139,6 @@ class MKDAblation(Method):
     def update(self, step: int) -> None:
         for teacher, student in zip(self.teachers, self.students, strict=False):
             teacher.update(student, step)
-
-    @property
-    def predictors(self) -> dict[str, nn.Module]:
-        names = "student 1", "student 2", "teacher 1", "teacher 2"
-        return dict(zip(names, [*self.students, *self.teachers], strict=False))
 
     def _inside(self, batch: Batch, mask: Tensor, grid: torch.Size) -> Tensor:
         """(N, grid) bool: the pixels that L_st and L_ss may use."""

@@ -42,6 +42,7 @@ class PSMT(Method):
 
     label, colour, passes, terms = "PS-MT", "#8a8a8a", (2, 2), ("sup", "consistency")
     views = 1
+    evaluated = ("teachers", "teacher 1", "student")  # reported on VOC the first, on Cityscapes the second
 
     def __init__(
         self, build: Build, *, weight: Weight = 1.5, rampup: Share = 0.15, threshold: Share = 0.6,
@@ -74,11 +75,6 @@ class PSMT(Method):
 
     def update(self, step: int) -> None:
         self.teachers[self.core].update(self.net, step)
-
-    @property
-    def predictors(self) -> dict[str, nn.Module]:
-        # The first is reported on VOC, the second on Cityscapes.
-        return {"teachers": self.teachers, "teacher 1": self.teachers[0], "student": self.net}
 
     @torch.no_grad()
     def _target(self, images: Tensor) -> Tensor:
