@@ -136,7 +136,7 @@ class RunConfig(Checked):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        keep, every, ohem = self.keep_every, self.checkpoint_every, self.supervised_loss == "ohem"
+        keep, every, own = self.keep_every, self.checkpoint_every, self.model_dump(exclude_defaults=True)
         faults = {
             f"scale is (low, high); got {self.scale}": self.scale[0] > self.scale[1],
             f"base must be 0 or the long side of an image, from 16 on; got {self.base}": 0 < self.base < 16,
@@ -146,7 +146,7 @@ class RunConfig(Checked):
                 self.batch % self.devices or (self.devices > 1 and ":" in self.device),
             f"keep_every must be a multiple of checkpoint_every, {every}": keep % every,
             "weights2 are of encoder2, which is not given": self.weights2 and not self.encoder2,
-            "ohem_keep belongs to supervised_loss 'ohem'": self.ohem_keep != 50_000 and not ohem,
+            "ohem_keep is of supervised_loss 'ohem'": "ohem_keep" in own and "supervised_loss" not in own,
         }  # fmt: skip
         if found := [fault for fault, is_there in faults.items() if is_there]:
             raise ValueError("; ".join(found))

@@ -22,6 +22,7 @@ from .choices import choose
 from .config import DEVICE, RunConfig
 from .data import SegDataset
 from .data.base import upright
+from .heads import ViT
 from .metrics import PseudoLabelQuality, confusion_matrix
 from .models import nearest, resize
 
@@ -32,7 +33,7 @@ QUALITY_THRESHOLD = 0.95  # MKD's T: pseudo-label quality is reported at it and 
 def whole(net: nn.Module, images: Tensor, window: tuple[int, int]) -> Tensor:
     """The image at its own size; if a side is no multiple of 16, padded below and right to multiples of 32.
 
-    Our choice for VOC and COCO. `Predictor.label` takes `sliding` for images above LARGE pixels.
+    Our choice for VOC and COCO. A vision transformer resizes instead (`ViT`). `Predictor.label` takes `sliding` for images above LARGE pixels.
     """
     return _padded(net, images).softmax(1)
 
@@ -80,7 +81,8 @@ def bands(net: nn.Module, images: Tensor, window: tuple[int, int]) -> Iterator[T
 
 def _padded(net: nn.Module, images: Tensor, multiple: int = 32) -> Tensor:
     height, width = images.shape[-2:]
-    pad = (0, -width % multiple, 0, -height % multiple) if (height % 16 or width % 16) else (0, 0, 0, 0)
+    fits = height % 16 == width % 16 == 0 or any(isinstance(part, ViT) for part in net.modules())
+    pad = (0, 0, 0, 0) if fits else (0, -width % multiple, 0, -height % multiple)
     return net(nn.functional.pad(images, pad))[..., :height, :width].float()
 
 
@@ -124,7 +126,7 @@ class Predictor:
         found: dict[str, list[Tensor]] = {name: [] for name in self.names}
         for _, name, prob in self.parts(images):
             found[name].append(prob)
-        return {name: torch.cat(probs, 2) for name, probs in found.items()}
+        return {name: torch.cat(of, 2) if of[1:] else of[0] for name, of in found.items()}
 
     @torch.no_grad()
     def parts(self, images: Tensor) -> Iterator[tuple[slice, str, Tensor]]:
@@ -225,7 +227,7 @@ def _pair(dataset: SegDataset, id: str) -> tuple[Tensor, Tensor]:
 
 
 def _equal_sizes(items: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of consecutive images of one size, up to about a quarter of a megapixel: the same whatever the machine."""
+    """Batches of consecutive images of one size, up to about 2^18 numbers: the same whatever the machine."""
     for size, equal in groupby(items, lambda item: item[0].shape):
         while batch := [*islice(equal, math.ceil(2**18 / size.numel()))]:
             images, labels = zip(*batch, strict=True)

@@ -33,7 +33,7 @@ BAD = [
     ({"encoder2": "resnet5"}, "no encoder 'resnet5'; did you mean 'resnet50'"),
     ({"weights2": "w.pth"}, "weights2 are of encoder2"),
     ({"supervised_loss": "ohm"}, "'cross_entropy' or 'ohem'"),
-    ({"ohem_keep": 9}, "ohem_keep belongs to supervised_loss 'ohem'"),
+    ({"ohem_keep": 9}, "ohem_keep is of supervised_loss 'ohem'"),
     ({"ohem_keep": 0}, "'ohem_keep': input should be greater than 0"),
     ({"protocol": "slide"}, "'whole', 'long512' or 'sliding'"), ({"strong": "oneof"}, "'one_of', 'chain'"),
     ({"precision": "fp16"}, "'float32' or 'bfloat16'"), ({"norm": "layer"}, "'batch' or 'group'"),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tiny import CLASSES, batch, config, gradients
 from torch import Tensor
 
+from mkd_core.evaluate import PROTOCOLS
 from mkd_core.models import SegNet, load_encoder, nearest, stride
 from mkd_core.runner import run
 from mkd_core.train import build_method
@@ -159,7 +160,9 @@ def test_vit_features_classifier_logits(encoder, patch):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         near = net.eval()(x).float()
     torch.testing.assert_close(near, net(x).detach(), rtol=0.1, atol=0.1 * net(x).std().item())
-    assert net(torch.randn(1, 3, 75, 50)).shape == (1, CLASSES, 75, 50)  # any size
+    odd = torch.randn(1, 3, 75, 50)
+    assert net(odd).shape == (1, CLASSES, 75, 50)  # any size
+    torch.testing.assert_close(PROTOCOLS["whole"](net, odd, (32, 32)), net(odd).softmax(1))
 
 
 def test_its_maps_are_timm_s_at_every_quarter_and_position_embeddings_interpolated():

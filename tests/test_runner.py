@@ -507,6 +507,7 @@ def test_evaluate_counts_every_pixel_of_every_image_once(workers):
     *((protocol, "float32") for protocol in PROTOCOLS), ("whole", "bfloat16"), ("sliding", "bfloat16")])  # fmt: skip
 def test_all_ways_through_a_predictor_agree(protocol, precision):
     """Scores are made by `__call__`, pictures and pseudo-labels by `label`, in bands where windows slide."""
+    assert config(protocol=protocol).protocol == protocol  # RunConfig lists them too
     nets = {"a": build(), "b": build()}
     predictor = Predictor(nets, protocol=protocol, window=(32, 48), precision=precision)
     image = torch.randint(0, 256, (3, 84, 70), dtype=torch.uint8)

@@ -54,7 +54,7 @@ def export(
         "input": "(batch, 3, height, width) float32", "colour": "RGB", "scale": "(value / 255 - mean) / std",
         "mean": MEAN, "std": STD, "height": height, "width": width,
         "padding": "zeros after scaling, at the bottom and right; crop the logits. The scores were made so too, but "
-        "for sides that are all multiples of 16, which were not padded",
+        "for sides that are all multiples of 16, and images of a vision transformer, which were not padded",
         "output": "logits (batch, classes, height, width) float32", "palette": opened.palette.tolist(),
         "scored_by": {"protocol": opened.config.protocol, "window": opened.config.crop},
         "torch": torch.__version__,
