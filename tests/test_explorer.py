@@ -281,8 +281,13 @@ def test_runs_open_wherever_jupyter_was_started_and_others_are_refused(runs, tmp
     values = json.loads((other / "config.json").read_text())
     values["dataset_options"]["size"] = 64
     (other / "config.json").write_text(json.dumps(values))
-    unlike = ([runs["cps"], other], "other has other data than the first")
-    for named, message in ((tmp_path / "empty", "empty"), ([], "no run to explore"), unlike):
+    unlike = [([runs["cps"], other], "other has other data than the first")]
+    for name in "ab":  # what `mkd prepare` has written into a/mkd and b/mkd
+        own = {"dataset": "folder", "dataset_options": {}, "root": f"/photos/{name}/mkd"}
+        copy(other, tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(values | own))
+    unlike.append(([tmp_path / "a", tmp_path / "b"], "b has other data than the first"))
+    for named, message in ((tmp_path / "empty", "empty"), ([], "no run to explore"), *unlike):
         with pytest.raises(ValueError, match=message):
             explore(named)
     # Paths of runs, and the folder to save to, are relative to the project, not to the working folder.

@@ -4,6 +4,7 @@ import json
 import re
 import resource
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ from mkd_core.models import SegNet
 from mkd_core.suite import export as exporting
 from mkd_core.suite.cli import main
 from mkd_core.suite.export import export
-from mkd_core.suite.predict import predict, pseudo_label
+from mkd_core.suite.predict import _texts, predict, pseudo_label
+from mkd_core.train import build_method
 
 DINOV2 = "tu-vit_small_patch14_dinov2"
 
@@ -443,6 +445,13 @@ def test_with_the_labeled_and_evaluated_images_it_is_complete_and_trains_from_an
             assert torch.equal(own.image(id), dataset.image(other))
             assert torch.equal(own.label(id), dataset.label(other))
     assert runner.run(config, tmp_path / "runs", quiet=True).miou >= 0
+
+
+def test_what_trains_on_pseudo_labels_has_one_network(tmp_path):
+    config = tiny.config("mkd", encoder2="mobilenet_v2")
+    opened = SimpleNamespace(config=config, palette=np.zeros((2, 3), int), classes=["a", "b"])
+    text = _texts(opened, tmp_path, {}, ([], [], []))[tmp_path / "train.yaml"]
+    build_method(RunConfig(**yaml.safe_load(text)), 2)
 
 
 def test_images_that_are_labeled_or_evaluated_are_not_labeled_again(photo_run, photos, tmp_path, capsys):

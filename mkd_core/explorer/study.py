@@ -80,7 +80,8 @@ class Study:
         self.configs, self.device = [read_config(folder) for folder in self.folders], device
         self.names = tell_apart(self.configs, self.folders)
         first = self.configs[0]
-        data = [(c.dataset, Path(c.root).name, c.dataset_options) for c in self.configs]
+        names = [c.root.removesuffix("/mkd").rpartition("/")[2] for c in self.configs]  # as in a run's id
+        data = [(c.dataset, name, c.dataset_options) for c, name in zip(self.configs, names, strict=True)]
         if odd := [folder for folder, its in zip(self.folders, data, strict=True) if its != data[0]]:
             raise ValueError(f"runs are compared on equal data; {odd[0].name} has other data than the first")
         self.data, split = open_data(first)

@@ -194,6 +194,7 @@ def _texts(opened: OpenRun, out: Path, items: Items, parts: Sequence[list[Item]]
     new, labeled, evaluated = ("".join(lines[item.file] for item in part) for part in parts)
     keys = opened.config.model_dump() | {"dataset": "folder", "root": str(out), "split": "full"}
     keys |= {"dataset_options": {"palette": opened.palette.tolist()}, "method": "supervised", "options": {}}
+    keys |= {"arch2": "", "encoder2": "", "weights2": ""}
     following = RunConfig(**keys)
     texts = {"classes.txt": "".join(f"{name}\n" for name in opened.classes)}
     texts |= {"train.yaml": yaml.safe_dump(following.model_dump(mode="json"), sort_keys=False)}
