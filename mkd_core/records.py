@@ -169,8 +169,8 @@ def commit() -> str:
 
 COLUMNS = (
     "row", "column", "seed", "method", "dataset", "data", "dataset_options", "split", "all_labels", "protocol",
-    "encoder", "steps", "weights", "labeled", "sha256", "sha256_unlabeled", "evaluated", "images", "classes",
-    "iou", "miou", "miou_best", "seconds", "confusion", "evaluations",
+    "encoder", "steps", "weights", "labeled", "sha256", "sha256_unlabeled", "sha256_val", "evaluated", "images",
+    "classes", "iou", "miou", "miou_best", "seconds", "confusion", "evaluations",
 )  # fmt: skip
 
 
@@ -190,9 +190,9 @@ def describe(config: Mapping[str, Any], record: Record | None = None) -> dict[st
     line["all_labels"] = line["method"] == "supervised" and line["split"] == "full"
     if record:
         line |= {key: getattr(record, key) for key in COLUMNS if key in Record.model_fields}
-        line |= {key: record.split.get(key, "") for key in ("labeled", "sha256", "sha256_unlabeled")}
+        of, split = record.evaluated, record.split
+        line |= {key: split.get(key) for key in ("labeled", "sha256", "sha256_unlabeled", "sha256_val")}
         line |= {"split": config["split"], "weights": record.weights["name"]}
-        of = record.evaluated
         line |= {"images": of["images"], "evaluated": json.dumps(of, sort_keys=True)}
     return line
 
@@ -203,7 +203,7 @@ def frame(cells: Rows | Cells | pd.DataFrame) -> pd.DataFrame:
     row, column        categories in the order of `cells`; those without runs are among them
     seed .. weights    of the configuration; data: whose images are evaluated; all_labels: whether the run is
                        SupOnly on every label (split "full"), the upper bound of the methods
-    labeled, sha256, sha256_unlabeled   number of labeled images, hashes of both sets of ids
+    labeled, sha256 .. sha256_val   number of labeled images, hashes of the three sets of ids
     evaluated, images  the images of the evaluation and their number
     classes, iou       C names, and IoU in percent (None where a class does not occur): `explode` both
     miou, miou_best    in percent, of the last step and of the best evaluation
@@ -259,7 +259,7 @@ def dump(cells: Rows | Cells, path: Path) -> None:
         for title, found in of.items():
             kept: list[dict[str, Any]] = [record.model_dump(mode="json") for record in found]
             for line in kept:
-                places = ("root", "weights", "weights2")
+                places = ("root", "weights", "weights2", "cache")
                 line["config"] |= {key: Path(line["config"].get(key, "")).name for key in places}
             lines += [{"row": row, "column": title} | line for line in kept or [{}]]
     write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

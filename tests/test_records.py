@@ -78,9 +78,9 @@ def test_cells_come_back_in_their_order_missing_ones_too(tmp_path):
     assert kept == cells and [*kept] == ["second", "first"] and [*kept["second"]] == ["1/8", "1/4", "1/16"]
     dump({"alone": found}, path)
     assert read_cells(path) == {"alone": {"": found}}
-    of_a_machine = record(config=record().config | {"root": "/data/of/mine", "weights": "/w/resnet.pth"})
-    dump({"a": [of_a_machine]}, path)
-    assert {"mine", "resnet.pth"} <= {*map(str, read_cells(path)["a"][""][0].config.values())}
+    places = {"root": "/data/of/mine", "weights": "/w/resnet.pth", "cache": "/c"}
+    dump({"a": [record(config=record().config | places)]}, path)
+    assert {"mine", "resnet.pth", "c"} <= {*map(str, read_cells(path)["a"][""][0].config.values())}
 
 
 @pytest.mark.parametrize("line", ['{"id": "a"', '{"id": "a"}', '{"row": "a", "column": "", "id": 3}'])

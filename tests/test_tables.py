@@ -44,6 +44,7 @@ def test_rows_alone_are_mean_and_sample_deviation():
     "keys, words",
     [({"protocol": "sliding"}, "evaluation protocols: sliding, whole"), ({"evaluated": {"images": 7, "set": "val"}}, "evaluated images"),
      ({"evaluated": {"images": 6, "set": "test"}}, "evaluated images"), ({"split": {"sha256": "others", "labeled": 6}}, "labeled images"),
+     ({"split": record().split | {"sha256_val": "others"}}, "evaluated images: others, val"),
      ({"config": record().config | {"dataset": "voc"}}, "data sets: shapes, voc"),
      ({"config": record().config | {"dataset_options": {"val_size": 9}}}, "options of the data set"), ({"classes": ["x", "z"]}, "classes: x, y, x, z")],
     ids=str,

@@ -90,7 +90,7 @@ def record(id: str = "a", miou: float = 50.0, seed: int = 0, **keys: Any) -> Rec
             "id": id, "config": c.model_dump(mode="json"), "miou": miou, "miou_best": miou + 1, "step_best": 3,
             "iou": [miou, None], "classes": ["x", "y"], "predictors": {"net": miou}, "predictors_best": {"net": miou + 1}, "pseudo_labels": None, "evaluations": [], "confusion": [],
             "seconds": 2.0, "images_per_second": 3.0, "peak_memory_mb": 4.0, "device": "cpu", "threads": 1, "precision": "float32", "seed": seed,
-            "split": {"name": "random/6@0", "sha256": f"labeled by seed {seed}", "labeled": 6, "unlabeled": 18}, "weights": {"name": "", "sha256": ""},
+            "split": {"name": "random/6@0", "sha256": f"labeled by seed {seed}", "labeled": 6, "unlabeled": 18, "sha256_unlabeled": f"unlabeled by seed {seed}", "sha256_val": "val"}, "weights": {"name": "", "sha256": ""},
             "protocol": "whole", "evaluated": {"images": 6, "set": "val"}, "versions": {}, "commit": "unknown",
         }
         | keys

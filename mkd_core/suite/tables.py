@@ -24,6 +24,7 @@ ALIKE: dict[str, tuple[str, list[str]]] = {
     "protocol": ("evaluation protocols", []),
     "class_names": ("classes", []),
     "evaluated": ("evaluated images", []),
+    "sha256_val": ("evaluated images", []),
     "sha256": ("labeled images", ["seed"]),
     "sha256_unlabeled": ("unlabeled images", ["seed", "dataset"]),
 }
@@ -36,7 +37,7 @@ def refuse_unlike(runs: pd.DataFrame, source: Published | None = None) -> None:
         compared = runs[~runs.all_labels] if within else runs  # all labels are meant to be other labels
         for (title, *_), values in compared.groupby(["column", *within], observed=True)[key]:
             if values.nunique() > 1:
-                found = ", ".join(sorted(values.unique()))
+                found = ", ".join(sorted(values.dropna().unique()))
                 raise ValueError(f"column {title!r}, different {what}: {found}; give each its own column")
     for run in runs[runs.duplicated(["row", "column", "seed"])].itertuples():
         raise ValueError(f"column {run.column!r}, row {run.row!r} holds seed {run.seed} more than once")
