@@ -25,7 +25,7 @@ from .records import ROOT
 # amplifies them), how often the run is logged and saved. Weights enter by their hash.
 PLACES = {"root", "weights", "weights2", "cache"}
 NOT_IDENTITY = PLACES | {"device", "devices", "threads", "workers", "tensorboard"}
-NOT_IDENTITY |= {"checkpoint_every", "keep_every", "log_every"}
+NOT_IDENTITY |= {"activation_checkpointing", "checkpoint_every", "keep_every", "log_every"}
 # Fields of options: the field that says whose they are, and the constructors that take them.
 OPTIONS: dict[str, Any] = {"options": ("method", METHODS), "dataset_options": ("dataset", DATASETS)}
 DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
@@ -107,6 +107,7 @@ class RunConfig(Checked):
     devices: int = Field(1, ge=1, description="GPUs of this machine, a process each, that share every batch")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of torch; 0: as many as cores are idle")
     workers: int = Field(-1, ge=-1, le=1024, description="loader processes; -1: 8 with a GPU, else none")
+    activation_checkpointing: bool = Field(False, description="less memory, a longer step, the same numbers")
     checkpoint_every: int = Field(1_000, gt=0, description="steps")
     keep_every: int = Field(0, ge=0, description="steps between checkpoints that stay; 0: the last alone")
     log_every: int = Field(50, gt=0, description="steps")
@@ -215,8 +216,7 @@ class Grid(Checked):
     @cached_property
     def cells(self) -> dict[str, dict[str, list[RunConfig]]]:
         """Row name -> column name -> one configuration a seed."""
-        columns, seeds = self.columns, self.seeds
-        return {row: {c: [self._config(row, c, s) for s in seeds] for c in columns} for row in self.rows}
+        return {r: {c: [self._config(r, c, s) for s in self.seeds] for c in self.columns} for r in self.rows}
 
     @property
     def runs(self) -> dict[str, list[RunConfig]]:

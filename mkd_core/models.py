@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from safetensors.torch import load_file
 from segmentation_models_pytorch.encoders.timm_universal import TimmUniversalEncoder
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .choices import choose
 from .data.base import local
@@ -159,6 +161,41 @@ def _replace_batchnorm(module: nn.Module, groups: int = 8) -> None:
             setattr(module, name, nn.Sequential(norm, act) if isinstance(act, nn.Module) else norm)
         else:
             _replace_batchnorm(child, groups)
+
+
+def checkpoint_activations(net: SegNet) -> None:
+    """Let a block of the encoder keep its input alone, and compute the rest again in the backward.
+
+    A block: what a Sequential or ModuleList holds, with more than one convolution or linear layer.
+    Losses, gradients and BatchNorm's averages stay what they are; so do copies, which are teachers.
+    """
+    held = [m for of in net.encoder.modules() if isinstance(of, nn.Sequential | nn.ModuleList) for m in of]
+    for block in held:
+        layers = [m for m in block.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        if len(layers) > 1 and not isinstance(block, nn.Sequential):
+            block.forward = partial(_recomputed, block)
+
+
+def _recomputed(block: nn.Module, *args: Any) -> Any:
+    forward = partial(type(block).forward, block)
+    if not torch.is_grad_enabled():
+        return forward(*args)
+    contexts = lambda: (nullcontext(), _seen(block))  # noqa: E731
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def _seen(block: nn.Module) -> Iterator[None]:
+    """Leave BatchNorm's averages as they are: they hold this batch already."""
+    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, *values in kept:
+            norm.momentum, norm.num_batches_tracked = values
 
 
 def load_encoder(net: SegNet, weights: str) -> None:

@@ -28,7 +28,7 @@ from .data.base import read_label
 from .data.stream import Crops, Steps, Stream
 from .evaluate import Each, Predictor, autocast, pick_device
 from .methods import METHODS, Batch, Method
-from .models import SegNet, load_encoder
+from .models import SegNet, checkpoint_activations, load_encoder
 
 # What smp, timm and torch raise for networks that cannot be.
 UNFIT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
@@ -99,6 +99,8 @@ def build_net(config: RunConfig, num_classes: int) -> SegNet:
         raise ValueError(f"{what} cannot be built: {type(error).__name__} {error}") from error
     if config.weights:
         load_encoder(net, config.weights)
+    if config.activation_checkpointing:
+        checkpoint_activations(net)
     return net
 
 

@@ -50,7 +50,9 @@ def open_run(run: RunConfig | str | Path, step: int | str | None = None, device:
     try:
         with torch.random.fork_rng():
             # The checkpoint holds the encoder too: its ImageNet file may be gone.
-            bare = config.model_copy(update={"weights": "", "weights2": ""})
+            bare = config.model_copy(
+                update={"weights": "", "weights2": "", "activation_checkpointing": False}
+            )
             method = build_method(bare, len(names)).to(where)
         method.load_state_dict(state)
     except RuntimeError as error:

@@ -174,6 +174,13 @@ def released(keys: dict[str, Any] = REAL, pairs: int = 3) -> Iterator[Row]:
     yield memory("step of the paper's recipe: memory", most, peak_bytes(paper))
 
 
+def checkpointing(keys: dict[str, Any] = REAL, pairs: int = 3) -> Iterator[Row]:
+    """MKD's step that keeps every activation, against one that computes those of the encoder's blocks again."""
+    plain, again = (Step(config("mkd", activation_checkpointing=on, **keys)) for on in (False, True))
+    yield memory("activation checkpointing, MKD: memory of a step", peak_bytes(plain), peak_bytes(again))
+    yield compare("activation checkpointing, MKD: time of a step", plain, again, pairs)
+
+
 def loader(size: tuple = (375, 500), crop: tuple = (320, 320), pairs: int = 5) -> Iterator[Row]:
     """A sample's way into a batch: files are opened, one window is cut and only it is resampled."""
     rng = np.random.default_rng(0)
@@ -305,7 +312,7 @@ def steps(
 def main() -> None:
     started = time.perf_counter()
     print(f"torch {torch.__version__}, CPU, {torch.get_num_threads()} thread")
-    for part in (fda, parts, loader, cache, waiting, evaluation, released):
+    for part in (fda, parts, loader, cache, waiting, evaluation, released, checkpointing):
         for row in part():
             span = f"{row.low:,.3g} .. {row.high:,.3g}" if row.low == row.low else ""
             goal = f"  (target {row.target:g}: {row.met})" if row.met else ""

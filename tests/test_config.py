@@ -122,7 +122,7 @@ def test_the_id_does_not_depend_on_how_the_run_is_written():
 
 SAME = {
     "device": "cuda", "workers": 4, "threads": 8, "checkpoint_every": 7, "keep_every": 5_000, "log_every": 9, "root": "/tmp",
-    "tensorboard": True, "devices": 3, "cache": "decoded",
+    "tensorboard": True, "devices": 3, "cache": "decoded", "activation_checkpointing": True,
 }  # fmt: skip
 DIFFERENT = {
     "dataset": "voc", "split": "random/5", "method": "cps", "arch": "pspnet", "encoder": "resnet18", "channels": 24,

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mkd_core.ema import EMA
 from mkd_core.methods import METHODS, Batch, Method
-from mkd_core.models import SegNet
+from mkd_core.models import SegNet, checkpoint_activations
 
 SOFT = 0.3  # a threshold that networks at their random start reach on some pixels
 
@@ -183,6 +183,27 @@ def test_saved_and_loaded_state_continues_alike(name):
         results.append(m(batch(1), 0.6)[0])
     for key in results[0]:
         assert torch.equal(results[0][key], results[1][key]), key
+
+
+@pytest.mark.parametrize(
+    "name", ["supervised", "mkd", "vat", "ps_mt", "simple_baseline", "cct", "gct", "u2pl"]
+)
+def test_activations_that_are_computed_again_change_nothing(name):
+    """Terms, gradients and BatchNorm's averages, bit for bit; less is kept."""
+    found = []
+    for again in (False, True):
+        method, kept = case(name), []
+        for net in [m for m in method.modules() if again and isinstance(m, SegNet)]:
+            checkpoint_activations(net)
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # noqa: B023
+            terms, _ = method(batch(), 0.7)
+        sum(terms.values()).backward()
+        state = {f"grad {n}": p.grad for n, p in method.named_parameters() if p.grad is not None}
+        found.append((terms | state | method.state_dict(), len(kept)))
+    (plain, kept), (ours, fewer) = found
+    assert plain.keys() == ours.keys() and all(torch.equal(plain[key], ours[key]) for key in plain)
+    assert fewer < kept
 
 
 ASKING = ("local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "unique2", "unique_dim")
