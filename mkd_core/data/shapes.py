@@ -45,9 +45,6 @@ class Shapes(SegDataset):
     def label(self, id: str) -> Tensor:
         return torch.from_numpy(_draw(id, self.size)[1])
 
-    def has_label(self, id: str) -> bool:
-        return True
-
 
 @lru_cache(maxsize=8192)  # 8 kB an image at 48 pixels: drawn once a process, then free
 def _draw(id: str, size: int) -> tuple[np.ndarray, np.ndarray]:

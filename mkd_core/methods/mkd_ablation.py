@@ -101,6 +101,7 @@ class MKDAblation(Method):
         labels = [pseudo_label(z) for z in raw]
         targets = [label.masked_fill(~k, IGNORE) for label, k in zip(labels, kept, strict=True)]
 
+        rise = {"cosine": cosine(progress), "linear": progress, "constant": 1.0}[self.fda_ramp]
         logits, tables, y = list(raw), [], nearest(batch.y, grid)
         for i, moments in enumerate(self.moments):
             features, label = looks[i][0], labels[i] if self.fda_own else targets[self.labeler[i]]
@@ -110,7 +111,7 @@ class MKDAblation(Method):
             moments.update(pixels, nearest(label, coarser))
             weight = nets[i].classifier.weight.flatten(1)
             weight = weight.detach() if self.fda_detach else weight
-            tables.append(moments.table(weight, self.strength(progress)))
+            tables.append(moments.table(weight, self.fda * rise))
             if self.fda_own:
                 logits[i] = moments.shift(raw[i], label[-len(raw[i]) :], tables[i])
         if self.fda_own:
@@ -131,10 +132,6 @@ class MKDAblation(Method):
             terms["st"] = self.alpha * grown * (ce(0, by=self.labeler[0]) + ce(1, by=self.labeler[1]))
             stats["kept"] = masked_mean(torch.stack(kept[2:]).float().mean(0), inside)
         return terms, stats
-
-    def strength(self, progress: float) -> float:
-        """lambda of Eq. (4) at a share of the run."""
-        return self.fda * {"cosine": cosine(progress), "linear": progress, "constant": 1.0}[self.fda_ramp]
 
     def update(self, step: int) -> None:
         for teacher, student in zip(self.teachers, self.students, strict=False):

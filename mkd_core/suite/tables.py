@@ -103,7 +103,8 @@ class Table:
         texts = []
         for heading, text in self.parts:
             text = text.set_axis([", ".join(c) if isinstance(c, tuple) else c for c in text], axis=1)
-            text = text.rename(index=_piped, columns=_piped)
+            piped = {name: name.replace("|", r"\|") for name in (*text.index, *text)}  # it parts cells
+            text = text.rename(index=piped, columns=piped)
             text = text if heading else text.replace(BEST, r"\1", regex=True)
             numbers = [pd.to_numeric(text[c], errors="coerce").notna().all() for c in text]
             align = ["left", *("right" if number else "left" for number in numbers)]
@@ -126,10 +127,6 @@ class Table:
             made = text.rename_axis(index=None).to_latex(escape=True, caption=_latex(heading))
             texts.append(BEST.sub(r"\\textbf{\1}", made))
         return "\n\n".join([*texts, *map(_latex, self.notes)])
-
-
-def _piped(text: str) -> str:
-    return text.replace("|", r"\|")  # it parts the cells of Markdown
 
 
 def _latex(text: str) -> str:
