@@ -180,22 +180,21 @@ def _recomputed(block: nn.Module, *args: Any) -> Any:
     forward = partial(type(block).forward, block)
     if not torch.is_grad_enabled():
         return forward(*args)
-    contexts = lambda: (nullcontext(), _seen(block))  # noqa: E731
-    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts)
+    norms = [(m, m.weight, m.bias, 0.0, None) for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _seen(norms)))
 
 
 @contextmanager
-def _seen(block: nn.Module) -> Iterator[None]:
-    """Leave BatchNorm's averages as they are: they hold this batch already."""
-    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
-    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+def _seen(norms: list[Any]) -> Iterator[None]:
+    """Give BatchNorm the weights of the forward (SimpleBaseline has two); its averages hold this batch already."""
+    kept = [(norm, norm.weight, norm.bias, norm.momentum, norm.num_batches_tracked) for norm, *_ in norms]
     try:
+        for norm, *of in norms:
+            norm.weight, norm.bias, norm.momentum, norm.num_batches_tracked = of
         yield
     finally:
-        for norm, *values in kept:
-            norm.momentum, norm.num_batches_tracked = values
+        for norm, *of in kept:
+            norm.weight, norm.bias, norm.momentum, norm.num_batches_tracked = of
 
 
 def load_encoder(net: SegNet, weights: str) -> None:
