@@ -60,9 +60,7 @@ def _model(owner: str, make: Callable[..., Any]) -> type[Checked]:
     fields: dict[str, Any] = {}
     for name, parameter in [*inspect.signature(make).parameters.items()][1:]:
         if name not in hints:
-            raise ValueError(
-                f"{owner}: option {name!r} of its constructor needs a type, as in methods/base.py"
-            )
+            raise ValueError(f"{owner}: option {name!r} needs a type, as those in methods/base.py")
         fields[name] = hints[name], ... if parameter.default is parameter.empty else parameter.default
     return create_model(owner, __base__=Checked, **fields)
 
@@ -77,9 +75,10 @@ def _spell_out(error: Any, model: type[BaseModel]) -> str:
         return f"{model.__name__} needs the option {place!r}. {has}"
     if "error" in error.get("ctx", {}):  # one of ours
         return str(error["ctx"]["error"])
-    hint = "; in YAML, text that reads as a number, a date or null needs quotes"
-    hint = hint if error["type"] == "string_type" else ""
-    return f"{model.__name__}, {place!r}: {error['msg'].lower()}; got {error['input']!r}{hint}"
+    quotes = "; in YAML, text that reads as a number, a date or null needs quotes"
+    hint = {"string_type": quotes, "tuple_type": "; several values are a list: [32, 32]"}
+    said = f"{model.__name__}, {place!r}: {error['msg'].lower()}; got {error['input']!r}"
+    return said + hint.get(error["type"], "")
 
 
 def _guess(name: str, allowed: list[str]) -> str:

@@ -9,6 +9,7 @@ import yaml
 from tiny import config
 
 from mkd_core import config as module
+from mkd_core.choices import complete_options
 from mkd_core.config import NOT_IDENTITY, OPTIONS, Grid, RunConfig, drop_foreign_options, lay_over, with_bases
 from mkd_core.methods import METHODS
 from mkd_core.records import ROOT, read_cells
@@ -69,7 +70,7 @@ BAD = [
     ({"lr": INF}, "'lr': input should be a finite number"),
     ({"crop": (500, 512)}, "'crop': sides must be multiples of 16; got (500, 512)"),
     ({"crop": (0, 16)}, "'crop.0': input should be greater than 0"),
-    ({"crop": 512}, "'crop': input should be a valid tuple"),
+    ({"crop": 512}, "'crop': input should be a valid tuple; got 512; several values are a list: [32, 32]"),
     ({"scale": (2.0, 0.5)}, "scale is (low, high)"),
     ({"scale": (1e-6, 1e-6)}, "'scale.0': input should be greater than or equal to 0.05"),
     ({"scale": (True, 2.0)}, "'scale' cannot be true or false"),
@@ -84,6 +85,12 @@ def test_what_is_wrong_with_a_run_is_one_message(keys, words):
         RunConfig(**keys)
     text = str(error.value)
     assert words in text and "pydantic" not in text and "Value error" not in text and "\n" not in text
+
+
+def test_an_option_without_a_type_is_refused():
+    untyped = type("Untyped", (), {"__init__": lambda self, build, alpha=1: None})
+    with pytest.raises(ValueError, match="mine: option 'alpha' needs a type"):
+        complete_options("mine", untyped, {})
 
 
 def test_all_faults_are_told_at_once_and_what_is_valid_is_frozen():

@@ -14,7 +14,7 @@ OPTIONS = [("cps", {"boxes": 3}, (4, 2)), ("mkd_ablation", {"on_labeled": True},
     "method, options, passes", [*((m, {}, METHODS[m].passes) for m in METHODS), *OPTIONS]
 )
 def test_a_step_makes_the_passes_that_the_class_states(method, options, passes):
-    assert Step(config(method, options=options)).passes() == passes
+    assert Step(config(method, options=options)).passes() == passes, "counted, and stated as `passes`"
 
 
 def test_bytes_and_ratios_are_those_of_the_work():

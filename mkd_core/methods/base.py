@@ -41,7 +41,7 @@ class Batch:
     x: Tensor  # (B, 3, H, W) labeled images, weak view, normalised
     y: Tensor  # (B, H, W) labels, int64, IGNORE = 255
     weak: Tensor  # (U, 3, H, W) unlabeled images, weak view
-    strong: tuple[Tensor, ...]  # `views` times (U, 3, H, W): the same crops under strong colour
+    strong: tuple[Tensor, ...]  # `views` times (U, 3, H, W): the same crops under strong colour; empty at 0
     valid: Tensor  # (U, H, W) bool, False on padding
     label: Tensor  # (U, H, W) int64 pseudo-labels of the stage (see relabel), IGNORE where there are none
 
@@ -52,7 +52,7 @@ class Method(nn.Module):
     label: str  # its name in tables and figures
     colour: str  # "#rrggbb" in figures
     passes: tuple[int, int]  # encoder passes of a step in labeled batches, with and without gradient
-    terms: tuple[str, ...]  # names of the loss terms
+    terms: tuple[str, ...]  # names of the loss terms that forward returns
     unlabeled = True  # False: no unlabeled image is loaded (U = 0) before a stage has pseudo-labels
     views = 0  # strong views of each unlabeled image
     min_batch = 1  # the smallest unlabeled batch: 2 where images need a partner
