@@ -15,50 +15,30 @@ from torch import Tensor, nn
 from mkd_core.augment import half_box
 from mkd_core.losses import sigmoid
 from mkd_core.methods import Method
-from mkd_core.methods.critics import frozen
 from mkd_core.methods.gct import flaw_map, handle
 from mkd_core.runner import run
 from mkd_core.train import build_method, make_optimizers
 
-# The contract of critics.
-
-
-def test_frozen_lets_gradients_through_and_keeps_them_from_the_parameters():
-    net, x = nn.Linear(3, 1), torch.randn(2, 3, requires_grad=True)
-    net.bias.requires_grad_(False)
-    with frozen(net):
-        out = net(x).sum()
-    assert net.weight.requires_grad and not net.bias.requires_grad  # as it was
-    out.backward()
-    assert x.grad.abs().sum() > 0 and net.weight.grad is None
-    with pytest.raises(ZeroDivisionError), frozen(net):
-        raise ZeroDivisionError
-    assert net.weight.requires_grad
-
-
-CRITICS = {"advsemseg": {"threshold": 0.3, "start": 0.0, "width": 8}, "gct": {"width": 8}}
-
-
-@pytest.mark.parametrize("name", CRITICS)
-def test_the_critic_has_an_optimiser_of_its_own(name):
-    method = build_method(config(name, options=CRITICS[name] | {"critic_lr": 3e-4}), CLASSES)
-    nets, judge = make_optimizers(config(name), method)
-    ours, theirs = ({id(p) for g in o.param_groups for p in g["params"]} for o in (nets, judge))
-    assert theirs == {id(p) for p in method.critic[0].parameters()} and not ours & theirs
-    assert ours | theirs == {id(p) for p in method.parameters() if p.requires_grad}
-    assert isinstance(judge, torch.optim.Adam)
-    assert judge.defaults["betas"] == (0.9, 0.99) and judge.defaults["lr"] == 3e-4
+ADAM = {"critic_lr": 3e-4}
+CRITICS = {"advsemseg": {"threshold": 0.3, "start": 0.0, "width": 8} | ADAM, "gct": {"width": 8} | ADAM}
 
 
 @pytest.mark.parametrize("name, options", [*CRITICS.items(), ("u2pl", {"dim": 8, "bank": 50})])
-def test_critics_and_memories_are_trained_and_saved(name, options, tmp_path):
+def test_critics_and_memories_are_trained_and_saved_a_critic_by_an_adam_of_its_own(name, options, tmp_path):
     c = config(name, options=options, steps=2)
     run(c, tmp_path, quiet=True)
     saved, fresh = torch.load(tmp_path / c.id / "checkpoint.pt", weights_only=True), build_method(c, 5)
-    assert len(saved["optimizers"]) == (2 if fresh.critic else 1)
     parts = ("discriminator", "detector", "head.", "bank")
     own = [k for k in fresh.state_dict() if k.startswith(parts) and "num" not in k]
     assert own and all(not torch.equal(fresh.state_dict()[k], saved["method"][k]) for k in own)
+    optimizers = make_optimizers(c, fresh)
+    assert len(saved["optimizers"]) == len(optimizers) == (2 if fresh.critic else 1)
+    ours, *theirs = ({id(p) for g in o.param_groups for p in g["params"]} for o in optimizers)
+    if fresh.critic:
+        assert theirs == [{id(p) for p in fresh.critic[0].parameters()}] and not ours & theirs[0]
+        assert isinstance(optimizers[1], torch.optim.Adam)
+        assert optimizers[1].defaults["betas"] == (0.9, 0.99) and optimizers[1].defaults["lr"] == 3e-4
+    assert ours.union(*theirs) == {id(p) for p in fresh.parameters() if p.requires_grad}
 
 
 def adversary(**options) -> Method:
