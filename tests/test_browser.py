@@ -24,9 +24,9 @@ import nbformat
 import numpy as np
 import psutil
 import pytest
-import torch
 from PIL import Image
 from tidy import NOTEBOOKS
+from tiny import spread
 
 from mkd_core import checkpoints
 from mkd_core.augment import normalise
@@ -88,11 +88,7 @@ def make_run(runs, root, method, seed, **options):
     for step, name in ((10, "checkpoint-10.pt"), (20, "checkpoint.pt")):
         drawn = build_method(config.model_copy(update={"seed": seed + step}), 5).eval()
         for net in drawn.predictors.values():
-            head = getattr(net, "module", net).classifier
-            with torch.no_grad():
-                spread, mean = torch.std_mean(net(image), (0, 2, 3))
-                head.bias.sub_(mean).div_(spread / 2)
-                head.weight.div_(spread[:, None, None, None] / 2)
+            spread(net, image)
         state = {"step": step, "method": drawn.state_dict(), "optimizers": [], "history": "[]"}
         state |= {"data": "{}", "classes": list(Shapes.classes), "seconds": 0.0, "seconds_training": 0.0}
         checkpoints.write(state, folder, [name])

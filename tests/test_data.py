@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import config
+from tiny import config, save
 
-from mkd_core.choices import choose
 from mkd_core.data import DATASETS, DataError, Split, base, check, load_split, open_dataset
 from mkd_core.data.base import IGNORE, colormap, read_image, read_label
 from mkd_core.data.cityscapes import TRAIN_ID
@@ -22,12 +21,6 @@ from mkd_core.data.coco import CLASSES, render_masks
 from mkd_core.data.voc import download
 from mkd_core.prepare import prepare
 from mkd_core.runner import run
-
-
-def save(path, array, mode=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(np.asarray(array, np.uint8))
-    (picture.convert(mode) if mode else picture).save(path)
 
 
 def grey(value, height=4, width=6):
@@ -52,18 +45,6 @@ def own(tmp_path):
     (tmp_path / "val.txt").write_text("v.png v_.png\n")
     (tmp_path / "classes.txt").write_text("sky\nroad\ncar\n")
     return tmp_path
-
-
-def test_unknown_names_are_guessed_and_listed():
-    message = r"no data set 'VOC-aug'; did you mean 'voc_aug'\? There are: shapes, folder, voc, voc_aug"
-    with pytest.raises(ValueError, match=message):
-        open_dataset("VOC-aug")
-    message = r"'folder' has no option 'clases'; did you mean 'classes'\? It has: classes, palette"
-    with pytest.raises(ValueError, match=message):
-        open_dataset("folder", ".", clases=3)
-    with pytest.raises(ValueError, match=r"no colour 'qqq'. There are: red"):
-        choose("colour", "qqq", ["red"])
-    assert choose("colour", "red", {"red": 0}) == "red"
 
 
 @pytest.mark.parametrize("name", [name for name in DATASETS if name != "shapes"])
@@ -301,7 +282,6 @@ def test_coco_rule_of_painting(tmp_path, annotations, row):
     ({"id": 7, "category_id": 1, "segmentation": []}, {}, "there is no 'image_id'"),
     (box(0, 4, id=7, category_id=12), {}, "there is no 12; an instances"),
     (box(0, 4, id=7, segmentation=[]), {}, r"image 1, annotation 7: no readable outline or box \(KeyError\('bbox'\)"),
-    (box(0, 4, id=7, segmentation={"size": [4, 16], "counts": [1, 4]}), {}, "annotation 7: .*add up to 4 x 16 pixels"),
     (box(0, 4, id=7, segmentation={"size": [2, 3], "counts": [1, 5]}), {}, "annotation 7: .*add up to 4 x 16 pixels"),
     (box(0, 4, id=7, segmentation={"size": [4, 16], "counts": "48"}), {}, "annotation 7: .*add up to 4 x 16 pixels"),
 ])  # fmt: skip
@@ -598,9 +578,10 @@ def test_lists_of_any_encoding(own, encoding):
     assert open_dataset("folder", own).train == ("a.png", "u.png")
 
 
-@pytest.mark.parametrize(
-    "line", ["c", "c.png,c_.png", "c.png;c_.png", "my photo.png", "c\\d.png", '"c.png" "c_.png"']
-)
+LINES = ["c", "c.png,c_.png", "c.png;c_.png", "my photo.png", "c\\d.png", '"c.png" "c_.png"']
+
+
+@pytest.mark.parametrize("line", LINES)
 def test_a_line_of_another_form_is_a_missing_image(own, line):
     (own / "train.txt").write_text(f"a.png a_.png\n{line}\n")
     problem, _ = examine(own)
@@ -643,15 +624,8 @@ def test_a_run_with_a_cache_is_the_run_without_and_reads_no_file_again(own, tmp_
     (own / "s").mkdir()
     (own / "s/labeled.txt").write_text("a.png\nb.png\n")
     (own / "s/unlabeled.txt").write_text("u.png\n")
-    keys = {
-        "dataset": "folder",
-        "dataset_options": {},
-        "root": str(own),
-        "split": "s",
-        "batch": 1,
-        "norm": "group",
-    }
-    plain, kept = config("mkd", options={"boxes": 0}, **keys), own / "decoded/here"
+    keys = {"dataset": "folder", "dataset_options": {}, "root": str(own), "split": "s", "norm": "group"}
+    plain, kept = config("mean_teacher", batch=1, **keys), own / "decoded/here"
     cached = plain.model_copy(update={"cache": str(kept)})
     first, again = (run(c, tmp_path / name, quiet=True) for c, name in ((plain, "plain"), (cached, "cached")))
     assert first.id == again.id and first.confusion == again.confusion and first.miou == again.miou
@@ -671,7 +645,7 @@ def test_a_run_with_a_cache_is_the_run_without_and_reads_no_file_again(own, tmp_
     image = dataset.image("a.png")
     image[:] = 0  # a view of the file that does not write to it
     assert dataset.image("a.png").any()
-    save(own / "a.png", np.zeros((40, 60, 3)))
+    save(own / "a.png", np.zeros((40, 60, 3), np.uint8))
     with pytest.raises(AssertionError, match="decoded again"):
         dataset.image("a.png")
 

@@ -4,6 +4,7 @@ import json
 import re
 import resource
 import shutil
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,11 +37,8 @@ def trained(config, runs):
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     dataset, method = open_dataset("shapes", size=32), open_run(folder, device="cpu").method
     x = normalise(torch.stack([dataset.image(id) for id in dataset.train[:16]]).float() / 255)
-    with torch.no_grad():
-        for net in (getattr(net, "module", net) for net in method.predictors.values()):
-            spread, mean = torch.std_mean(net(x), (0, 2, 3))
-            net.classifier.weight *= 2 / spread[:, None, None, None]
-            net.classifier.bias.copy_((net.classifier.bias - mean) * 2 / spread)
+    for net in method.predictors.values():
+        tiny.spread(net, x)
     torch.save(state | {"method": method.state_dict()}, folder / "checkpoint.pt")
     return folder
 
@@ -61,9 +59,8 @@ def photos(tmp_path_factory):
     lines = []
     for k, id in enumerate(shapes.train):
         image, mask = f"{'ab'[k % 2]}/photo {k // 2}.png", f"masks/{k}.png"
-        for name, array in ((image, shapes.image(id).permute(1, 2, 0)), (mask, shapes.label(id))):
-            (root / name).parent.mkdir(exist_ok=True)
-            Image.fromarray(array[:40, :32].numpy()).save(root / name)
+        tiny.save(root / image, shapes.image(id).permute(1, 2, 0)[:40, :32])
+        tiny.save(root / mask, shapes.label(id)[:40, :32])
         lines.append(f"{image}\t{mask}" if k < 14 else image)
     (root / "classes.txt").write_text("\n".join(shapes.classes))
     (root / "train.txt").write_text("\n".join(lines[2:]))
@@ -90,11 +87,16 @@ def tree(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@cache
+def opened(run):
+    return open_run(run, device="cpu")
+
+
 def expected(run, name, image, protocol="whole", precision="float32"):
     """(C, H, W) probabilities, by the definition."""
     x, found = normalise(image[None].float() / 255), {}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        for n, net in open_run(run, device="cpu").method.predictors.items():
+        for n, net in opened(run).method.predictors.items():
             found[n] = evaluate.PROTOCOLS[protocol](net, x, (32, 32))[0]
     return sum(found.values()) / len(found) if name == "mean" else found[name]
 
@@ -104,15 +106,15 @@ def label_of(run, image, name="", protocol=""):
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def precise_run(request, tmp_path_factory):
-    return trained(tiny.config("mkd", steps=2, precision=request.param), tmp_path_factory.mktemp("runs"))
+def precise_run(request, run, tmp_path_factory):
+    half = tiny.config("mkd", steps=2, precision="bfloat16")
+    return run if request.param == "float32" else trained(half, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.mark.parametrize("name", ["student 1", "teacher 2", "mean"])
 def test_all_ways_to_predict_agree(precise_run, tmp_path, name):
-    opened, data = (open_run(precise_run, device="cpu"), open_dataset(
-        "shapes", train_size=24, val_size=6, size=32))  # fmt: skip
-    model, precision = opened.predictor(), opened.config.precision
+    data = open_dataset("shapes", train_size=24, val_size=6, size=32)
+    model, precision = opened(precise_run).predictor(), opened(precise_run).config.precision
     labels = {id: model.label(data.image(id), name)[0] for id in data.val}
     found = {p: [expected(precise_run, name, data.image(id), precision=p).argmax(0) for id in data.val]
              for p in ("float32", "bfloat16")}  # fmt: skip
@@ -225,9 +227,8 @@ def test_masks_confidence_and_overlays_are_those_of_the_network_at_every_size(ru
             assert stored.mode == "P" and stored.getpalette()[:15] == palette.ravel().tolist()
         stored = np.array(Image.open(tmp_path / "out/confidence" / mask.name))
         assert stored.dtype == np.uint8 and np.abs(stored / 255 - confidence.numpy()).max() <= 0.5001 / 255
-        mixed = (
-            0.5 * image.permute(1, 2, 0).numpy() + 0.5 * palette[label.numpy()]
-        )  # none is called background
+        # none is called background
+        mixed = 0.5 * image.permute(1, 2, 0).numpy() + 0.5 * palette[label.numpy()]
         assert np.abs(np.array(Image.open(tmp_path / "out/overlays" / mask.name)) - mixed).max() <= 0.5001
 
 
@@ -296,8 +297,7 @@ def cut(run, images):
 
 
 def deep(run, images):
-    images.append(images[0].with_name("deep.png"))
-    Image.fromarray(np.zeros((8, 8), np.uint16)).save(images[-1])
+    images.append(tiny.save(images[0].with_name("deep.png"), np.zeros((8, 8), np.uint16)))
 
 
 def empty(run, images):
@@ -428,9 +428,7 @@ def test_with_the_labeled_and_evaluated_images_it_is_complete_and_trains_from_an
     (tmp_path / "else").mkdir()
     monkeypatch.chdir(tmp_path / "else")
     command = capsys.readouterr().out.splitlines()[-1]
-    assert command.startswith("Next: mkd run ") and command.endswith(
-        f"10_run.ipynb -f {tmp_path}/out/train.yaml"
-    )
+    assert re.fullmatch(f"Next: mkd run .*10_run.ipynb -f {tmp_path}/out/train.yaml", command)
     config = RunConfig(**yaml.safe_load((tmp_path / "out/train.yaml").read_text()) | {"steps": 2})
     source = open_run(trained_run, device="cpu").config
     assert config.method == "supervised" and config.encoder == source.encoder and config.lr == source.lr
@@ -456,17 +454,13 @@ def test_what_trains_on_pseudo_labels_has_one_network(tmp_path):
 
 def test_images_that_are_labeled_or_evaluated_are_not_labeled_again(photo_run, photos, tmp_path, capsys):
     options = {"with_labeled": True, "val": True, "device": "cpu"}
-    table = pseudo_label(
-        photo_run, tmp_path / "out", [photos / "a", photos / "b"], threshold=0.999, **options
-    )
+    both = [photos / "a", photos / "b"]
+    table = pseudo_label(photo_run, tmp_path / "out", both, threshold=0.999, **options)
     made = open_dataset("folder", str(tmp_path / "out"))
-    assert (len(made.train), len(made.val)) == (14, 2) and not check(
-        made, load_split(made, "labeled")
-    ).problems
+    assert (len(made.train), len(made.val)) == (14, 2)
+    assert table["kept"]["all"] < 1 and not check(made, load_split(made, "labeled")).problems
     said = capsys.readouterr().out
-    assert (
-        table["kept"]["all"] < 1 and "WARNING: under 1 %" in said and "no pixel is pseudo-labeled as" in said
-    )
+    assert "WARNING: under 1 %" in said and "no pixel is pseudo-labeled as" in said
     assert not re.search(r"\ball: trained", said)
     mask = photos / "masks/0.png"
     before, whole = tree(tmp_path / "out"), mask.read_bytes()

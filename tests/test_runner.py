@@ -16,8 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from tiny import CLASSES, Pointwise, build, child, config
+from tiny import CLASSES, Pointwise, build, child, config, save
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
@@ -31,7 +30,6 @@ from mkd_core.methods import METHODS
 from mkd_core.methods.mean_teacher import MeanTeacher
 from mkd_core.metrics import miou
 from mkd_core.models import SegNet
-from mkd_core.prepare import prepare
 from mkd_core.runner import run
 from mkd_core.train import NonFiniteLoss, build_method, make_batch, make_optimizers, poly
 from mkd_core.trained import open_run
@@ -75,9 +73,8 @@ def assert_same(a: Path, b: Path, also_config: bool = True) -> None:
     assert form == other_form and [type(x) for x in ours] == [type(x) for x in theirs]
     for x, y in zip(ours, theirs, strict=True):
         assert x.dtype == y.dtype and torch.equal(x, y) if isinstance(x, Tensor) else x == y
-    assert (
-        sum(isinstance(x, Tensor) for x in ours) > 100
-    )  # weights, buffers, momenta were there to be compared
+    tensors = [x for x in ours if isinstance(x, Tensor)]
+    assert len(tensors) > 100  # weights, buffers, momenta were there to be compared
     usual = {"lock", "config.json", "history.jsonl", "history.csv", "record.json"}
     assert {p.name for p in b.iterdir()} <= usual | {"checkpoint.pt", "checkpoint-best.pt"}
 
@@ -102,7 +99,7 @@ UNLIKE = VIT | {"encoder2": "tu-test_resnet", "arch2": "deeplabv3plus_mmseg"}
 
 
 @pytest.mark.parametrize("method, keys", [
-    *(pytest.param(method, {}, id=method) for method in METHODS),
+    *(pytest.param(method, {}, id=method) for method in METHODS if method != "mkd_ablation"),  # it is MKD here
     pytest.param("unimatch_v2", VIT, id="vit"), pytest.param("mkd", UNLIKE, id="unlike")])  # fmt: skip
 def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run(method, keys, tmp_path):
     c = long(method, **keys)
@@ -252,39 +249,30 @@ def full_disk(monkeypatch, after: int = 0) -> None:
     monkeypatch.setattr(os, "fsync", fsync)
 
 
-@pytest.mark.parametrize("after", range(7))
-def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, after):
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
     """Whichever write fails (config, history, checkpoints, record): no temporary, what was there stays, and the run can go on."""
     c = config(steps=4, checkpoint_every=1)
-    folder = tmp_path / c.id
-    with monkeypatch.context() as m:
-        full_disk(m, after)
-        with pytest.raises(OSError, match="No space left"):
-            run(c, tmp_path, quiet=True)
-    assert not [*folder.glob(".*")] and not (folder / "record.json").exists()
-    if after > 2:  # config and history; then a checkpoint and a table at each step
-        assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == (after - 1) // 2
-    run(c, tmp_path, quiet=True)
     run(c, tmp_path / "whole", quiet=True)
-    assert_same(tmp_path / "whole" / c.id, folder)
-
-
-def test_a_checkpoint_that_does_not_fit_keeps_the_old_one(tmp_path):
-    """A real short write, not a simulated one: files beyond 200 kB are refused by the system."""
-    c = config(steps=4, checkpoint_every=2)
-    process = start(c, tmp_path, limit=200_000)
-    process.join(60)
-    assert process.exitcode not in (0, None)
-    assert not (tmp_path / c.id / "checkpoint.pt").exists() and not (tmp_path / c.id / "record.json").exists()
-    assert not [*(tmp_path / c.id).glob(".*.tmp")]
-    finish(start(c, tmp_path))
-    assert (tmp_path / c.id / "record.json").exists()
+    for after in range(7):
+        folder = tmp_path / f"{after}" / c.id
+        with monkeypatch.context() as m:
+            full_disk(m, after)
+            with pytest.raises(OSError, match="No space left"):
+                run(c, folder.parent, quiet=True)
+        assert not [*folder.glob(".*")] and not (folder / "record.json").exists()
+        if after > 2:  # config and history; then a checkpoint and a table at each step
+            assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == (after - 1) // 2
+        run(c, folder.parent, quiet=True)
+        assert_same(tmp_path / "whole" / c.id, folder)
 
 
 @pytest.mark.parametrize(
     "keys, word",
     [({"split": "random/99"}, "99"), ({"split": "cps/1_61"}, "split"), ({"dataset": "voc", "root": "/nowhere", "dataset_options": {}}, "nowhere"),
      ({"method": "mkd", "norm": "group", "batch": 1}, "batch"), ({"device": "cuda:77"}, "cuda:77"), ({"base": 1}, "from 16 on"),
+     ({"encoder": "tu-hrnet_w18_small"}, "deeplabv3plus on tu-hrnet_w18_small cannot be built"),
+     ({"method": "gct", "crop": (16, 16)}, "gct with these options needs a crop of at least 32"),
+     ({"method": "advsemseg", "crop": (16, 48)}, "needs a crop of"),
      ({"method": "st_plus_plus", "steps": 2}, "2 steps are too few"), ({"root": "~nosuchuser/x", "dataset": "voc", "dataset_options": {}}, "~nosuchuser"), ({"encoder": "resnet5"}, "resnet5")],
 )  # fmt: skip
 def test_bad_input_is_refused_before_training(tmp_path, keys, word):
@@ -297,15 +285,14 @@ def test_the_first_network_of_a_seed_is_the_same_for_every_method():
     first = {}
     for seed in (0, 1):
         methods = [build_method(config(name, seed=seed), 5) for name in METHODS]
-        states = [
-            next(m for m in method.modules() if isinstance(m, SegNet)).state_dict() for method in methods
-        ]
+        nets = [next(m for m in method.modules() if isinstance(m, SegNet)) for method in methods]
+        states = [net.state_dict() for net in nets]
         first[seed] = states[0]
         assert all(torch.equal(state[key], first[seed][key]) for state in states for key in first[seed])
     assert not any(torch.equal(first[0][k], first[1][k]) for k in first[0] if k.endswith("conv1.weight"))
 
 
-def test_schedule_and_optimisers(tmp_path):
+def test_schedule_and_optimisers():
     c = config(steps=5, lr=0.02, weight_decay=0.003)
     method = build_method(c, 5)
     (sgd,) = make_optimizers(c, method)
@@ -314,27 +301,20 @@ def test_schedule_and_optimisers(tmp_path):
     (adamw,) = make_optimizers(config(optimizer="adamw", lr=0.02, weight_decay=0.003), method)
     assert isinstance(adamw, torch.optim.AdamW) and adamw.defaults["weight_decay"] == 0.003
     mkd = build_method(config("mkd"), 5)
-    groups = [g for o in make_optimizers(config("mkd"), mkd) for g in o.param_groups]
-    assert {id(p) for g in groups for p in g["params"]} == {
-        id(p) for s in mkd.students for p in s.parameters()
-    }
+    found = {id(p) for o in make_optimizers(config("mkd"), mkd) for g in o.param_groups for p in g["params"]}
+    assert found == {id(p) for p in mkd.students.parameters()}
     for t in range(5):
         assert poly(c, t) == pytest.approx((1 - t / 5) ** 0.9)
-    run(c, tmp_path, quiet=True)
-    rates = [0.02 * (1 - t / 5) ** 0.9 for t in range(5)]
-    assert [row["lr"] for row in records.history(tmp_path / c.id)] == pytest.approx(rates)
 
 
-@pytest.mark.parametrize("method", ["mkd", "gct", "cct"])
-def test_the_head_learns_at_a_multiple_of_the_encoders_rate(method, tmp_path):
-    c = config(method, lr=0.02, head_lr=10.0, steps=5, batch=4, crop=(64, 64))
-    found = build_method(c, 5)
-    rate = {
-        id(p): group["lr"] for group in make_optimizers(c, found)[0].param_groups for p in group["params"]
-    }
-    rates = {name: rate[id(p)] for name, p in found.named_parameters() if id(p) in rate}
-    assert {lr for name, lr in rates.items() if ".encoder." in name} == {0.02} and len(rates) > 100
-    assert {lr for name, lr in rates.items() if ".encoder." not in name} == {0.2}
+def test_the_head_learns_at_a_multiple_of_the_encoders_rate(tmp_path):
+    for method in ("mkd", "gct", "cct"):
+        c = config(method, lr=0.02, head_lr=10.0, batch=4, crop=(64, 64))
+        found = build_method(c, 5)
+        rate = {id(p): g["lr"] for g in make_optimizers(c, found)[0].param_groups for p in g["params"]}
+        rates = {name: rate[id(p)] for name, p in found.named_parameters() if id(p) in rate}
+        assert {lr for name, lr in rates.items() if ".encoder." in name} == {0.02} and len(rates) > 100
+        assert {lr for name, lr in rates.items() if ".encoder." not in name} == {0.2}
     run(config(lr=0.02, head_lr=10.0), tmp_path, quiet=True)  # both follow the schedule
     (state,) = torch.load(next(tmp_path.glob("*/checkpoint.pt")), weights_only=True)["optimizers"]
     encoder, head = (group["lr"] for group in state["param_groups"])
@@ -388,9 +368,8 @@ def test_views_of_a_batch():
     assert not any(map(len, (alone.weak, alone.strong, alone.valid, alone.label)))
 
 
-@pytest.mark.parametrize("method", ["cps", "mkd", "cutmix_seg"])
-def test_bfloat16_trains_float32_weights(method, tmp_path):
-    c = long(method, steps=3, precision="bfloat16")
+def test_bfloat16_trains_float32_weights(tmp_path):
+    c = long("mkd", steps=3, precision="bfloat16")
     record = run(c, tmp_path, quiet=True)
     state = outcome(tmp_path / c.id)[0]["method"]
     assert record.precision == "bfloat16"
@@ -454,9 +433,8 @@ def test_long512(size, small):
     net = Pointwise(0)
     net.register_forward_pre_hook(lambda m, args: shapes.append(args[0].shape[-2:]))
     prob = PROTOCOLS["long512"](net, image, (32, 32))
-    assert all(
-        abs(a - b) <= 31 for a, b in zip(shapes[0], small, strict=True)
-    )  # padded to the network's stride
+    padded = zip(shapes[0], small, strict=True)  # to the network's stride
+    assert all(abs(a - b) <= 31 for a, b in padded)
     logits = net(F.interpolate(image, small, mode="bilinear", align_corners=False))
     expected = F.interpolate(logits, size, mode="bilinear", align_corners=False).softmax(1)
     torch.testing.assert_close(prob, expected, rtol=1e-4, atol=1e-5)
@@ -574,8 +552,7 @@ def test_checkpoints_stay_at_the_stride_that_was_asked_for(tmp_path):
                    for name, keys in {"kept": {"keep_every": 4}, "plain": {}}.items())  # fmt: skip
     assert kept.id == plain.id and kept.miou == plain.miou
     folder = tmp_path / "kept" / kept.id
-    names, usual = ([
-        "checkpoint-4.pt", "checkpoint-8.pt", "checkpoint.pt"], {"checkpoint-best.pt", "checkpoint.pt"})  # fmt: skip
+    names, usual = [f"checkpoint{k}.pt" for k in ("-4", "-8", "")], {"checkpoint-best.pt", "checkpoint.pt"}
     assert {p.name for p in folder.glob("*checkpoint*")} == {*names} | usual
     assert {p.name for p in (tmp_path / "plain" / plain.id).glob("*checkpoint*")} == usual
     states = [torch.load(folder / name, weights_only=True) for name in names]
@@ -611,12 +588,10 @@ def test_a_record_of_other_data_of_the_same_name_is_not_handed_out(tmp_path):
     """a/photos and b/photos have the same lists and, since the root is no part of it, the same id: the files differ."""
     configs = []
     for seed, place in enumerate((tmp_path / "a/photos", tmp_path / "b/photos")):
-        place.mkdir(parents=True)
         rng = np.random.default_rng(seed)
         for name in "uvwx":
-            Image.fromarray(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)).save(place / f"{name}.png")
-            cells = np.kron(rng.integers(0, 2, (2 + 2 * seed, 4)), np.ones((16 - 8 * seed, 8)))
-            Image.fromarray(cells.astype(np.uint8)).save(place / f"{name}_.png")
+            save(place / f"{name}.png", rng.integers(0, 256, (32, 32, 3)))
+            save(place / f"{name}_.png", rng.integers(0, 2, (2, 4)).repeat(16, 0).repeat(8, 1))
         for name, ids in {"train": "uvw", "val": "x"}.items():
             (place / f"{name}.txt").write_text("".join(f"{id}.png {id}_.png\n" for id in ids))
         own = {"dataset": "folder", "dataset_options": {"classes": ["no", "yes"]}, "split": "random/2"}
@@ -635,12 +610,3 @@ def test_a_record_of_other_data_of_the_same_name_is_not_handed_out(tmp_path):
     mask.write_bytes(mask.read_bytes()[:-1] + b"?")
     with pytest.raises(ValueError, match="other data .*contents"):
         run(first, tmp_path, quiet=True)
-
-
-@pytest.mark.parametrize("keys, words", [
-    ({"encoder": "tu-hrnet_w18_small"}, "deeplabv3plus on tu-hrnet_w18_small cannot be built"),
-    ({"method": "gct", "crop": (16, 16)}, "gct with these options needs a crop of at least 32"),
-    ({"method": "advsemseg", "crop": (16, 48)}, "needs a crop of")], ids=str)  # fmt: skip
-def test_networks_that_cannot_work_are_refused_before_training(keys, words):
-    with pytest.raises(ValueError, match=words):
-        prepare(config(**keys))
