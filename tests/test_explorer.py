@@ -18,22 +18,18 @@ from mkd_core.explorer import explore, panes
 from mkd_core.explorer.panes import LAYERS, Shown, accuracy_curve, by_class, layer, write_new
 from mkd_core.explorer.study import VIEWS, Prediction, Study, newest_runs, tell_apart
 
-OPTIONS = {"mkd": {}, "cps": {"boxes": 3}, "cutmix_seg": {}, "supervised": {}}
+OPTIONS = {"mkd": {"threshold": 0.8}, "cps": {"boxes": 3}, "cutmix_seg": {"threshold": 0.0}, "supervised": {}}
 PRECISION = "float32", "bfloat16"
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Method -> folder of a run of six steps, checkpoints kept after 2 and 4."""
-    place = tmp_path_factory.mktemp("runs")
-    how = {"keep_every": 2, "quality_images": 0}
-    made = {
-        name: config(name, options=options, precision=PRECISION[name == "cps"], **how)
-        for name, options in OPTIONS.items()
-    }
-    for c in made.values():
-        runner.run(c, place, quiet=True)
-    return {name: place / c.id for name, c in made.items()}
+    """Method -> folder of a run of six steps on whole images, checkpoints kept after 2 and 4."""
+    place, made = tmp_path_factory.mktemp("runs"), {}
+    for name, options in OPTIONS.items():
+        how = {"keep_every": 2, "quality_images": 0, "scale": (1, 1), "precision": PRECISION[name == "cps"]}
+        made[name] = place / runner.run(config(name, options=options, **how), place, quiet=True).id
+    return made
 
 
 def last(study, run=0):
@@ -135,10 +131,8 @@ def test_predictions_are_those_of_the_evaluation(runs, method):
 
 
 @pytest.mark.parametrize("name, mixed", [("mkd", "strong view"), ("cps", "weak view"), ("supervised", None)])
-def test_views_are_those_of_the_runs_augmentation(tmp_path, name, mixed):
-    c = config(name, steps=2, quality_images=0, options=OPTIONS[name], scale=(1, 1))
-    runner.run(c, tmp_path, quiet=True)
-    study, shown = Study(tmp_path / c.id), explore(tmp_path / c.id)
+def test_views_are_those_of_the_runs_augmentation(runs, name, mixed):
+    study, shown = Study(runs[name]), explore(runs[name])
     id, *others = study.sets["unlabeled"]
     views, state = study.views(0, id, 5), torch.get_rng_state()
     image = study.load(id)[0]
@@ -152,7 +146,7 @@ def test_views_are_those_of_the_runs_augmentation(tmp_path, name, mixed):
         assert 0 < own.mean() < 1
         if mixed == "weak view":
             assert (views["CutMix"] == views["partner"])[~own].all()
-    again = Study(tmp_path / c.id)
+    again = Study(runs[name])
     assert all(np.array_equal(again.views(0, id, 5)[view], views[view]) for view in VIEWS)
     assert not np.array_equal(study.views(0, id, 6)["strong view"], views["strong view"])
     assert torch.equal(torch.get_rng_state(), state)
@@ -255,18 +249,10 @@ def test_after_a_failure_nothing_of_before_is_seen_or_saved(runs, tmp_path, faul
     assert len(list((tmp_path / "out").iterdir())) == 1 and "saved: " in shown.saved.value
 
 
-@pytest.mark.parametrize(
-    "name, own, expected", [("mkd", 0.0, 0.0), ("fixmatch", 0.8, 0.8), ("cps", None, 0.95)]
-)
-def test_the_threshold_begins_at_the_methods_own(tmp_path, name, own, expected):
-    options = {} if own is None else {"threshold": own}
-    c = config(name, steps=2, quality_images=0, options=options)
-    runner.run(c, tmp_path, quiet=True)
-    assert explore(tmp_path / c.id).threshold.value == expected
-
-
-def test_a_threshold_that_keeps_nothing_says_so(runs):
-    shown = explore(runs["mkd"])
+def test_the_threshold_begins_at_the_methods_own_and_one_that_keeps_nothing_says_so(runs):
+    for name, own in {"cutmix_seg": 0.0, "cps": 0.95, "mkd": 0.8}.items():  # CPS has none
+        shown = explore(runs[name])
+        assert shown.threshold.value == own
     shown.threshold.value = 1.0
     highest = shown.shown[0].found.confidence.max()
     said = f"T keeps nothing: the highest confidence is {highest:.2f}"
