@@ -13,11 +13,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import nbformat
 import pytest
 import tiny
 import yaml
 from filelock import FileLock
+from test_cli import printed, write
 from tiny import config
 
 from mkd_core import progress, records, runner
@@ -455,12 +455,8 @@ def test_run_table_runs_what_is_missing_and_returns_rows_of_columns_of_records(p
 
 def test_the_tables_notebook_follows_when_all_is_done(place, monkeypatch, capsys):
     """It gets the file's parameters, and is left alone while a run of the table is missing."""
-    (place / "notebooks").mkdir()
-    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     parameters = "common: dict = {}\nrows: dict = {}\nseeds: list = []\ntitle: str = ''\nout: str = ''"
-    first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
-    cells = [first, nbformat.v4.new_code_cell("print(title, *rows, seeds)")]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), place / "notebooks/tiny.ipynb")
+    write(place / "notebooks/tiny.ipynb", parameters, "print(title, *rows, seeds)")
     monkeypatch.setattr(records, "ROOT", place)
     words = ["title=Table # 1", f"out={place / 'results'}", "common.steps=1"]
     words += ["--seeds", "0", "--slots", "cpu", "-o", str(place / "o")]
@@ -470,9 +466,7 @@ def test_the_tables_notebook_follows_when_all_is_done(place, monkeypatch, capsys
     assert not (place / "o").exists()
     assert main(command) == 0
     assert capsys.readouterr().out.endswith(f"Written:\n  {place / 'o/tiny.ipynb'}\n  {place / 'results'}/\n")
-    made = nbformat.read(place / "o/tiny.ipynb", 4).cells
-    text = "".join(output.text for cell in made for output in cell.get("outputs", []))
-    assert text == "Table # 1 MKD SupOnly [0]\n"
+    assert printed(place / "o/tiny.ipynb") == "Table # 1 MKD SupOnly [0]\n"
     assert main([*command, "tilte=x"]) == 2
 
 
