@@ -30,9 +30,6 @@ from .evaluate import Each, Predictor, autocast, pick_device
 from .methods import METHODS, Batch, Method
 from .models import SegNet, checkpoint_activations, load_encoder
 
-# What smp, timm and torch raise for networks that cannot be.
-UNFIT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
-
 
 class NonFiniteLoss(RuntimeError):
     """The loss or a weight is not finite; the message names the step and its images. The last checkpoint is from before."""
@@ -94,7 +91,7 @@ def build_net(config: RunConfig, num_classes: int) -> SegNet:
     keys = {"arch", "encoder", "encoder_depth", "channels", "dropout", "norm", "bn_momentum"}
     try:
         net = SegNet(num_classes, **config.model_dump(include=keys))
-    except UNFIT as error:
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:  # of smp, timm
         what = f"{config.arch} on {config.encoder}"
         raise ValueError(f"{what} cannot be built: {type(error).__name__} {error}") from error
     if config.weights:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -50,10 +49,8 @@ def open_run(run: RunConfig | str | Path, step: int | str | None = None, device:
     try:
         with torch.random.fork_rng():
             # The checkpoint holds the encoder too: its ImageNet file may be gone.
-            bare = config.model_copy(
-                update={"weights": "", "weights2": "", "activation_checkpointing": False}
-            )
-            method = build_method(bare, len(names)).to(where)
+            bare = {"weights": "", "weights2": "", "activation_checkpointing": False}
+            method = build_method(config.model_copy(update=bare), len(names)).to(where)
         method.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{folder / name} does not fit config.json beside it: {str(error)[:300]}") from error
@@ -73,8 +70,5 @@ def find_run(run: RunConfig | str | Path) -> Path:
 
 def _palette(config: RunConfig, classes: int) -> NDArray[np.uint8]:
     """The data set's colours (C, 3)."""
-    if config.dataset != "folder":
-        made: Any = DATASETS[config.dataset]
-        return made.palette
-    colours = config.dataset_options["palette"]
+    colours = getattr(DATASETS[config.dataset], "palette", config.dataset_options.get("palette"))
     return colormap(classes) if colours is None else np.array(colours, np.uint8)

@@ -15,9 +15,7 @@ from ..progress import Progress
 from .base import IGNORE, DataError, FileDataset, colormap, find_root, some
 
 Objects = dict[Any, list[tuple[dict[str, Any], str]]]  # annotation and class name, by the image's id
-NAMES = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][
-    1:
-]  # of the 80 things, in the order of their ids
+NAMES = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]  # in the order of their ids
 CLASSES = ("background", *(name for name in NAMES if name != "N/A"))
 
 

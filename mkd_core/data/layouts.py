@@ -1,9 +1,9 @@
 """A person's folder of photos and masks: which mask belongs to which photo, told by the names of files and folders."""
 
-import hashlib
 import re
 import unicodedata
 from collections import defaultdict
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,9 +157,7 @@ def draw_parts(
     every = sum(map(len, parts.values()))
     for part, share in (("test", test), ("val", val)):
         if not parts[part] and share:
-            ranked = sorted(
-                parts["train"], key=lambda p: hashlib.sha256(f"{seed}:{group(p)}".encode()).digest()
-            )
+            ranked = sorted(parts["train"], key=lambda p: sha256(f"{seed}:{group(p)}".encode()).digest())
             end = max(1, round(share * every))
             while end < len(ranked) and group(ranked[end]) == group(ranked[end - 1]):
                 end += 1
@@ -186,9 +184,7 @@ def _look(path: Path, root: Path, own: list[tuple[Path, bool]]) -> _File:
     endings = MASK_ENDINGS if is_mask else IMAGE_ENDINGS
     ending = _ending(stem, endings)
     rank = [*endings.split(), ""].index(ending)
-    mine = {
-        part for folder, _ in own for part in folder.relative_to(root).parts if path.is_relative_to(folder)
-    }
+    mine = {p for folder, _ in own for p in folder.relative_to(root).parts if path.is_relative_to(folder)}
     place = tuple(name for name in folders if name.lower() not in kinds and name not in mine)
     return _File(path, is_mask, place, (stem, stem[: len(stem) - len(ending)]), rank)
 

@@ -49,7 +49,5 @@ class CutMixSeg(Method):
         labeled, unlabeled = both(self.net, batch.x, seen, self.joint)
         distance = squared_distance(unlabeled.softmax(1), target.softmax(1))
         summed = masked_mean(distance, valid) * target.shape[1]  # over classes
-        consistency = self.weight * confident * summed
-        return {"sup": self.supervised(labeled, batch.y), "consistency": consistency}, {
-            "confident": confident
-        }
+        terms = {"sup": self.supervised(labeled, batch.y), "consistency": self.weight * confident * summed}
+        return terms, {"confident": confident}

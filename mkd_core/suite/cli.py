@@ -67,12 +67,8 @@ def _add_notebooks(command: Callable[..., Any]) -> None:
     add("--seeds", help="instead of the file's: 0,1,2")
     add("--slots", default="", help="0,1,2 or cpu,cpu (default: every GPU, else the file's slots on the CPU)")
     add("--retries", type=int, default=1, help="how often a failed run is tried again (default: %(default)s)")
-    add(
-        "--dask", default="", metavar="ADDRESS", help="of a scheduler whose workers run them: tcp://host:8786"
-    )
-    add(
-        "--slurm", type=Path, metavar="FILE", help="of a job's resources, YAML: parameters/cluster/slurm.yaml"
-    )
+    add("--dask", default="", metavar="ADDRESS", help="scheduler whose workers run them: tcp://host:8786")
+    add("--slurm", type=Path, metavar="FILE", help="a job's resources, YAML: parameters/cluster/slurm.yaml")
     add("-o", "--out", type=Path, help="folder of the executed table notebook")
     add("--html", action="store_true", help="write the table notebook as HTML too")
 
