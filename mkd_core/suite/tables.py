@@ -170,7 +170,7 @@ def _notes(rows: Sequence[str], source: Published | None, details: Mapping[str, 
     notes = [f"mIoU in percent, last step: {what}."]
     if any("gap closed (%)" in part for part in details.values()):
         share = "(row - SupOnly) / (SupOnly on all labels - SupOnly)"
-        notes.append(f"Gap closed: {share}, over the seeds that all have.")
+        notes.append(f"Gap closed: {share}, over the seeds that a row shares with both.")
     if source is None:
         return notes
     quoted = f'Columns "paper" are quoted, not measured here: {source.title}, {source.source}.'
