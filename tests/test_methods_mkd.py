@@ -270,11 +270,10 @@ def test_the_strength_of_fda_grows_as_asked_for():
         torch.manual_seed(7)
         return [term.item() for term in method(batch(), progress)[0].values()]
 
-    for progress in (0.3, 0.9):
-        shares = {"linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2, "constant": 1.0}
-        for name, share in shares.items():
-            constant = terms(0.1, fda=2.0 * share, fda_ramp="constant")
-            assert terms(progress, fda=2.0, fda_ramp=name) == pytest.approx(constant), name
+    shares = {"linear": 0.3, "cosine": (1 - math.cos(math.pi * 0.3)) / 2, "constant": 1.0}
+    for name, share in shares.items():
+        constant = terms(0.1, fda=2.0 * share, fda_ramp="constant")
+        assert terms(0.3, fda=2.0, fda_ramp=name) == pytest.approx(constant), name
     assert terms(0.3, fda=2.0, fda_ramp="linear") != pytest.approx(terms(0.3, fda=2.0))
 
 
