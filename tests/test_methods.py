@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from oracle import ORACLES
 from released import SWITCHES as RELEASED
 from slow import IGNORE, ce, close, fix, mixed, sharp
-from tiny import CLASSES, Pointwise, batch, gradients, make
+from tiny import CLASSES, Pointwise, batch, build, gradients, make
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -274,6 +275,14 @@ def test_nothing_selected_is_zero_not_nan(name):
     assert terms[NOTHING[name]] == 0 < terms["sup"] and not stats.get("kept", 0)
     sum(terms.values()).backward()
     assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("oracle", ORACLES.values())
+def test_an_oracle_learns_what_is_withheld_and_nothing_else(oracle):
+    method, b = oracle(build), batch()
+    none, _ = method(replace(b, label=torch.full_like(b.label, IGNORE)), 0.7)
+    every, _ = method(b, 0.7)
+    assert all((none[key] == 0) and term > 0 for key, term in every.items() if key != "sup")
 
 
 OFF = {
