@@ -247,6 +247,10 @@ def test_distort_leaves_one_image_in_sixteen_alone():
     images = photos(1).expand(1600, -1, -1, -1)
     alone = (operations.distort(images) == images).flatten(1).all(1).sum().item()
     assert 60 < alone < 145  # 100 expected, four standard deviations
+    # an even grey knows neither saturation nor hue: one in four is neither shifted nor scaled, about black
+    grey = torch.full((1600, 3, 2, 2), 0.4)
+    alone = (operations.distort(grey) - grey).abs().flatten(1).amax(1).less(1e-4).sum().item()
+    assert 330 < alone < 470  # 400 expected, four standard deviations
 
 
 def test_boxes_have_the_published_area():
