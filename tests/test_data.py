@@ -134,7 +134,9 @@ def test_voc_mask_rule(voc, mirror):
 
     assert folders("2011_000003") == [own, own]  # (c) no augmented mask for this id: VOC's own serves
     save(aug / "2011_000003.png", grey(0))
+    save(aug / "2011_000025.png", grey(0))
     assert folders("2011_000003") == [own, aug]  # (a) both exist
+    assert folders("2011_000025") == [own, own]  # of val VOC's own
     assert folders(extra) == [aug, aug] and not listed.has_label(extra)  # nothing yet: expected there
     save(own / f"{extra}.png", grey(0))
     assert folders(extra) == [own, own]  # (b) everything in SegmentationClass

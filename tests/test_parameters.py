@@ -111,7 +111,7 @@ def bases(path: Path) -> set[Path]:
 def test_the_full_protocol_leaves_no_value_to_a_default(stem):
     """All that can change a result stands in the file or its bases, with its origin."""
     values = whole(PAPER[stem])
-    needed = RunConfig.model_fields.keys() - NOT_IDENTITY - {"seed", "options", "method"}
+    needed = RunConfig.model_fields.keys() - NOT_IDENTITY - {"seed", "options", "dataset_options", "method"}
     for column in values.get("columns", {"": {}}).values():
         assert (values["common"] | column).keys() >= needed
     free = {"dataset_options", "method", "options", "split", "weights", *NOT_IDENTITY}

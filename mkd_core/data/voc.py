@@ -14,7 +14,8 @@ class VOC(FileDataset):
     """1,464 training and 1,449 validation images, 21 classes, 255 = void.
 
     root               VOC2012, or the folder above it or above VOCdevkit
-    prefer_aug_masks   SegmentationClassAug where it has the mask, val too (U2PL; released MKD: not val)
+    prefer_aug_masks   training masks from SegmentationClassAug where it has them (released MKD, U2PL, CCT);
+                       val keeps VOC's own (U2PL evaluates on the augmented ones)
 
     The lists in ImageSets/Segmentation are used where they exist (a part of the data may be listed
     there), else the published ones.
@@ -33,20 +34,20 @@ class VOC(FileDataset):
     def __init__(self, root: str, prefer_aug_masks: bool = False):
         below = ("", "VOC2012", "VOCdevkit/VOC2012")
         self.root = find_root(self.name, root, ["JPEGImages"], self.where, below)
-        self.prefer_aug_masks = prefer_aug_masks
         self.train = self._list(self.train_list, f"{self.name}/train")
         self.val = self._list("val", "voc/val")
         # annotated by VOC itself; another file in SegmentationClass is at best a copy of the augmented mask
-        self._original = frozenset(self._list("train", "voc/train") + self.val)
+        annotated = self._list("train", "voc/train") + self.val
+        self._own_first = frozenset(self.val if prefer_aug_masks else annotated)
 
     def _list(self, file: str, key: str) -> tuple[str, ...]:
         path = self.root / "ImageSets/Segmentation" / f"{file}.txt"
         return self.read_list(path) if path.is_file() else published(key, self.pattern)
 
     def files(self, id: str) -> tuple[Path, Path]:
-        """Prefer SegmentationClass where VOC annotated the image, else SegmentationClassAug."""
+        """Prefer SegmentationClass where VOC annotated the image, else, or if asked to, SegmentationClassAug."""
         folders = ["SegmentationClass", "SegmentationClassAug"]
-        if self.prefer_aug_masks or id not in self._original:
+        if id not in self._own_first:
             folders.reverse()
         masks = [self.root / folder / f"{id}.png" for folder in folders]
         mask = next((mask for mask in masks if mask.is_file()), masks[0])
