@@ -3,8 +3,8 @@
 Read off its source (commit 63afda8 of semi-mmseg), written anew: teachers moved parameter by parameter into new tensors; eight
 forwards, each with a cross-entropy at full resolution, of which two are used, and its count asked from the device; statistics of
 features expanded to (pixels, classes, channels), labeled and unlabeled images apart; FDA of every pixel by tensors of that size;
-every loss read for the log. The terms are the method's, to rounding (tests/test_bench.py), because two orders are: teachers'
-maps are halved before they are mixed, and all statistics are taken before any shift. Left out: reductions, fp16, loader.
+every loss read for the log. In its order: teachers' maps are mixed before they are halved, labeled pixels shifted before unlabeled
+ones enter the statistics. The terms are the method's, to rounding (tests/test_bench.py). Left out: reductions, fp16, loader.
 """
 
 from __future__ import annotations
@@ -70,17 +70,16 @@ class Released:
     def _shifted(self, i: int, net: nn.Module, known: tuple, unknown: tuple, mask: Tensor) -> Tensor:
         """Logits (2 B, C, h, w) of labeled and unlabeled images at half the decoder's resolution after FDA."""
         weight, out = net.classifier.weight.detach().flatten(1), []
+        if i > 1:
+            unknown = [mix(t, nearest(mask, t.shape[-2:])) for t in unknown]
         pairs = [
             [F.interpolate(t, scale_factor=0.5, mode="bilinear", align_corners=False) for t in pair]
             for pair in (known, unknown)
         ]
         grid = pairs[0][0].shape[-2:]
-        if i > 1:
-            pairs[1] = [mix(t, nearest(mask, grid)) for t in pairs[1]]
         labels = [nearest(self.batch.y, grid), pairs[1][1].detach().max(1).indices]
-        for (features, _), label in zip(pairs, labels, strict=True):
+        for (features, logits), label in zip(pairs, labels, strict=True):
             self._update(self.moments[i], features.detach(), label)
-        for (_, logits), label in zip(pairs, labels, strict=True):
             y, inside = label.flatten(), (label != IGNORE).flatten()
             c = y.masked_fill(~inside, 0)
             v = weight[None] - weight[c][:, None]  # (pixels, C, A)

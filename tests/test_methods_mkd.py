@@ -177,23 +177,26 @@ class Reference:
         return terms
 
     def released(self, b: Batch, mask: Tensor, *, progress: float, threshold: float) -> dict[str, Tensor]:
-        """Labeled and unlabeled pixels on the 1/8 grid, padding too; FDA on all four; argmax after FDA."""
+        """Labeled and unlabeled pixels on the 1/8 grid, padding too, mixed before; FDA on all four, labeled pixels first; argmax after."""
         grid = [side // 8 for side in b.weak.shape[-2:]]
-        x, m, y = mixed(b.strong[0], mask), coarse(mask, grid), coarse(b.y, grid)
+        x, y = mixed(b.strong[0], mask), coarse(b.y, grid)
         strength = 1.5 * (1 - (math.cos(math.pi * progress) + 1) / 2)
         raw, shifted = [], []
         for k, net in enumerate([*self.s, *self.t]):
             with torch.set_grad_enabled(k < 2):
                 f_l, f_u = net.features(b.x), net.features(x if k < 2 else b.weak)
-                z_l, z_u = (bilinear(net.classifier(f), grid) for f in (f_l, f_u))
-                f_l, f_u = bilinear(f_l, grid), bilinear(f_u, grid)
+                z_l, z_u = net.classifier(f_l), net.classifier(f_u)
                 if k >= 2:
+                    m = coarse(mask, f_u.shape[-2:])
                     z_u, f_u = mixed(z_u, m), mixed(f_u, m)
-            own = z_u.argmax(1)
-            self.seen[k] += [rows(f_l, y), rows(f_u, own)]
-            table = one_shot_table(net.classifier.weight.detach()[:, :, 0, 0], self.seen[k], strength)
+                f_l, f_u, z_l, z_u = (bilinear(maps, grid) for maps in (f_l, f_u, z_l, z_u))
+            own, both = z_u.argmax(1), []
+            for features, logits, label in ((f_l, z_l, y), (f_u, z_u, own)):
+                self.seen[k] += [rows(features, label)]
+                table = one_shot_table(net.classifier.weight.detach()[:, :, 0, 0], self.seen[k], strength)
+                both.append(add_rows(logits, label, table))
             raw.append(torch.cat([z_l, z_u]))
-            shifted.append(torch.cat([add_rows(z_l, y, table), add_rows(z_u, own, table)]))
+            shifted.append(torch.cat(both))
         self.flipped = sum(int((a.argmax(1) != b.argmax(1)).sum()) for a, b in zip(raw, shifted, strict=True))
         targets = [z.argmax(1) for z in shifted]
         for k in (2, 3):

@@ -1,9 +1,9 @@
-"""MKD with every switch of the paper's Tables 4 to 6, of our own ablations and of the released code.
+"""MKD with the switches of the paper's Tables 4 to 6, of our own ablations and of the released code.
 
 Equations and notation: mkd.py, this equals it at its defaults, bit for bit.
 Table 4: alpha 0 removes the mean teachers, threshold 0 knowledge selection, fda 0 FDA; boxes 0 with
 the run's strong "none" removes SDA. Table 5: threshold, threshold_ss. Table 6: the run's arch2.
-Released code: parameters/recipes/released.yaml.
+Released code: parameters/recipes/released.yaml; not here: its update="liner", FDA network by network.
 """
 
 from functools import partial
@@ -27,20 +27,19 @@ class MKDAblation(Method):
     threshold_ss   T of L_ss, on the other student's confidence (Table 5); 0: every pixel
     fda_ramp       how lambda grows: "cosine" (released), "linear" (ISDA), "constant"; the paper does not say
     fda_detach     no gradient of FDA's shift to the classifier's weights (released); False: as in ISDA
-    fda_own        False: a pixel's class in Eq. (4) is the loss's target. True (released): its true label, or
-                   the network's own argmax; teachers are shifted too; targets are argmax after the shift
+    fda_own        False: a pixel's class in Eq. (4) is the loss's target. True (released): its true label,
+                   whose shift misses the step's unlabeled images, or the network's own argmax; teachers are
+                   shifted too; targets are argmax after the shift
     mutual         False: each teacher labels for its own student, the paper's "naive MT"
     law            of the CutMix mask: "xor" of the boxes (CPS, released), or one box as U2PL ("half" the
                    area, on half the batches), UniMatch ("ratio", on half the images) or PS-MT ("beta") draw
                    it
-    stride         of the grid of L_st and L_ss: 1 full resolution; 8 released
+    stride         of the grid of L_st and L_ss: 1 full resolution; 8 released, teachers' maps mixed before
     on_labeled     L_st and L_ss on labeled pixels too (released; the paper's superscript u says no)
     ignore_padding padded pixels carry no pseudo-label (released: they do)
     denominator    "selected": mean over the pixels that T keeps (released); "valid": all inside the image
     teacher_mode   BatchNorm of the teachers: statistics of the batch ("train", released) or running ones
     joint          labeled and unlabeled images in one forward; False: BatchNorm statistics apart (released)
-    Deviations: teachers' maps are mixed on the loss's grid (released: on the decoder's, then halved; 3.5 % of
-    the pixels differ); a step has one table (released: labeled pixels miss its unlabeled ones).
     """
 
     label, colour, passes, terms, views = "MKD (ablation)", "#56b4e9", (4, 2), ("sup", "ss", "st"), 1
@@ -102,18 +101,22 @@ class MKDAblation(Method):
         targets = [label.masked_fill(~k, IGNORE) for label, k in zip(labels, kept, strict=True)]
 
         rise = {"cosine": cosine(progress), "linear": progress, "constant": 1.0}[self.fda_ramp]
-        logits, tables, y = list(raw), [], nearest(batch.y, grid)
+        logits, tables, y, n = list(raw), [], nearest(batch.y, grid), len(mixed)
         for i, moments in enumerate(self.moments):
             features, label = looks[i][0], labels[i] if self.fda_own else targets[self.labeler[i]]
             coarser = min(grid, features[0].shape[-2:])
             pixels = _on_grid([f.detach() for f in features], coarser, masks[i])
-            label = torch.cat((y, label[-len(mixed) :]))[-len(pixels) :]  # the truth, where it is known
-            moments.update(pixels, nearest(label, coarser))
+            label = torch.cat((y, label[-n:]))[-len(pixels) :]  # the truth, where it is known
             weight = nets[i].classifier.weight.flatten(1)
             weight = weight.detach() if self.fda_detach else weight
-            tables.append(moments.table(weight, self.fda * rise))
-            if self.fda_own:
-                logits[i] = moments.shift(raw[i], label[-len(raw[i]) :], tables[i])
+            seen, own, shifted = nearest(label, coarser), label[-len(raw[i]) :], []
+            for part in (slice(-n), slice(-n, None)) if self.fda_own else (slice(None),):
+                moments.update(pixels[part], seen[part])
+                table = moments.table(weight, self.fda * rise)
+                if self.fda_own:
+                    shifted.append(moments.shift(raw[i][part], own[part], table))
+            tables.append(table)
+            logits[i] = torch.cat(shifted) if shifted else raw[i]
         if self.fda_own:
             targets = [pseudo_label(z, valid=k) for z, k in zip(logits, kept, strict=True)]
 
@@ -150,6 +153,8 @@ class MKDAblation(Method):
 
 
 def _on_grid(maps: list[Tensor], grid: torch.Size, mask: Tensor | None) -> Tensor:
-    """Maps (n, K, h, w) of one or two batches, resized and joined; the last, unlabeled ones mixed."""
-    maps = [resize(m, grid) for m in maps]
-    return torch.cat(maps if mask is None else [*maps[:-1], mix(maps[-1], nearest(mask, grid))])
+    """Maps (n, K, h, w) of one or two batches, resized and joined; the last, unlabeled ones mixed where finer."""
+    if mask is not None:
+        finer = max(grid, maps[-1].shape[-2:])
+        maps = [*maps[:-1], mix(resize(maps[-1], finer), nearest(mask, finer))]
+    return torch.cat([resize(m, grid) for m in maps])

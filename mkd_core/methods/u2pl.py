@@ -27,8 +27,7 @@ class U2PL(Method):
     """Defaults of the released VOC configuration.
 
     weight, contrast   w 1 and v 1 (the paper's text: v 0.1). The released code divides the gradient of L_c
-                       by the number of GPUs, so its v is in effect 1/4 on VOC, 1/8 on Cityscapes, which
-                       parameters/paper have
+                       by the number of GPUs, so its v is in effect 1/4 on VOC, 1/8 on Cityscapes
     drop               0.2, falling to 0: the share of pixels that is unreliable, and that is reliable enough
                        to be an anchor
     decay              EMA cap, parameters only, with warm start; the teacher labels in eval mode, everything
