@@ -275,5 +275,5 @@ def test_recipes_are_rows_and_what_is_always_trained_exists():
     assert set(ALWAYS) <= configurations().keys() and len(configurations()) > 60
     column = "R50 1/16 (662)"
     assert cell(T2, "MKD", column).id == recipe("paper").id
-    released, own = cell(T2, "MKD (released)", column), {"protocol": "long512", "dataset_options": {"prefer_aug_masks": True}}
-    assert RunConfig(**released.model_dump() | own).id == recipe("released").id
+    own = {"protocol": "long512", "dataset_options": {"prefer_aug_masks": True}}
+    assert RunConfig(**cell(T2, "MKD (released)", column).model_dump() | own).id == recipe("released").id

@@ -98,9 +98,8 @@ def distort(images: Tensor) -> Tensor:
     """Photometric distortion of the released MKD weak view, each part with probability 0.5.
 
     Brightness +-32/255, contrast and saturation x U(0.5, 1.5), hue +-0.1 turn.
-    Contrast is about black, hence a factor on all values, which here is called brightness.
-    Deviations: contrast before saturation and hue (released: there or last); saturation by blending with
-    grey, hue in YIQ (released: both in HSV).
+    Contrast, about black, is our `brightness`. Deviations: it comes before saturation (released: or last);
+    saturation by blending with grey, hue in YIQ (released: both in HSV).
     """
     for operation in (_shift, brightness, saturation, partial(hue, strength=0.1)):
         images = _sometimes(images, operation, 0.5)

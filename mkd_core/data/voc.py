@@ -37,8 +37,8 @@ class VOC(FileDataset):
         self.train = self._list(self.train_list, f"{self.name}/train")
         self.val = self._list("val", "voc/val")
         # annotated by VOC itself; another file in SegmentationClass is at best a copy of the augmented mask
-        annotated = self._list("train", "voc/train") + self.val
-        self._own_first = frozenset(self.val if prefer_aug_masks else annotated)
+        annotated = () if prefer_aug_masks else self._list("train", "voc/train")
+        self._own_first = frozenset(annotated + self.val)
 
     def _list(self, file: str, key: str) -> tuple[str, ...]:
         path = self.root / "ImageSets/Segmentation" / f"{file}.txt"
