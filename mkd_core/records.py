@@ -274,9 +274,8 @@ def read_cells(path: str | Path) -> dict[str, dict[str, list[Record]]]:
             found = cells.setdefault(line.pop("row"), {}).setdefault(line.pop("column"), [])
             found += [Record(**line)] if line else []
         except (ValueError, KeyError) as error:
-            place = f"{path}, line {number}"
-            reason = str(error)[:300]
-            raise ValueError(f"{place} is not a record with its row and column: {reason}") from error
+            fault = f"line {number} is not a record with its row and column: {str(error)[:300]}"
+            raise ValueError(f"{path}, {fault}") from error
     return cells
 
 

@@ -98,8 +98,7 @@ class _Run:
         self.unfinished: dict[str, Any] | None = None  # the last step's row, not evaluated yet
         self.step, self.seconds, self.seconds_training = 0, 0.0, 0.0
         self._restore()
-        boarded = config.tensorboard and self.first
-        self.board = records.board(folder, self.step) if boarded else lambda row: None
+        self.board = records.board(folder, self.step) if config.tensorboard and self.first else lambda _: None
         self._write("config.json", config.absolute().model_dump_json(indent=1) + "\n")
         start = Path(config.weights).name or "random weights"
         about = f"{config.method} on {config.dataset}, {self.split}; {config.encoder} from {start}"

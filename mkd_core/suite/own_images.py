@@ -214,9 +214,7 @@ def train_folder(
         choose("method", name, METHODS)
     if own not in methods and any(key.startswith("options") for key in keys):
         raise ValueError(f"options are {own}'s, which is not among the methods")
-    rows: dict[str, Any] = {
-        METHODS[name].label: {"method": name, "options": options if name == own else {}} for name in methods
-    }
+    rows: Any = {METHODS[m].label: {"method": m, "options": options if m == own else {}} for m in methods}
     table: dict[str, Any] = {"common": values, "rows": rows, "seeds": [seed]}
     grid = Grid(**table)
     places = (out / f"report{'-quick' * quick}{k}" for k in ("", *(f"-{k}" for k in range(2, 1000))))
