@@ -217,8 +217,9 @@ def load_encoder(net: SegNet, weights: str) -> None:
         idle = tuple(f"{n}." for n, module in net.encoder.named_modules() if isinstance(module, nn.Identity))
         net.encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith(idle)})
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        why = " ".join(str(error).split())[:600]
-        raise ValueError(f"{weights} does not fit the encoder: {why}") from error
+        why = " ".join(str(error).split())[:400]
+        hint = " ...; for a file without the last stage: encoder_depth=4" * ("Missing key" in why)
+        raise ValueError(f"{weights} does not fit the encoder: {why}{hint}") from error
     if bad := [name for name, tensor in net.encoder.state_dict().items() if not tensor.isfinite().all()]:
         raise ValueError(f"{weights} holds values that are not finite, first in {bad[0]}")
 

@@ -373,12 +373,12 @@ def test_the_five_lines_of_the_readme(tmp_path, monkeypatch):
     lines = next(part for part in readme.split("```python\n")[1:] if "prepare_folder" in part).split("```")[0]
     monkeypatch.setattr(records, "RUNS", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
-    folder(tmp_path / "my_photos", lambda y: (y > 0) * np.uint8(255), 12, 3)
+    folder(tmp_path / "my_photos", lambda y: np.uint8(y % 3), 12, 3)
     shown = []
     monkeypatch.setattr(Image.Image, "show", lambda picture: shown.append(picture))
     save(tmp_path / "new.jpg", photo(99))
     small = ", ".join(f"{key}={value!r}" for key, value in SMALL.items())
-    exec(lines.replace('"my_photos"', f'"my_photos", {small}'), {})
+    exec(lines.replace("steps=500", small), {})
     assert [picture.size for picture in shown] == [(40, 48)]
     assert len([line for line in lines.splitlines() if line and not line.startswith(("import", "from"))]) == 5
 

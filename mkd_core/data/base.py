@@ -153,6 +153,8 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
         return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a readable text file in UTF-8 ({error})") from error
 

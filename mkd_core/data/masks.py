@@ -84,8 +84,8 @@ def _of_values(values: set[int], names: list[str], shown: str) -> tuple[dict[int
     if order:
         listed = ", ".join(f"{value} is {name}" for value, name in zip(order[:8], names, strict=False))
         return ignored | {value: k for k, value in enumerate(order)}, listed
-    have = f"{len(names)} class names do not fit them" if names else "which classes are they?"
-    raise DataError(f"the masks hold these numbers:\n{shown}\n{have} Give the names in their order, --classes a,b,c "
+    have = f"{len(names)} class names do not fit them." if names else "which classes are they?"
+    raise DataError(f"the masks hold these numbers:\n{shown}\n{have} Give the names in their order, --classes a,b,c, in Python classes=[...] "
                     f"({len(proper)} for the numbers without {IGNORE}), or their count alone")  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def _of_colours(
     """Name the colours, of which `where` has each with a mask, by the table or in their order."""
     notes = ["colours are read as classes", *["as palettes differ in their order"] * (not agree)]
     if not table and len(names) != len(where):
-        have = f"{len(names)} names do not fit" if names else "which classes are they?"
+        have = f"{len(names)} names do not fit." if names else "which classes are they?"
         raise DataError(f"the masks hold {len(where)} colours:\n{shown}\n{have} Give the names in this order, "
                         "--classes a,b,c (void: ignored), or a table, --colours FILE with lines 'r g b name'")  # fmt: skip
     named = {r << 16 | g << 8 | b: name for (r, g, b), name in table.items()}

@@ -188,9 +188,10 @@ def _methods(words: Words) -> None:
 def _runs(words: Words) -> None:
     """List the runs under runs/: method, data, step, mIoU in percent, size. Or remove some."""
     from .. import records
-    from ..trained import find_run
 
     if words.remove:
+        from ..trained import find_run
+
         folders = [find_run(name) for name in words.remove]
         if busy := [folder.name for folder in folders if records.is_busy(folder)]:
             raise ValueError(f"at work just now, nothing is removed: {', '.join(busy)}")

@@ -182,7 +182,7 @@ def figure2(
     rows: dict[str, list[ArrayLike]] = {"input": [to_image(images[i]) for i in chosen]}
     rows |= {name: [maps[i] for i in chosen] for name, maps in {"ground truth": truth, **predictions}.items()}
     notes = {name: [f"{of[i]:.0f}" for i in chosen] for name, of in zip((first, second), scores, strict=True)}
-    titles = [f"{scores[1, i] - scores[0, i]:+.0f}" for i in chosen]
+    titles = [f"{round(float(scores[1, i] - scores[0, i])):+d}" for i in chosen]
     caption = (
         f"First {len(chosen) // 4}: largest gains of {second} over {first}; next {len(chosen) // 4}: largest losses\n"
         f"(or least gains); the others: drawn at random (seed 0) from the {len(truth)} images.\n"
@@ -276,14 +276,16 @@ def heat(
     return figure
 
 
-def confusion(matrix: ArrayLike, classes: Sequence[str]) -> Picture:
+def confusion(matrix: ArrayLike, classes: Sequence[str], title: str = "") -> Picture:
     """Draw (C, C) counts by (truth, prediction), or (n, C, C) of n runs added up, in percent of each true class."""
     counts = np.asarray(matrix, float)
     counts = counts.reshape(-1, *counts.shape[-2:]).sum(0)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     names = [*map(plain, classes)]
     bar = "% of the true class's pixels"
-    return heat(shares, names, names, ".0f", "prediction", "ground truth", bar, cmap="Blues")
+    picture = heat(shares, names, names, ".0f", "prediction", "ground truth", bar, cmap="Blues")
+    picture.axes[0].set_title(title)
+    return picture
 
 
 def table_heat(table: Tensor, classes: Sequence[str]) -> Picture:

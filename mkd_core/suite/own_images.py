@@ -207,8 +207,10 @@ def train_folder(
         prepare_folder(folder, out, classes=classes)
     elif classes:
         raise ValueError(f"{out} is prepared already; give the classes to mkd prepare --overwrite")
-    values = read_parameters(out / DONE, TEXT) | {"root": str(out)}  # which may be a copy
-    values = merge(values, (QUICK if quick else {}) | keys, values)
+    given = read_parameters(out / DONE, TEXT) | {"root": str(out)}  # which may be a copy
+    values = merge(given, (QUICK if quick else {}) | keys, given)
+    if "steps" in keys and "evaluate_every" not in keys and isinstance(values["steps"], int):
+        values["evaluate_every"] = min(given["evaluate_every"], max(1, values["steps"] // 4))  # for curves
     own, options, seed = values.pop("method"), values.pop("options"), values.pop("seed")
     for name in methods:
         choose("method", name, METHODS)
@@ -233,8 +235,13 @@ def train_folder(
         for name, model in models.items():
             confusion, _ = evaluate(model, dataset, dataset.val)
             print(f"  {name}: {miou(confusion[model.names[0]]):.1f}")
-    best = max((record for of in cells.values() for record in of[""]), key=lambda record: record.miou)
+    found = [record for of in cells.values() for record in of[""]]
+    best = max(found, key=lambda record: record.miou)
     print(f"Report: {place}\nNext: mkd predict {best.id} PHOTOS --out predictions")
+    if quick:
+        share = given["steps"] * given["batch"] / (values["steps"] * values["batch"])
+        minutes = share * sum(record.seconds for record in found) / 60
+        print(f"Without --quick: {given['steps']:,} steps, about {minutes:.0f} minutes here")
     return cells
 
 

@@ -122,7 +122,7 @@ def pseudo_label(
     index = pd.Index([*opened.classes, "all"], name="class")
     table = pd.DataFrame(shares(counts).T, index, ["share", "kept", "accuracy"])
     if not quiet:
-        _report(table, threshold, out)
+        _report(table, threshold, out, with_labeled)
     return table
 
 
@@ -217,15 +217,15 @@ def shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
         return 100 * np.stack((every / every[-1], kept / every, right / known))
 
 
-def _report(table: pd.DataFrame, threshold: float, out: Path) -> None:
+def _report(table: pd.DataFrame, threshold: float, out: Path, with_labeled: bool) -> None:
     """Print what was kept, what is suspicious about it, and the next command."""
     print(f"In percent: share of the pixels, kept of these (confidence >= {threshold}), accuracy of the kept")
     print(table.to_string(float_format="{:.1f}".format, na_rep="-"))
     if table["kept"]["all"] < 1:
         print("WARNING: under 1 % of the pixels are kept; lower the threshold or train longer")
     if gone := list(table.index[:-1][table["kept"][:-1].fillna(0) == 0]):
-        lost = "trained on these alone, a network forgets it"
-        print(f"WARNING: no pixel is pseudo-labeled as {', '.join(gone)}: {lost}")
+        lost = "" if with_labeled else ": trained on these alone, a network forgets it (--with-labeled)"
+        print(f"WARNING: no pixel is pseudo-labeled as {', '.join(gone)}{lost}")
     command = ["mkd", "run", str(records.ROOT / "notebooks/10_run.ipynb"), "-f", str(out / "train.yaml")]
     lacks = "" if (out / "val.txt").exists() else ", once there is a val.txt (--val writes the run's own)"
     print(f"Data set: {out}\nNext{lacks}: {shlex.join(command)}")

@@ -96,6 +96,7 @@ def curves(cells: Runs) -> Picture:
     plot = so.Plot(long, "step", "value", color="row", linestyle="row")
     plot = plot.facet(col="panel", order=[p for p in panels.values() if p in set(long.panel)]).share(y=False)
     plot = plot.add(so.Lines(), so.Agg()).add(so.Band(alpha=0.15), so.Est(errorbar=OVER_SEEDS), legend=False)
+    plot = plot.add(so.Dots(), so.Agg(), legend=False) if long.step.nunique() < 5 else plot
     plot = plot.scale(color={named[row]: colours[row] for row in named})
     figure = draw(plot, 0.6 + 2.7 * long.panel.nunique(), 2.6, y="")
     _upper_line(figure.axes[0], runs)
@@ -192,7 +193,7 @@ def of_table(cells: Runs, title: str, against: str = "") -> dict[str, Picture]:
         pictures["curves"] = curves(ran)
     pictures["classes"] = class_iou(ran, over=against if against in rows and len(rows) > 1 else "")
     if counts := [found for found in ran[ran.row == rows[0]].confusion if found]:
-        pictures["confusion"] = confusion(counts, ran.classes.iloc[0])
+        pictures["confusion"] = confusion(counts, ran.classes.iloc[0], plain(rows[0]))
     family = runs.column.astype(str).str.contains("‡") == ("‡" in title)
     alike = runs[family & (runs.encoder == ran.encoder.iloc[0])]
     if alike[~alike.all_labels].labeled.nunique() > 1:
