@@ -2,7 +2,7 @@
 
 python tests/oracle.py FixMatch parameters/quick/35_photographs.yaml common.root=LABELMEFACADE common.weights=RESNET18.pth
 
-trains that row of the file, first column and first seed, and prints its record as a line of JSON. If it does not come near
+trains that row of the file, first column and first seed, and prints its record as the last line, JSON. If it does not come near
 all labels, the fault is the code's; if it does, what the method lacks is right labels.
 """
 
