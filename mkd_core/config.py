@@ -287,14 +287,14 @@ def with_bases(
 
 
 def drop_foreign_options(values: Mapping[str, Any], typed: Collection[str]) -> dict[str, Any]:
-    """Drop the options that a file holds for another method, or data set, than the one typed.
+    """Drop what a file holds for another method, or data set, than the one typed; options that are typed stay.
 
     values: a run's parameters; typed: names of those given beside the file, as in "options.alpha".
-    If the typed method lacks one of the options, they are another's: all go, unless some were typed.
     """
-    result, tops = dict(values), {name.split(".")[0] for name in typed}
+    result = dict(values)
     for options, (key, known) in OPTIONS.items():
-        if key in tops and options not in tops and values[key] in known:
-            has = inspect.signature(known[values[key]]).parameters
-            result[options] = {} if values.get(options, {}).keys() - has.keys() else values.get(options, {})
+        if key in typed and options not in typed and values[key] in known:
+            has, given = inspect.signature(known[values[key]]).parameters, values.get(options, {})
+            mine = {name: of for name, of in given.items() if f"{options}.{name}" in typed}
+            result[options] = mine if given.keys() - has.keys() - mine.keys() else given
     return result

@@ -425,7 +425,7 @@ def test_a_pixel_is_read_held_and_enlarged(seen, study):
     seen.after(lambda: picture.hover(position=at(0.9, 0.3)))
     x, y = read()  # four times as large about the middle
     assert abs(x - (0.5 + 0.1) * 512) < 3 and abs(y - (0.5 - 0.05) * 512) < 3
-    picture.dblclick(position=at(0.5, 0.5))
+    seen.after(lambda: picture.dblclick(position=at(0.5, 0.5)))
     seen.after(lambda: picture.hover(position=at(0.9, 0.3)))
     assert abs(read()[0] - 0.9 * 512) < 3
 

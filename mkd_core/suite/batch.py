@@ -80,7 +80,8 @@ def run_table(grid: Grid, slots: int = 1, train: bool = True) -> records.Cells:
     else:
         with executor((pick_slots("") * slots)[:slots]) as pool:
             if failed := run_batch(missing, pool, slots):
-                raise RuntimeError("\n".join(f"{one} failed: {error}" for one, error in failed.items()))
+                told = [f"{one} failed: {failed[one]}" for one in missing if one in failed]
+                raise RuntimeError("\n".join(told))
     done = {one.config.id: one.record for one in runs if one.folder}
     return {
         row: {column: [r for c in configs if c.named and (r := done[c.id])] for column, configs in of.items()}

@@ -128,7 +128,7 @@ def read_all(known: Mapping[str, Parameter], file: Path | None, pairs: Sequence[
         dataset = choose("data set", merged.get("dataset", known["dataset"].default), DATASETS)
         for key in (typed.keys() - known.keys()) & inspect.signature(DATASETS[dataset]).parameters.keys():
             merged["dataset_options"] = merged.get("dataset_options", {}) | {key: merged.pop(key)}
-            typed["dataset_options"] = merged["dataset_options"]
+            typed[f"dataset_options.{key}"] = typed[key]
     for name in merged:
         choose("parameter", name, known)
     for name in merged.keys() - RunConfig.model_fields.keys() - Grid.model_fields.keys():
