@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, StrictInt, ValidationInfo, field_val
 from .augment import STRONG
 from .choices import Checked, choose, complete_options
 from .data import DATASETS
-from .data.base import local
+from .data.base import folder_name, local
 from .methods import METHODS
 from .models import ARCHITECTURES, file_sha256, imagenet_file, stride
 from .parameters import lay_over, read_parameters
@@ -186,8 +186,7 @@ class RunConfig(Checked):
             own = [self.dataset_options["train"], self.dataset_options["val"], "classes.txt"]
             files = [root / n for n in (*own, f"{split}/labeled.txt", f"{split}/unlabeled.txt") if n]
             identity["lists"] = [file_sha256(path) for path in files if path.is_file()]
-            # `mkd prepare` writes its lists into <photos>/mkd
-            identity["root"] = root.parent.name if root.name == "mkd" else root.name
+            identity["root"] = folder_name(root)
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
         name = f"{identity.get('root') or self.dataset}-{self.split}-{self.method}-s{self.seed}-{digest}"
         return name.replace("/", "_").replace(" ", "_")

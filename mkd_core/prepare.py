@@ -82,10 +82,8 @@ def try_largest(dataset: SegDataset, predictor: Predictor) -> None:
             for _ in predictor.parts(dataset.image(id)[None]):
                 pass
         except (MemoryError, RuntimeError) as error:  # of torch, on either device
-            how = "protocol=sliding or long512, or smaller images to evaluate"
-            raise ValueError(
-                f"memory does not suffice to evaluate {id}, {pixels / 1e6:.0f} megapixels: {how}"
-            ) from error
+            what = f"memory does not suffice to evaluate {id}, {pixels / 1e6:.0f} megapixels"
+            raise ValueError(f"{what}: protocol=sliding or long512, or smaller images to evaluate") from error
 
 
 def data_identity(dataset: SegDataset, split: Split) -> dict[str, Any]:

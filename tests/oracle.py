@@ -1,12 +1,11 @@
 """FixMatch and MKD with the withheld labels in the place of pseudo-labels: what perfect ones would bring.
 
-python tests/oracle.py FixMatch parameters/quick/35_photographs.yaml common.root=LABELMEFACADE common.weights=RESNET18.pth
+python tests/oracle.py FixMatch parameters/quick/35_photographs.yaml OUT.jsonl common.root=LABELMEFACADE common.weights=RESNET18.pth
 
-trains that row of the file, first column and first seed, and prints its record as the last line, JSON. If it does not come near
+trains that row of the file, first column and first seed, and writes its record to OUT.jsonl. If it does not come near
 all labels, the fault is the code's; if it does, what the method lacks is right labels.
 """
 
-import json
 import sys
 from pathlib import Path
 from unittest import mock
@@ -48,15 +47,13 @@ class OracleMKD(mkd.MKD):
 ORACLES = {"fixmatch_oracle": OracleFixMatch, "mkd_oracle": OracleMKD}
 
 
-def main(row: str, file: str, *pairs: str) -> None:
+def main(row: str, file: str, out: str, *pairs: str) -> None:
     notebook = records.ROOT / "notebooks" / f"{Path(file).stem}.ipynb"
     grid = read_all(read_cell(notebook), Path(file), pairs).grid
     config = next(iter(grid.cells[row].values()))[0]
     with mock.patch.dict(METHODS, ORACLES), mock.patch.object(train, "Stream", stream):
         made = run(RunConfig(**config.model_dump() | {"method": f"{config.method}_oracle"}))
-    line = made.model_dump(mode="json")
-    line["config"] |= {key: Path(line["config"][key]).name for key in ("root", "weights")}
-    print(json.dumps(line))
+    records.dump({f"{row}, perfect labels": [made]}, Path(out))
 
 
 if __name__ == "__main__":

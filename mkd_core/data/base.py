@@ -135,6 +135,12 @@ def local(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def folder_name(root: str | Path) -> str:
+    """Name a person's folder: that of the photos where `mkd prepare` wrote its lists into <photos>/mkd."""
+    path = local(root).resolve()
+    return path.parent.name if path.name == "mkd" else path.name
+
+
 def find_root(name: str, root: str, folders: Sequence[str], where: str, below: Sequence[str] = ("",)) -> Path:
     """Find the first of root / below that holds one of `folders` (or just exists), else DataError."""
     if not str(root):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .. import records
 from ..augment import geometry, mix, xor_boxes
 from ..config import RunConfig, read_config
-from ..data.base import IGNORE, visible
+from ..data.base import IGNORE, folder_name, visible
 from ..data.stream import Crops
 from ..methods import METHODS
 from ..metrics import confusion_matrix, miou
@@ -80,8 +80,7 @@ class Study:
         self.configs, self.device = [read_config(folder) for folder in self.folders], device
         self.names = tell_apart(self.configs, self.folders)
         first = self.configs[0]
-        names = [c.root.removesuffix("/mkd").rpartition("/")[2] for c in self.configs]  # as in a run's id
-        data = [(c.dataset, name, c.dataset_options) for c, name in zip(self.configs, names, strict=True)]
+        data = [(c.dataset, folder_name(c.root), c.dataset_options) for c in self.configs]
         if odd := [folder for folder, its in zip(self.folders, data, strict=True) if its != data[0]]:
             raise ValueError(f"runs are compared on equal data; {odd[0].name} has other data than the first")
         self.data, split = open_data(first)

@@ -80,8 +80,7 @@ def run_table(grid: Grid, slots: int = 1, train: bool = True) -> records.Cells:
     else:
         with executor((pick_slots("") * slots)[:slots]) as pool:
             if failed := run_batch(missing, pool, slots):
-                told = [f"{one} failed: {failed[one]}" for one in missing if one in failed]
-                raise RuntimeError("\n".join(told))
+                raise RuntimeError("\n".join(f"{r} failed: {failed[r]}" for r in missing if r in failed))
     done = {one.config.id: one.record for one in runs if one.folder}
     return {
         row: {column: [r for c in configs if c.named and (r := done[c.id])] for column, configs in of.items()}
@@ -114,7 +113,8 @@ def check(runs: Sequence[Run]) -> None:
     missing, from random weights and for two classes. Of a run that is done, the data must be what they were.
     """
     place = next(place for place in (records.RUNS, *records.RUNS.parents) if place.exists())
-    if not all(one.record for one in runs) and not (place.is_dir() and os.access(place, os.W_OK)):
+    records_of = {one: one.record for one in runs}
+    if not all(records_of.values()) and not (place.is_dir() and os.access(place, os.W_OK)):
         raise ValueError(f"{place} is no folder that can be written: runs are kept in {records.RUNS}")
     found: dict[str, list[Run]] = {}
     seen: dict[Any, tuple[Any, str]] = {}
@@ -133,7 +133,7 @@ def check(runs: Sequence[Run]) -> None:
     for one in runs:
         config = one.config
         data, network = config.model_dump_json(include=DATA), config.model_dump_json(exclude=DATA)
-        if record := one.record:
+        if record := records_of[one]:
             now = once(one, (data, "now"), data_now, config) or {}
             once(one, one.folder, refuse_other_data, one.folder, record.split, now)
             continue

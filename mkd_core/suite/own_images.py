@@ -217,8 +217,7 @@ def train_folder(
     if own not in methods and any(key.startswith("options") for key in keys):
         raise ValueError(f"options are {own}'s, which is not among the methods")
     rows: Any = {METHODS[m].label: {"method": m, "options": options if m == own else {}} for m in methods}
-    table: dict[str, Any] = {"common": values, "rows": rows, "seeds": [seed]}
-    grid = Grid(**table)
+    grid = Grid(**dict[str, Any](common=values, rows=rows, seeds=[seed]))
     places = (out / f"report{'-quick' * quick}{k}" for k in ("", *(f"-{k}" for k in range(2, 1000))))
     place = next(place for place in places if not holds_other_runs(place, grid))
     cells = run_table(grid)
@@ -226,8 +225,7 @@ def train_folder(
     made, _ = report.write(cells, place)
     models = {name: open_run(of[""][0].id).predictor() for name, of in cells.items()}
     of_data: dict[str, Any] = values.get("dataset_options", {})
-    picture = _comparison(models, open_dataset("folder", str(out), **of_data))
-    figures.save(picture, place / "predictions.png")
+    figures.save(_comparison(models, open_dataset("folder", str(out), **of_data)), place / "predictions.png")
     print("", made.markdown(), "", sep="\n")
     if (out / "test.txt").is_file():  # images that no run has seen
         dataset = open_dataset("folder", str(out), **of_data | {"val": "test.txt"})

@@ -195,9 +195,8 @@ def _texts(opened: OpenRun, out: Path, items: Items, parts: Sequence[list[Item]]
     keys = opened.config.model_dump() | {"dataset": "folder", "root": str(out), "split": "full"}
     keys |= {"dataset_options": {"palette": opened.palette.tolist()}, "method": "supervised", "options": {}}
     keys |= {"arch2": "", "encoder2": "", "weights2": ""}
-    following = RunConfig(**keys)
     texts = {"classes.txt": "".join(f"{name}\n" for name in opened.classes)}
-    texts |= {"train.yaml": yaml.safe_dump(following.model_dump(mode="json"), sort_keys=False)}
+    texts |= {"train.yaml": yaml.safe_dump(RunConfig(**keys).model_dump(mode="json"), sort_keys=False)}
     texts |= {"val.txt": evaluated} if evaluated else {}
     texts |= {"labeled/labeled.txt": labeled, "labeled/unlabeled.txt": new} if labeled else {}
     return {out / name: text for name, text in (texts | {"train.txt": labeled + new}).items()}
