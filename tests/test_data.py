@@ -331,7 +331,7 @@ def test_folder_line_syntax(own):
     ({"classes": 1}, "2 to 255 different names"), ({"classes": ["a", "a"]}, "2 to 255 different names"),
     ({"classes": "sky"}, ".classes"), ({"palette": [[0, 0, 0]]}, "palette must hold 3 colours"),
     ({"palette": [[0, 0, 256]] * 3}, "palette must hold 3 colours"),
-    ({"val": "nothing.txt"}, "nothing.txt: not a readable text file"),
+    ({"val": "nothing.txt"}, "nothing.txt is missing"),
     ({"val": "train.txt"}, "evaluated images need a mask, u.png has none")])  # fmt: skip
 def test_folder_options_that_are_wrong(own, options, message):
     with pytest.raises(ValueError, match=message):
