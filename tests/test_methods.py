@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import ORACLES
+from oracle import METHODS_OF, labels
 from released import SWITCHES as RELEASED
 from slow import IGNORE, ce, close, fix, mixed, sharp
 from tiny import CLASSES, Pointwise, batch, build, gradients, make
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mkd_core.ema import EMA
+from mkd_core.losses import confidence, pseudo_label
 from mkd_core.methods import METHODS, Batch, Method
 from mkd_core.models import SegNet, checkpoint_activations
 
@@ -277,12 +278,25 @@ def test_nothing_selected_is_zero_not_nan(name):
     assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("oracle", ORACLES.values())
-def test_an_oracle_learns_what_is_withheld_and_nothing_else(oracle):
-    method, b = oracle(build), batch()
+@pytest.mark.parametrize("name", [name for name in METHODS_OF if not name.endswith("shares")])
+def test_an_oracle_learns_what_is_withheld_and_nothing_else(name):
+    method, b = METHODS_OF[name](build, threshold=0.01), batch()
     none, _ = method(replace(b, label=torch.full_like(b.label, IGNORE)), 0.7)
     every, _ = method(b, 0.7)
     assert all((none[key] == 0) and term > 0 for key, term in every.items() if key != "sup")
+
+
+def test_labels_of_equal_shares_keep_as_many_and_of_every_class_as_many():
+    logits = torch.randn(2, 4, 40, 50).cumsum(1)  # later classes are predicted more often and more surely
+    valid = torch.rand(2, 40, 50) < 0.9
+    one, every = (pseudo_label(logits, t, valid) for t in (0.8, 0.0))
+    equal = labels("shares", None, logits, 0.8, valid)
+    assert (equal[equal != IGNORE] == every[equal != IGNORE]).all() and (equal[~valid] == IGNORE).all()
+    shares = [[(of == c).sum() / (every == c).sum() for c in range(4)] for of in (one, equal)]
+    assert max(shares[0]) > 1.5 * min(shares[0]) and max(shares[1]) - min(shares[1]) < 0.01
+    assert abs(int((one != IGNORE).sum()) - int((equal != IGNORE).sum())) <= 4
+    kept = confidence(logits)
+    assert all(kept[equal == c].min() > kept[(every == c) & (equal != c)].max() for c in range(4))
 
 
 OFF = {
