@@ -13,8 +13,15 @@ from released import SWITCHES as RELEASED
 from slow import IGNORE, ce, close, fix, mixed, sharp
 from tiny import CLASSES, Pointwise, batch, build, gradients, make
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils._pytree import tree_map_only
 
+from mkd_core.augment.colour import blur, colour_jitter, equalize, greyscale, solarize
+from mkd_core.augment.weak import constant
 from mkd_core.ema import EMA
 from mkd_core.losses import confidence, pseudo_label
 from mkd_core.methods import METHODS, Batch, Method
@@ -210,38 +217,50 @@ def test_activations_that_are_computed_again_change_nothing(name):
     assert fewer < kept
 
 
-ASKING = ("local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "unique2", "unique_dim")
+@pytest.fixture
+def gpu(monkeypatch):
+    """A pretended GPU under its autocast: tensors have no values; mixing devices, or asking for a value or how many there are, raises."""
+    # A draw on the host checks its parameters there. What needs a real GPU: pinned memory, a gradient.
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.autograd, "grad", lambda out, of: [torch.zeros_like(of)])
+    for name in ("weak", "colour"):
+        monkeypatch.setattr(f"mkd_core.augment.{name}.constant", constant.__wrapped__)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    with FakeTensorMode():
+        yield
+    torch.set_autocast_enabled("cuda", False)
+    torch.clear_autocast_cache()
 
 
-class _NoQuestions(TorchDispatchMode):
-    """Raises where a step would ask the device for a value, or for how many values there are."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        asks = name.strip("_") in ASKING
-        indexed = args[1] if name in ("index", "index_put", "index_put_") else ()
-        by_mask = any(t is not None and t.dtype == torch.bool for t in indexed)
-        assert not asks and not by_mask, f"{name} waits for the device"
-        return func(*args, **(kwargs or {}))
+def pretended(tensor: Tensor) -> Tensor:
+    like = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+    return nn.Parameter(like, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else like
 
 
 @every_case
-def test_a_step_asks_the_device_nothing(name, monkeypatch):
-    # A draw on the host checks its parameters there.
-    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)
-    method = case(name)
-    with _NoQuestions():
-        terms, _ = method(batch(), 0.7)
-        torch.stack([*terms.values()]).sum().backward()
-        method.update(1)
+def test_a_step_stays_on_its_device_and_asks_it_nothing(name, request):
+    method, b = case(name), batch()
+    request.getfixturevalue("gpu")
+    for holder in [of for m in method.modules() for of in (m._parameters, m._buffers)]:
+        holder.update({key: pretended(t) for key, t in holder.items() if t is not None})
+    terms, stats = method(Batch(**tree_map_only(Tensor, pretended, vars(b))), 0.7)
+    method.update(1)
+    assert {t.device.type for t in (terms | stats).values()} == {"cuda"}
 
 
-def test_what_asks_the_device_is_seen():
-    x = torch.arange(3.0)
-    by_code = lambda: x[x > 1], lambda: bool(x.any()), lambda: torch.equal(x, x)
-    for wait in (x.sum().item, x.nonzero, x.unique, *by_code):
-        with pytest.raises(AssertionError, match="waits"), _NoQuestions():
-            wait()
+@pytest.mark.parametrize("operation", [colour_jitter, blur, equalize, solarize, greyscale])
+def test_colour_stays_on_its_device_and_asks_it_nothing(operation, gpu):
+    assert operation(torch.rand(3, 3, 32, 32, device="cuda")).device.type == "cuda"
+
+
+def test_what_asks_the_device_or_leaves_it_is_seen(gpu):
+    x, host = torch.rand(3, device="cuda"), torch.rand(3, device="cpu")
+    by_code = lambda: x[x > 1], lambda: bool(x.any()), lambda: torch.equal(x, x), lambda: x + host
+    for wrong in (x.sum().item, x.nonzero, x.unique, *by_code):
+        with pytest.raises((DataDependentOutputException, DynamicOutputShapeException, RuntimeError)):
+            wrong()
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "mkd_ablation"])
