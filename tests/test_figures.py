@@ -148,7 +148,7 @@ def test_a_table_has_the_pictures_that_its_records_allow():
     cells = {"MKD": mkd, "SupOnly": {"92": [at(92)]}}
     pictures = report.of_table(cells, "92", against="SupOnly")
     assert [*pictures] == ["classes", "confusion", "labels"]
-    assert "minus SupOnly" in pictures["classes"].axes[0].get_xlabel()
+    assert "of SupOnly" in pictures["classes"].axes[0].get_xlabel()
     # of both runs: 1 of 8 pixels of x
     assert "12" in [t.get_text() for t in pictures["confusion"].axes[0].texts]
     assert [*pictures["labels"].axes[0].get_xticks()] == [92, 183]
@@ -211,8 +211,10 @@ def test_gains_of_a_class_are_paired_by_seed():
 
     figure = report.class_iou(rows, over="SupOnly")
     assert {7.5, -10} <= {*dots(figure)}  # (20 - 10 + 35 - 30) / 2; the second class exists for seed 0 alone
-    assert figure.axes[0].get_xlabel() == "IoU minus SupOnly's (points)" and legend(figure) == ["MKD"]
+    assert figure.axes[0].get_xlabel() == "IoU minus that of SupOnly (points)" and legend(figure) == ["MKD"]
     assert {20, 50, 27.5} <= {*dots(report.class_iou(rows))}
+    apart = {"SupOnly": {"a": rows["SupOnly"], "b": rows["MKD"]}, "MKD": {"a": rows["MKD"], "b": []}}
+    assert dots(report.class_iou(apart, over="SupOnly")) == dots(figure)  # paired in each column
     more = {f"other {k}": rows["MKD"] for k in range(8)} | {"not run": []}
     many = report.class_iou(rows | more, over="SupOnly").axes[0]  # so many can be told apart as a table alone
     assert [t.get_text() for t in many.texts[:2]] == ["7.5", "-10.0"]

@@ -145,7 +145,7 @@ def cost(cells: Runs, times: Mapping[str, float]) -> Picture:
 
 @styled
 def class_iou(cells: Runs, over: str = "") -> Picture:
-    """Draw the IoU of each class for each row; with `over`, the name of a row, its gain on that row, paired by seed.
+    """Draw the IoU of each class for each row; with `over`, the name of a row, its gain on that row, paired by column and seed.
 
     Dots are means over runs, whiskers min .. max; above eight rows a table of means. A class that neither occurs nor is
     predicted in a run is left out of it.
@@ -154,11 +154,11 @@ def class_iou(cells: Runs, over: str = "") -> Picture:
     classes, over = runs.classes.iloc[0], plain(over)
     long = runs.explode(["classes", "iou"], ignore_index=True).astype({"iou": float})
     if over:
-        base = long[long.row == over].set_index(["seed", "classes"]).iou
-        long = long[long.row != over].join(base, on=["seed", "classes"], rsuffix="_base")
+        base = long[long.row == over].set_index(["column", "seed", "classes"]).iou
+        long = long[long.row != over].join(base, on=["column", "seed", "classes"], rsuffix="_base")
         long["iou"] -= long.iou_base
     rows = list(long.row.cat.remove_unused_categories().cat.categories)
-    label = f"IoU minus {over}'s (points)" if over else "IoU (%)"
+    label = f"IoU minus that of {over} (points)" if over else "IoU (%)"
     if len(rows) > 8:
         means = long.pivot_table(index="row", columns="classes", values="iou", observed=True)[classes]
         how: Any = {"center": 0, "cmap": "vlag"} if over else {"cmap": "Blues", "vmin": 0, "vmax": 100}
