@@ -96,7 +96,7 @@ class RunConfig(Checked):
     supervised_loss: Literal["cross_entropy", "ohem"] = "cross_entropy"
     ohem_keep: int = Field(50_000, gt=0, description="pixels per labeled image that OHEM keeps at least")
     power: float = Field(0.9, ge=0, description="poly schedule: lr (1 - step / steps) ** power")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="or bfloat16")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="or bfloat16; on a GPU, TF32")
     seed: int = Field(0, ge=0, description="of the first weights, the order of images, random splits")
     # Evaluation.
     protocol: Literal["whole", "long512", "sliding"] = Field("whole", description="or long512, sliding")

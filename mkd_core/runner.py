@@ -77,8 +77,6 @@ class _Run:
         if config.threads or "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(config.threads or parallel.free_cores())
         self.device = pick_device(config.device)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
         # Every file is opened before the first step; a run that goes on has been through that.
         new, say = not (folder / "checkpoint.pt").exists(), "checking file {:,} of {:,}".format
         self.dataset, self.split, self.method = prepare(
@@ -87,6 +85,8 @@ class _Run:
         parallel.meet()
         self.data = data_identity(self.dataset, self.split)
         self.method.to(self.device)
+        if self.device.type == "cuda":  # only now: torch resets nothing before its first use of a GPU
+            torch.cuda.reset_peak_memory_stats(self.device)
         if new:
             try_largest(self.dataset, Predictor.of(config, self.method.predictors, self.device))
         self.optimizers = make_optimizers(config, self.method)

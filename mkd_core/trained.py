@@ -47,7 +47,7 @@ def open_run(run: RunConfig | str | Path, step: int | str | None = None, device:
     saved = checkpoints.read(folder / name, where)
     state, names = saved["method"], saved["classes"]  # kept there: a person's folder may have gone
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             # The checkpoint holds the encoder too: its ImageNet file may be gone.
             bare = {"weights": "", "weights2": "", "activation_checkpointing": False}
             method = build_method(config.model_copy(update=bare), len(names)).to(where)

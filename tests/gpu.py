@@ -4,7 +4,8 @@
 
 results.jsonl has a line for each result as soon as it is there, report.md the same for reading, log.txt what the parts
 printed, history.jsonl the training curves. Each part is a process with a time limit: one that fails or hangs is put down, the
-others go on. --runs: a table as `mkd batch` takes it, of runs on a data set in list files at ROOT; they run side by side, those
+others go on; one that has lost CUDA is begun again behind what it lost it by. The minutes begin when torch is imported, which
+may take one. --runs: a table as `mkd batch` takes it, of runs on a data set in list files at ROOT; they run side by side, those
 of the first seed first, until the time is up, and what is unfinished is put down too. --dry: everything at toy size on a CPU
 (with --runs: these on the CPU).
 """
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_checks import CHECKS, Put, attempt
+from gpu_checks import CHECKS, LOST, NAMES, Put, attempt
 from tiny import config
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -44,7 +45,7 @@ from mkd_core.train import make_optimizers
 
 # Side by side, then one after the other: parts and the seconds that each may take; the last has what is left.
 METHODS = "mkd", "supervised", "unimatch"
-ROUNDS = ({"versions": 60, "methods": 120, "kernels": 60, "resume": 120}, {"bench": 200}, {"train": 3600})
+ROUNDS = (dict.fromkeys(("versions", *CHECKS), 150), {"bench": 200}, {"train": 3600})
 # Imports are made once; nothing here touches the GPU before the fork.
 FORK = multiprocessing.get_context("fork")
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # for the exact resume
@@ -66,6 +67,8 @@ def bench(device: torch.device, put: Put, args: argparse.Namespace) -> None:
     for encoder, method, precision in wanted:
         for last in (False, True)[: 1 + (precision != "float32")]:
             name = f"{encoder} {method} {precision}{' channels_last' * last}"
+            if name in args.done:
+                continue
             with attempt(put, name):
                 of = TINY if args.dry else size | {"encoder": encoder}
                 stored = "bfloat16" if precision == "bfloat16" else "float32"
@@ -140,7 +143,7 @@ def arithmetic(precision: str) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def seconds(f: Callable[[], Any], device: torch.device, most: float = 2.0) -> float:
+def seconds(f: Callable[[], Any], device: torch.device, most: float = 1.0) -> float:
     """Median seconds of f, the device waited for: 3 to 20 calls after two, for about `most` seconds."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times: list[float] = []
@@ -196,7 +199,7 @@ def train(device: torch.device, put: Put, args: argparse.Namespace) -> None:
             values["common"] = values.get("common", {}) | {"dataset": "folder", "root": str(args.data)}
         grid = Grid(**{key: value for key, value in values.items() if key in Grid.model_fields})
         configs = sorted((c for of in grid.runs.values() for c in of), key=lambda c: c.seed)
-    waiting = [c.model_copy(update={"device": device.type}) for c in configs[::-1]]
+    waiting = [c.model_copy(update={"device": str(device)}) for c in configs[::-1]]  # as `mkd batch` names it
     with tempfile.TemporaryDirectory() as place:
         active: list[tuple[BaseProcess, RunConfig]] = []
         while (waiting or active) and time.time() < args.until - 5:
@@ -241,12 +244,16 @@ def put(out: Path, part: str, name: str, ok: bool, **measures: Any) -> None:
         file.write(line)
 
 
+def results(out: Path) -> list[dict[str, Any]]:
+    source = out / "results.jsonl"
+    return [json.loads(line) for line in source.read_text().splitlines()] if source.exists() else []
+
+
 def report(out: Path) -> int:
     """Write report.md where results.jsonl is newer; the number of failures."""
-    source, target = out / "results.jsonl", out / "report.md"
-    if not source.exists():
+    source, target, rows = out / "results.jsonl", out / "report.md", results(out)
+    if not rows:
         return 0
-    rows = [json.loads(line) for line in source.read_text().splitlines()]
     bad = [row for row in rows if not row["ok"]]
     if target.exists() and target.stat().st_mtime > source.stat().st_mtime:
         return len(bad)
@@ -270,26 +277,41 @@ def part(name: str, args: argparse.Namespace) -> None:
     sys.stdout = sys.stderr = open(args.out / "log.txt", "a", buffering=1)  # noqa: SIM115
     for stream in (1, 2):  # of libraries too
         os.dup2(sys.stdout.fileno(), stream)
-    device, write = torch.device("cpu" if args.dry else "cuda"), partial(put, args.out, name)
+    device, write = torch.device("cpu" if args.dry else "cuda:0"), partial(put, args.out, name)
+    args.done = {row["name"] for row in results(args.out) if row["part"] == name}
     if name in CHECKS:
-        CHECKS[name](device, write, *[("mkd",)] * (args.dry and name != "kernels"))
+        CHECKS[name](device, write, *[left(name, args)] * (name in NAMES))
     else:
         {"versions": versions, "bench": bench, "train": train}[name](device, write, args)
+
+
+def left(name: str, args: argparse.Namespace) -> tuple[str, ...]:
+    """Of NAMES, those that no result of the part is about yet."""
+    done = {row["name"].split()[0] for row in results(args.out) if row["part"] == name}
+    return tuple(n for n in (("mkd",) if args.dry else NAMES[name]) if n not in done)
 
 
 def work_through(parts: dict[str, int], args: argparse.Namespace, end: float) -> None:
     """The parts side by side, none longer than its limit; the report follows them."""
     active: dict[str, tuple[BaseProcess, float]] = {}
+
+    def begin(name: str, until: float) -> None:
+        args.until = until
+        process = FORK.Process(target=part, args=(name, args))
+        process.start()
+        active[name] = process, until
+
     try:
         for name, limit in parts.items():
-            args.until = min(time.time() + limit, end)
-            process = FORK.Process(target=part, args=(name, args))
-            process.start()
-            active[name] = process, args.until
+            begin(name, min(time.time() + limit, end))
         while active:
             time.sleep(0.2)
             for name, (process, until) in [*active.items()]:
                 if process.is_alive() and time.time() < until:
+                    continue
+                if process.exitcode == LOST and (name == "bench" or (name in NAMES and left(name, args))):
+                    stop(process)
+                    begin(name, until)
                     continue
                 error = f"ended with {process.exitcode}, see log.txt" if process.exitcode else ""
                 if error := "its time was up" if process.is_alive() else error:
@@ -304,7 +326,7 @@ def work_through(parts: dict[str, int], args: argparse.Namespace, end: float) ->
 def stop(process: BaseProcess) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.join()
+    process.join(10)  # what hangs in the driver is left behind
 
 
 def found_gpu() -> bool:

@@ -1,11 +1,14 @@
 """Checks of tests/gpu.py: a device against the CPU, bfloat16 against float32, no waiting in a step, resume.
 
 Each check is one line: `put(name, ok, **measures)`. Without a GPU the "device" is a CPU whose convolutions are computed another
-way (oneDNN off), so that the comparison has real rounding to bound.
+way (oneDNN off), so that the comparison has real rounding to bound. What loses CUDA ends its process (`attempt`): gpu.py begins
+the part again without what is done.
 """
 
 from __future__ import annotations
 
+import os
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from mkd_core import losses, runner
+from mkd_core import losses, parallel, runner
 from mkd_core.augment import boxes, colour
 from mkd_core.config import RunConfig
 from mkd_core.data.stream import Crops
@@ -83,10 +86,11 @@ def other_way(device: torch.device) -> Any:
 def one_step(name: str, options: dict, device: torch.device, precision: str) -> tuple[dict, Tensor, Method]:
     """Terms, gradient as one vector, and the method after a backward from the same weights and draws."""
     method = make(name, **options).to(device)
+    forward = parallel.wrap(method)
     torch.manual_seed(1)
     low = precision == "bfloat16"
     with SameDraws(), torch.autocast(device.type, torch.bfloat16, enabled=low, cache_enabled=False):
-        terms, _ = method(onto(batch(size=64), device), 0.7)
+        terms, _ = forward(onto(batch(size=64), device), 0.7)
     torch.stack([t.float() for t in terms.values()]).sum().backward()
     fixed = {id(p) for t in teachers(method) for p in t.parameters()}
     free = [p for p in method.parameters() if p.requires_grad and id(p) not in fixed]
@@ -96,9 +100,6 @@ def one_step(name: str, options: dict, device: torch.device, precision: str) -> 
 def methods(device: torch.device, put: Put, names: Sequence[str] = tuple(METHODS)) -> None:
     """Every method: float32 against the CPU, bfloat16 against float32, on one small batch."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    with attempt(put, "the loop waits for nothing"):
-        loop_waits(device)
-        put("the loop waits for nothing", True)
     for name in names:
         options = AT_WORK.get(name, {})
         sure = options | ({"threshold": 0.0} if "threshold" in options else {})  # no pixel is on the edge
@@ -165,8 +166,14 @@ def sync_is_an_error(device: torch.device, on: bool) -> None:
         torch.cuda.set_sync_debug_mode("error" if on else "default")
 
 
+def loop(device: torch.device, put: Put) -> None:
+    """The training loop itself with its loader waits for nothing, from the third step to the last but one."""
+    with attempt(put, "waits for nothing"):
+        loop_waits(device)
+        put("waits for nothing", True)
+
+
 def loop_waits(device: torch.device) -> None:
-    """The training loop itself with its loader, from the third step to the last but one."""
     c = config("mkd", device=device.type, steps=8, workers=1)
     dataset, split, method = prepare(c)
     optimizers = make_optimizers(c, method.to(device))
@@ -182,8 +189,19 @@ def loop_waits(device: torch.device) -> None:
         sync_is_an_error(device, False)
 
 
+LOST = 86  # exit status of a process whose CUDA answers nothing any more, as after an index out of range
+
+
+def lost() -> bool:
+    try:
+        torch.cuda.synchronize() if torch.cuda.is_initialized() else None
+    except RuntimeError:
+        return True
+    return False
+
+
 class attempt:
-    """What fails inside is put down with its last lines, and the next check goes on."""
+    """What fails inside is put down with its last lines, and the next check goes on; LOST where it could not."""
 
     def __init__(self, put: Put, name: str):
         self.put, self.name = put, name
@@ -196,6 +214,8 @@ class attempt:
         own = [f for f in traceback.extract_tb(trace) if "mkd_core" in f.filename or "tests" in f.filename]
         where = f"{Path(own[-1].filename).name}:{own[-1].lineno} {own[-1].line}" if own else ""
         self.put(self.name, False, error=f"{kind.__name__}: {str(error)[:300]}", where=where)
+        if lost():
+            os._exit(LOST)
         return True
 
 
@@ -310,4 +330,37 @@ def finish(c: RunConfig, runs: Path, stop: int) -> Tensor:
     return torch.cat([t.double().flatten() for t in state.values()])
 
 
-CHECKS = {"methods": methods, "kernels": kernels, "resume": resume}
+class Several(int):
+    """A number of processes that is never 1: one of them alone sends itself all that they send each other."""
+
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    def __gt__(self, other: object) -> bool:
+        return True
+
+
+GATHERING = "mkd", "u2pl", "pc2seg", "gct"
+
+
+def several(device: torch.device, put: Put, names: Sequence[str] = GATHERING) -> None:
+    """The code of several processes, NCCL's collectives and DistributedDataParallel, on one: the plain step again."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    plain = {name: one_step(name, AT_WORK[name], device, "float32") for name in names}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    parallel.join()
+    parallel.world = lambda: Several(1)
+    for name in names:
+        with attempt(put, name):
+            found = one_step(name, AT_WORK[name], device, "float32")
+            put(name, **compare(name, "float32", found, plain[name]))
+
+
+CHECKS = {"methods": methods, "loop": loop, "kernels": kernels, "resume": resume, "several": several}
+# What these do, one after the other.
+NAMES = {"methods": (*METHODS,), "resume": (*RESUMED,), "several": GATHERING}

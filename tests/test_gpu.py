@@ -72,6 +72,22 @@ def test_a_part_that_fails_or_hangs_is_put_down_and_the_others_go_on(tmp_path, m
     assert (tmp_path / "report.md").read_text().count("FAILED") == 3
 
 
+def test_what_loses_the_gpu_ends_its_process_and_the_rest_is_done_in_another(tmp_path, monkeypatch):
+    def each(device, put, names):
+        for name in names:
+            with gpu.attempt(put, f"{name} float32"):
+                if name == "b":
+                    raise RuntimeError("an index out of range")
+                put(f"{name} float32", True)
+
+    monkeypatch.setattr(gpu_checks, "lost", lambda: True)
+    monkeypatch.setattr(gpu, "CHECKS", {"methods": each})
+    monkeypatch.setattr(gpu, "NAMES", {"methods": ("a", "b", "c")})
+    monkeypatch.setattr(gpu.torch, "device", lambda name: CPU)
+    gpu.work_through({"methods": 60}, argparse.Namespace(out=tmp_path, dry=False), time.time() + 60)
+    assert [(row["name"][0], row["ok"]) for row in rows(tmp_path)] == [("a", True), ("b", False), ("c", True)]
+
+
 def test_runs_that_are_not_done_in_time_are_put_down_with_how_far_they_came(tmp_path, monkeypatch):
     endless = {"workers": 0, "steps": 100_000, "evaluate_every": 2, "log_every": 1}
     make = gpu.config

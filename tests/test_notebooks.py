@@ -45,6 +45,15 @@ def test_stores_what_nbval_compares_and_has_one_parameters_cell(path):
 
 
 @each
+def test_networks_that_are_looked_into_lie_beside_their_batch(path):
+    """A run is opened on the GPU where there is one, unless told otherwise."""
+    source = "\n".join(c.source for c in code(path))
+    opened = re.findall(r"open_run\([^)]*\)\.method", source)
+    assert len(opened) == {"02_anatomy": 3, "34_fda": 1}.get(path.stem, 0)
+    assert all('"cpu"' in call for call in opened)
+
+
+@each
 def test_is_thin(path):
     source = "\n".join(c.source for c in code(path))
     shown = "\n".join(c.source for c in code(path) if "parameters" not in c.metadata.get("tags", []))

@@ -524,6 +524,16 @@ def test_the_record_tells_what_was_measured(tmp_path):
     assert miou(matrix) == record.miou
 
 
+def test_a_gpu_is_in_use_before_its_peak_memory_is_reset(tmp_path, monkeypatch):
+    """torch refuses to reset what it has not begun to count: "Invalid device argument", where the GPU has a number."""
+    calls = []
+    monkeypatch.setattr(runner, "pick_device", lambda *_: torch.device("cuda:0"))
+    monkeypatch.setattr(nn.Module, "to", lambda module, device: calls.append(f"to {device}"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append(f"reset {device}"))
+    runner._Run(config(), tmp_path, True)
+    assert calls == ["to cuda:0", "reset cuda:0"]
+
+
 def test_records_and_checkpoints_of_another_run_and_damaged_ones_are_refused(tmp_path):
     mine, other = config(steps=2), config("cps", steps=2)
     for c in (mine, other):
