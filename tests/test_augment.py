@@ -60,14 +60,8 @@ def test_image_label_and_validity_share_one_geometry(v):
     assert torch.equal(label == IGNORE, ~valid)
     assert (image[:, ~valid] == torch.tensor(FILL, dtype=torch.uint8)[:, None]).all()
     assert torch.equal(valid, valid.any(1)[:, None] & valid.any(0)[None]) and valid.any()
-
-
-@settings(deadline=None, derandomize=True, max_examples=30)
-@given(views)
-def test_an_image_without_label_gets_the_same_view(v):
-    image, _, valid = view(v)
-    other, label, other_valid = view(v, labeled=False)
-    assert torch.equal(image, other) and torch.equal(valid, other_valid) and (label == IGNORE).all()
+    other, nothing, other_valid = view(v, labeled=False)
+    assert torch.equal(image, other) and torch.equal(valid, other_valid) and (nothing == IGNORE).all()
 
 
 def test_padding_is_zero_after_normalisation_and_scale_one_an_exact_cut():
@@ -258,33 +252,28 @@ def test_boxes_have_the_published_area():
     area = xor_boxes(6000, (64, 64)).float().mean((1, 2))
     assert area.mean().item() == pytest.approx(0.252, abs=0.005)
     assert area.std().item() == pytest.approx(0.069, abs=0.005)
-    torch.manual_seed(0)
-    masks = xor_boxes(2000, (64, 48), boxes=1, area=(0.5, 0.5))
-    area = masks.float().mean((1, 2))
-    assert area.mean().item() == pytest.approx(0.5, abs=0.005) and area.std() < 0.02
-    assert torch.equal(masks, masks.any(2)[:, :, None] & masks.any(1)[:, None, :])  # a rectangle
-    assert masks.any(0).all()  # every place is reached
 
 
-def test_boxes_toggle_as_in_a_slow_loop():
+@pytest.mark.parametrize("boxes", [1, 3])
+def test_boxes_toggle_as_in_a_slow_loop(boxes):
     """The rule of methods.md 1.3, box by box, from the same draws."""
     torch.manual_seed(5)
-    ours = xor_boxes(20, (40, 56), boxes=3, area=(0.25, 0.5))
+    ours = xor_boxes(20, (40, 56), boxes=boxes, area=(0.25, 0.5))
     torch.manual_seed(5)
-    p = torch.empty(20, 3).uniform_(0.25, 0.5)
-    u, v = torch.rand(20, 3), torch.rand(20, 3, 2)
+    p = torch.empty(20, boxes).uniform_(0.25, 0.5)
+    u, v = torch.rand(20, boxes), torch.rand(20, boxes, 2)
     overlaps = 0
     for i in range(20):
         mask = np.zeros((40, 56), int)
-        for k in range(3):
+        for k in range(boxes):
             y = math.exp(float(u[i, k]) * math.log(float(p[i, k])))
             x = float(p[i, k]) / y
-            h, w = round(y * math.sqrt(1 / 3) * 40), round(x * math.sqrt(1 / 3) * 56)
+            h, w = round(y * math.sqrt(1 / boxes) * 40), round(x * math.sqrt(1 / boxes) * 56)
             top, left = round((40 - h) * float(v[i, k, 0])), round((56 - w) * float(v[i, k, 1]))
             mask[top : top + h, left : left + w] += 1
         overlaps += int((mask == 2).any())
         assert np.array_equal(mask % 2 == 1, ours[i].numpy())
-    assert overlaps > 5
+    assert overlaps > 5 or boxes == 1
 
 
 @settings(deadline=None, derandomize=True)

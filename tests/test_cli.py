@@ -75,12 +75,8 @@ def test_files_and_words_are_yaml_1_2(tmp_path):
     }  # fmt: skip
 
 
-PAIRS = [
-    (["lr"], "key=value"), (["a=1", "a=2"], "twice"), (["a=[1"], "not YAML"), (["a={b: 1, b: 2}"], "twice"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("pairs, word", PAIRS)
+@pytest.mark.parametrize("pairs, word", [
+    (["lr"], "key=value"), (["a=1", "a=2"], "twice"), (["a=[1"], "not YAML"), (["a={b: 1, b: 2}"], "twice")])  # fmt: skip
 def test_pairs_that_are_wrong(pairs, word):
     with pytest.raises(ValueError, match=word):
         parse_values(pairs)

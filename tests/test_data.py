@@ -98,12 +98,6 @@ def test_masks_are_indices_never_colours(tmp_path, shared):
     palette.save(tmp_path / "palette.png")
     assert read_label(tmp_path / "palette.png", 21).tolist() == indices.tolist()
     assert read_label(shared / "data/fixtures/mmseg_tests/seg.png").unique().tolist() == [0, 1]
-    palette.convert("RGB").save(tmp_path / "rgb.png")
-    message = "rgb.png: a mask is a grey or palette PNG of class indices, not of mode RGB"
-    with pytest.raises(DataError, match=message):
-        read_label(tmp_path / "rgb.png")
-    with pytest.raises(DataError, match=r"palette.png: label values 20 \(1 pixels\) outside 0..19 and 255"):
-        read_label(tmp_path / "palette.png", 20)
 
 
 def test_voc_photos(shared):
@@ -368,7 +362,7 @@ RGB = np.dstack([grey(0)] * 3)
     ("v_.png", os.unlink, r"1 masks \(.*v_.png\) missing"),
     ("u.png", truncate, "1 faulty files:\n  .*u.png: not a readable picture"),
     ("a_.png", truncate, "1 faulty files:\n  .*a_.png: not a readable mask"),
-    ("a_.png", lambda path: save(path, RGB), "a_.png: a mask is .* mode RGB"),
+    ("a_.png", lambda path: save(path, RGB), "a_.png: a mask is a grey or palette PNG of class indices, not of mode RGB"),
     ("b_.png", lambda path: save(path, grey(0, 6, 4)), r"b.png: the image has \(4, 6\) pixels, its mask \(6, 4\)"),
     ("v_.png", lambda path: save(path, grey(3)), r"v_.png: label values 3 \(24 pixels\) outside 0..2 and 255"),
 ])  # fmt: skip
@@ -580,10 +574,8 @@ def test_lists_of_any_encoding(own, encoding):
     assert open_dataset("folder", own).train == ("a.png", "u.png")
 
 
-LINES = ["c", "c.png,c_.png", "c.png;c_.png", "my photo.png", "c\\d.png", '"c.png" "c_.png"']
-
-
-@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("line", [
+    "c", "c.png,c_.png", "c.png;c_.png", "my photo.png", "c\\d.png", '"c.png" "c_.png"'])  # fmt: skip
 def test_a_line_of_another_form_is_a_missing_image(own, line):
     (own / "train.txt").write_text(f"a.png a_.png\n{line}\n")
     problem, _ = examine(own)
@@ -605,9 +597,9 @@ def test_a_city_may_have_any_name(tmp_path):
     for id in data.train + data.val:
         assert data.image(id).shape == (3, 4, 6) and data.label(id).unique().tolist() == [0]
     (tmp_path / "few").mkdir()
-    listed = "leftImg8bit/train/0/005506_leftImg8bit.png gtFine/x.png\nnew_york_000000_000019\n"
-    (tmp_path / "few/labeled.txt").write_text(listed)
-    assert load_split(data, "few").labeled == data.train
+    (tmp_path / "few/labeled.txt").write_text("leftImg8bit/train/0/005506_leftImg8bit.png gtFine/x.png\r\n")
+    split = load_split(data, "few")
+    assert (split.labeled, split.unlabeled) == (data.train[:1], data.train[1:])
     city(tmp_path, "train/1/005506")
     with pytest.raises(DataError, match="two images are called 005506, in train/[01] and train/[01]"):
         open_dataset("cityscapes", tmp_path)

@@ -8,56 +8,44 @@ from torch import nn
 from mkd_core.ema import EMA
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.layer(x))
-
-
-def walk(net: nn.Module, steps: int, seed: int = 0) -> list[torch.Tensor]:
-    """Weights that a student might take: a random walk of one tensor."""
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(net.layer.weight.shape, generator=g) for _ in range(steps)]
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.6, 0.9, 1.0])
 @pytest.mark.parametrize("warmup", [True, False])
 def test_closed_form(decay, warmup):
     """theta_t = sum_s (1 - m_s) prod_{r > s} m_r theta_s, m_t = min(1 - 1 / (t + 1), decay) if warm."""
-    student = Net()
-    start = student.layer.weight.detach().clone().double()
+    student = network()
+    start = student[0].weight.detach().clone().double()
     teacher = EMA(student, decay, warmup=warmup)
-    weights = walk(student, 12)
+    weights = torch.randn(12, *start.shape, generator=torch.Generator().manual_seed(0))  # a random walk
     for t, w in enumerate(weights, 1):
-        student.layer.weight.data.copy_(w)
+        student[0].weight.data.copy_(w)
         teacher.update(student, t)
-        assert torch.equal(student.layer.weight, w)
+        assert torch.equal(student[0].weight, w)
     m = [min(1 - 1 / (t + 1), decay) if warmup else decay for t in range(1, 13)]
     expected = start * torch.tensor(m).double().prod()
     for t, w in enumerate(weights):
         expected = expected + (1 - m[t]) * torch.tensor(m[t + 1 :]).double().prod() * w.double()
-    torch.testing.assert_close(teacher.module.layer.weight.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(teacher.module[0].weight.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_buffers_are_the_teacher_s_own_or_averaged():
-    student = Net().train()
-    teacher = EMA(student, 0.9)
-    student(torch.randn(4, 3, 5, 5) + 3)
-    teacher.update(student, 1)
-    assert (teacher.module.norm.running_mean == 0).all() and teacher.module.norm.num_batches_tracked == 0
-    teacher(torch.randn(4, 3, 5, 5))
-    assert (teacher.module.norm.running_mean != 0).any() and teacher.module.norm.num_batches_tracked == 1
-    student = Net().train()
-    teacher = EMA(student, 0.75, buffers="all", warmup=False)
+    student = network().train()
+    own, averaged = EMA(student, 0.9), EMA(student, 0.75, buffers="all", warmup=False)
     for _ in range(3):
         student(torch.randn(4, 3, 5, 5) + 3)
-    teacher.update(student, 1)
-    torch.testing.assert_close(teacher.module.norm.running_mean, 0.25 * student.norm.running_mean)
-    torch.testing.assert_close(teacher.module.norm.running_var, 0.75 + 0.25 * student.norm.running_var)
-    assert teacher.module.norm.num_batches_tracked == 3
+    own.update(student, 1)
+    norm = own.module[1]
+    assert (norm.running_mean == 0).all() and norm.num_batches_tracked == 0
+    own(torch.randn(4, 3, 5, 5))
+    assert (norm.running_mean != 0).any() and norm.num_batches_tracked == 1
+    averaged.update(student, 1)
+    norm = averaged.module[1]
+    torch.testing.assert_close(norm.running_mean, 0.25 * student[1].running_mean)
+    torch.testing.assert_close(norm.running_var, 0.75 + 0.25 * student[1].running_var)
+    assert norm.num_batches_tracked == 3
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

@@ -23,28 +23,14 @@ def case(seed: int = 0, classes: int = 5, ignored: float = 0.3) -> tuple[torch.T
     return logits, label
 
 
-def loop_cross_entropy(logits: torch.Tensor, label: torch.Tensor) -> tuple[float, int]:
-    """Sum of -log softmax over the labelled pixels, and their number, in plain Python."""
-    total, count = 0.0, 0
-    for b, i, j in np.ndindex(*label.shape):
-        if (c := int(label[b, i, j])) != IGNORE:
-            z = logits[b, :, i, j].tolist()
-            total += math.log(sum(math.exp(v) for v in z)) - z[c]
-            count += 1
-    return total, count
-
-
 @settings(deadline=None, derandomize=True, max_examples=25)
 @given(seed=st.integers(0, 10_000), ignored=st.sampled_from([0.0, 0.3, 0.9]))
-def test_cross_entropy_is_torch_s_and_the_loop_s(seed, ignored):
+def test_cross_entropy_is_torch_s_over_its_own_or_another_number_of_pixels(seed, ignored):
     logits, label = case(seed, ignored=ignored)
-    total, count = loop_cross_entropy(logits, label)
-    ours = cross_entropy(logits, label).item()
-    assert ours == pytest.approx(total / max(count, 1), rel=1e-12)
-    over = torch.rand(label.shape) < 0.5  # another denominator
+    total = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum").item()
+    count, over = int((label != IGNORE).sum()), torch.rand(label.shape) < 0.5
+    assert cross_entropy(logits, label).item() == pytest.approx(total / max(count, 1), rel=1e-12)
     assert cross_entropy(logits, label, over=over).item() == pytest.approx(total / int(over.sum()), rel=1e-12)
-    if count:
-        assert ours == pytest.approx(F.cross_entropy(logits, label, ignore_index=IGNORE).item(), rel=1e-12)
 
 
 def test_cross_entropy_has_torch_s_gradient_and_of_nothing_is_zero():
@@ -53,8 +39,6 @@ def test_cross_entropy_has_torch_s_gradient_and_of_nothing_is_zero():
     cross_entropy(ours, label).backward()
     F.cross_entropy(theirs, label, ignore_index=IGNORE).backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
-    assert (ours.grad.movedim(1, -1)[label == IGNORE] == 0).all()
-    logits, label = case()
     logits.requires_grad_()
     for over in (None, torch.zeros_like(label, dtype=torch.bool)):
         loss = cross_entropy(logits, torch.full_like(label, IGNORE), over=over)

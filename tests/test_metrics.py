@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,9 +37,7 @@ def test_iou_is_the_loop_s(data, classes, dtype):
     label_map = torch.tensor(label, dtype=dtype).view(shape)
     matrix = confusion_matrix(torch.tensor(prediction).view(shape), label_map, classes)
     assert matrix.dtype == torch.int64 and matrix.sum() == sum(t != IGNORE for t in label)
-    for t in range(classes):
-        for p in range(classes):
-            assert matrix[t, p] == sum(pair == (p, t) for pair in pixels)
+    assert matrix.tolist() == [[pixels.count((p, t)) for p in range(classes)] for t in range(classes)]
     expected = loop_iou(prediction, label, classes)
     assert iou(matrix).tolist() == pytest.approx(expected, nan_ok=True)
     present = [v for v in expected if not math.isnan(v)]
@@ -72,11 +71,9 @@ def test_pseudo_label_quality_is_the_loop_s():
         label = torch.randint(0, classes, (2, 5, 7), generator=g)
         label[torch.rand(label.shape, generator=g) < 0.2] = IGNORE
         quality.update(prob, label)
-        for b in range(2):
-            for i in range(5):
-                for j in range(7):
-                    p = prob[b, :, i, j].tolist()
-                    pixels.append((p.index(max(p)), max(p), int(label[b, i, j])))
+        for b, i, j in np.ndindex(2, 5, 7):
+            p = prob[b, :, i, j].tolist()
+            pixels.append((p.index(max(p)), max(p), int(label[b, i, j])))
     known = [p for p in pixels if p[2] != IGNORE]
     kept = [p for p in known if p[1] >= threshold]
     assert 0 < len(kept) < len(known)

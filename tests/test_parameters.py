@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
 from test_notebooks import NOTEBOOKS
 from test_notebooks import parameters as cell_of
+from tiny import save
 
 from mkd_core import METHODS, Grid, RunConfig, load_split, open_dataset, records, run, runner
 from mkd_core.config import NOT_IDENTITY, with_bases
@@ -236,10 +236,8 @@ def layouts(tmp_path_factory) -> dict[str, Path]:
     rng = np.random.default_rng(0)
 
     def write(image: Path, mask: Path, classes: int) -> None:
-        random = {image: rng.integers(0, 256, (64, 80, 3)), mask: rng.integers(0, classes, (64, 80))}
-        for path, array in random.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(array.astype(np.uint8)).save(path)
+        save(image, rng.integers(0, 256, (64, 80, 3)))
+        save(mask, rng.integers(0, classes, (64, 80)))
 
     for i in range(6):
         part = "val" if i == 5 else "train"

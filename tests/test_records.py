@@ -7,6 +7,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from tiny import record
@@ -58,12 +59,9 @@ def test_a_reader_never_sees_half_of_a_text(tmp_path, pool):
 def test_a_full_disk_keeps_the_old_text(tmp_path, monkeypatch, fails):
     path = tmp_path / "record.json"
     write_atomically(path, "old")
-
-    def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+    full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as m:
-        m.setattr(os, fails, full)
+        m.setattr(os, fails, mock.Mock(side_effect=full))
         with pytest.raises(OSError, match="No space left"):
             write_atomically(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["record.json"]

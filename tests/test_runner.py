@@ -10,6 +10,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -48,10 +49,6 @@ def long(method: str, **keys) -> RunConfig:
     return config(method, **LONG | {"options": OPTIONS.get(method, {})} | keys)
 
 
-def keys_of(c: RunConfig) -> dict:
-    return c.model_dump(mode="json")
-
-
 def outcome(folder: Path) -> tuple[dict, dict, str]:
     """(weights and optimiser state, record without clocks, history) of a finished run."""
     names = ("checkpoint.pt", "checkpoint-best.pt")
@@ -84,7 +81,7 @@ def rows(folder: Path) -> int:
 
 
 def start(c: RunConfig, runs: Path, **how) -> multiprocessing.Process:
-    process = server.Process(target=child, args=(keys_of(c), str(runs)), kwargs=how)
+    process = server.Process(target=child, args=(c.model_dump(mode="json"), str(runs)), kwargs=how)
     process.start()
     return process
 
@@ -178,12 +175,13 @@ def test_a_second_process_at_the_same_run_is_told_so(tmp_path):
         process.join()
 
 
-def poison(monkeypatch, step: int, steps: int) -> None:
+def poison(monkeypatch, step: int) -> None:
+    """The loss of this step, of 8, is no number."""
     forward = MeanTeacher.forward
 
     def poisoned(self, batch, progress):
         terms, stats = forward(self, batch, progress)
-        factor = float("nan") if round(progress * steps) == step else 1
+        factor = float("nan") if round(progress * 8) == step else 1
         return {k: factor * t for k, t in terms.items()}, stats
 
     monkeypatch.setattr(MeanTeacher, "forward", poisoned)
@@ -195,7 +193,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, log_ever
     run(c, tmp_path / "healthy", quiet=True)
     folder = tmp_path / "ill" / c.id
     with monkeypatch.context() as m:
-        poison(m, 4, 8)
+        poison(m, 4)
         with pytest.raises(NonFiniteLoss) as error:
             run(c, tmp_path / "ill", quiet=True)
     message = str(error.value)
@@ -231,22 +229,9 @@ def of_both(c: RunConfig, dataset, split) -> Steps:
 
 
 def test_a_bad_loss_before_the_first_checkpoint(tmp_path, monkeypatch):
-    poison(monkeypatch, 0, 8)
+    poison(monkeypatch, 0)
     with pytest.raises(NonFiniteLoss, match="step 0"):
         run(config("mean_teacher", steps=8), tmp_path, quiet=True)
-
-
-def full_disk(monkeypatch, after: int = 0) -> None:
-    """From the `after`-th time on, flushing a file finds no space left."""
-    calls = 0
-
-    def fsync(fd: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > after:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fsync)
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
@@ -255,8 +240,9 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
     run(c, tmp_path / "whole", quiet=True)
     for after in range(7):
         folder = tmp_path / f"{after}" / c.id
+        full = [OSError(errno.ENOSPC, "No space left on device")] * 99  # from the `after`-th time on
         with monkeypatch.context() as m:
-            full_disk(m, after)
+            m.setattr(os, "fsync", mock.Mock(side_effect=[None] * after + full))
             with pytest.raises(OSError, match="No space left"):
                 run(c, folder.parent, quiet=True)
         assert not [*folder.glob(".*")] and not (folder / "record.json").exists()
@@ -484,16 +470,20 @@ def test_evaluate_counts_every_pixel_of_every_image_once(workers):
 @pytest.mark.parametrize("protocol, precision", [
     *((protocol, "float32") for protocol in PROTOCOLS), ("whole", "bfloat16"), ("sliding", "bfloat16")])  # fmt: skip
 def test_all_ways_through_a_predictor_agree(protocol, precision):
-    """Scores are made by `__call__`, pictures and pseudo-labels by `label`, in bands where windows slide."""
+    """Probabilities are made by `__call__`, scores by `parts`, pictures and pseudo-labels by `label`; in bands where windows slide."""
     assert config(protocol=protocol).protocol == protocol  # RunConfig lists them too
     nets = {"a": build(), "b": build()}
     predictor = Predictor(nets, protocol=protocol, window=(32, 48), precision=precision)
     image = torch.randint(0, 256, (3, 84, 70), dtype=torch.uint8)
-    for name, prob in predictor(image[None]).items():
+    found = predictor(image[None])
+    torch.testing.assert_close(found["mean"], (found["a"] + found["b"]) / 2)
+    for rows, name, prob in predictor.parts(image[None]):
+        assert torch.equal(prob, found[name][:, :, rows])
+    for name, prob in found.items():
         label, confidence = predictor.label(image, name)
         assert torch.equal(label.long(), prob[0].max(0).indices) and torch.equal(confidence, prob[0].amax(0))
     exact = Predictor(nets, protocol=protocol, window=(32, 48))(image[None])["a"]
-    assert torch.equal(predictor(image[None])["a"], exact) == (precision == "float32")
+    assert torch.equal(found["a"], exact) == (precision == "float32")
     assert all(net.training for net in nets.values())
 
 

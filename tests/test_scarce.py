@@ -8,12 +8,11 @@ import pytest
 import torch
 from PIL import Image
 from test_runner import assert_same
-from tiny import config, make
+from tiny import config
 
 from mkd_core import evaluate as evaluation
 from mkd_core import open_dataset, prepare, records, runner
 from mkd_core import train as train_module
-from mkd_core.evaluate import Predictor
 from mkd_core.runner import run
 
 
@@ -43,37 +42,17 @@ def test_memory_for_the_largest_image_is_tried_before_the_first_step(tmp_path, m
     (tmp_path / "train.txt").write_text("0.png m0.png\n")
     (tmp_path / "val.txt").write_text("1.png m1.png\n2.png m2.png\n")
     own = dict(dataset="folder", root=str(tmp_path), dataset_options={}, split="full", batch=2, steps=2)
-    for module in (prepare, evaluation):
-        monkeypatch.setattr(module, "LARGE", 32 * 33)
-    large = run(config(**own), tmp_path / "runs", quiet=True)
-    for module in (prepare, evaluation):
-        monkeypatch.setattr(module, "LARGE", 2**21)
-    assert run(config(**own), tmp_path / "other", quiet=True).confusion == large.confusion
+    plain = run(config(**own), tmp_path / "plain", quiet=True)
+    monkeypatch.setattr(prepare, "LARGE", 32 * 33)
+    assert run(config(**own), tmp_path / "runs", quiet=True).confusion == plain.confusion
 
     def full(net, images, window):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory") if images.shape[2] == 96 else None
 
     monkeypatch.setitem(evaluation.PROTOCOLS, "whole", full)
-    monkeypatch.setattr(prepare, "LARGE", 32 * 33)
-    with pytest.raises(
-        ValueError, match="does not suffice to evaluate 1.png, 0 megapixels: protocol=sliding"
-    ):
+    message = "does not suffice to evaluate 1.png, 0 megapixels: protocol=sliding"
+    with pytest.raises(ValueError, match=message):
         run(config(**own, seed=1), tmp_path / "runs", quiet=True)
-
-
-def test_pieces_of_large_images_are_the_whole(monkeypatch):
-    """Whatever the protocol, and for the mean too."""
-    method = make("mkd")
-    images = torch.randint(0, 255, (2, 3, 70, 50), generator=torch.Generator().manual_seed(0)).byte()
-    for protocol in evaluation.PROTOCOLS:
-        model = Predictor(method.predictors, protocol=protocol, window=(32, 32))
-        whole = model(images)
-        monkeypatch.setattr(evaluation, "LARGE", 100)
-        rebuilt = {name: torch.full_like(prob, -1) for name, prob in whole.items()}
-        for rows, name, prob in model.parts(images):
-            rebuilt[name][:, :, rows] = prob
-        monkeypatch.setattr(evaluation, "LARGE", 2**21)
-        assert all((rebuilt[name] - whole[name]).abs().max() < 1e-6 for name in whole) and "mean" in whole
 
 
 def test_what_a_run_says(tmp_path, capsys, monkeypatch):

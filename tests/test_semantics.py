@@ -22,15 +22,11 @@ def pixels(n: int, classes: int, channels: int, seed: int = 0, ignored: float = 
 
 def one_shot(features: Tensor, label: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Counts, means and population variances of all pixels at once, in float64, class by class."""
-    features = features.double()
-    counts, means, variances = [], [], []
-    for c in range(classes):
-        mine = features[label == c]
-        counts.append(float(len(mine)))
-        means.append(mine.mean(0) if len(mine) else torch.zeros(features.shape[1]).double())
-        none = torch.zeros(features.shape[1]).double()
-        variances.append(mine.var(0, unbiased=False) if len(mine) else none)
-    return torch.tensor(counts).double(), torch.stack(means), torch.stack(variances)
+    none = torch.zeros(features.shape[1], dtype=torch.float64)
+    of = [features[label == c].double() for c in range(classes)]
+    means = [mine.mean(0) if len(mine) else none for mine in of]
+    variances = [mine.var(0, unbiased=False) if len(mine) else none for mine in of]
+    return torch.tensor([*map(len, of)]).double(), torch.stack(means), torch.stack(variances)
 
 
 def per_pixel(logits: Tensor, label: Tensor, weight: Tensor, var: Tensor, strength: float) -> Tensor:

@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -250,15 +249,11 @@ def test_random_opens_few_masks_skips_what_cannot_be_labeled_and_tells_what_does
     assert 4 < len(dataset.opened) < 30
 
 
-def test_full_and_random_on_real_street_scenes(shared):
+def test_full_has_every_labeled_image_and_leaves_all_unlabeled():
     holds = {"a": {0}, "b": None, "c": {1}}
     split = load_split(Listed(holds, holds=holds), "full")
     assert split.labeled == ("a", "c") and split.unlabeled == ("a", "b", "c")
     assert str(split) == "full: 2 labeled, 3 unlabeled"
-    camvid = open_dataset("folder", str(shared / "data/camvid"), classes=11, val="test.txt")
-    split = load_split(camvid, "random/1_32", seed=1)
-    present = torch.cat([camvid.label(id).unique() for id in split.labeled]).unique().tolist()
-    assert len(split.labeled) == 12 and present[:11] == list(range(11))
 
 
 @pytest.fixture
@@ -308,11 +303,3 @@ def test_own_lists_are_all_that_is_needed(own):
     (own / "half/unlabeled.txt").write_text("c.png\r\nd.png\r\n")
     split = load_split(dataset, "half")
     assert split.labeled == ("a.png",) and split.unlabeled == ("c.png", "d.png")
-
-
-def test_published_layout_accepts_own_lists(shared, tmp_path):
-    root = shutil.copytree(shared / "data/fixtures/voc_labelme", tmp_path / "voc")
-    (root / "few").mkdir()
-    (root / "few/labeled.txt").write_text("JPEGImages/2011_000006.jpg SegmentationClass/2011_000006.png\r\n")
-    split = load_split(open_dataset("voc", root), "few")
-    assert split.labeled == ("2011_000006",) and split.unlabeled == ("2011_000003",)
