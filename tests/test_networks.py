@@ -57,7 +57,7 @@ def renamed(name: str) -> str:
 
 @pytest.mark.parametrize("layers", [50, 101])
 def test_the_network_of_the_released_code(layers):
-    """Every tensor of ResNetV1c, DepthwiseSeparableASPPHead and the classifier by name and shape, and no other."""
+    """Every tensor of ResNetV1c, DepthwiseSeparableASPPHead and classifier by name and shape; no other."""
     with torch.device("meta"):
         net = SegNet(21, arch="deeplabv3plus_mmseg", encoder=f"tu-resnet{layers}c")
     expected = {"classifier.weight": (21, 256, 1, 1), "classifier.bias": (21,)}

@@ -470,7 +470,7 @@ def test_evaluate_counts_every_pixel_of_every_image_once(workers):
 @pytest.mark.parametrize("protocol, precision", [
     *((protocol, "float32") for protocol in PROTOCOLS), ("whole", "bfloat16"), ("sliding", "bfloat16")])  # fmt: skip
 def test_all_ways_through_a_predictor_agree(protocol, precision):
-    """Probabilities are made by `__call__`, scores by `parts`, pictures and pseudo-labels by `label`; in bands where windows slide."""
+    """`__call__` makes probabilities, `parts` scores, `label` pictures; in bands where windows slide."""
     assert config(protocol=protocol).protocol == protocol  # RunConfig lists them too
     nets = {"a": build(), "b": build()}
     predictor = Predictor(nets, protocol=protocol, window=(32, 48), precision=precision)
