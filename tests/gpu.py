@@ -6,7 +6,7 @@ results.jsonl has a line for each result as soon as it is there, report.md the s
 printed, history.jsonl the training curves. Each part is a process with a time limit: one that fails or hangs is put down, the
 others go on; one that has lost CUDA is begun again behind what it lost it by. The minutes begin when torch is imported, which
 may take one. --runs: a table as `mkd batch` takes it, of runs on a data set in list files at ROOT; they run side by side, those
-of the first seed first, until the time is up, and what is unfinished is put down too. --dry: everything at toy size on a CPU
+of the first seed and column first, until the time is up, and what is unfinished is put down too. --dry: everything at toy size on a CPU
 (with --runs: these on the CPU).
 """
 
@@ -194,11 +194,7 @@ def train(device: torch.device, put: Put, args: argparse.Namespace) -> None:
     elif not args.runs:
         return put("no --runs", True)
     else:
-        values = read_parameters(args.runs)
-        if args.data:
-            values["common"] = values.get("common", {}) | {"dataset": "folder", "root": str(args.data)}
-        grid = Grid(**{key: value for key, value in values.items() if key in Grid.model_fields})
-        configs = sorted((c for of in grid.runs.values() for c in of), key=lambda c: c.seed)
+        configs = planned(args.runs, args.data)
     waiting = [c.model_copy(update={"device": str(device)}) for c in configs[::-1]]  # as `mkd batch` names it
     with tempfile.TemporaryDirectory() as place:
         active: list[tuple[BaseProcess, RunConfig]] = []
@@ -217,6 +213,17 @@ def train(device: torch.device, put: Put, args: argparse.Namespace) -> None:
             leave(c, Path(place), args.out, put, None)
         for c in waiting:
             put(f"{c.method} {c.split} seed {c.seed}", True, state="not begun")
+
+
+def planned(file: Path, data: Path | None) -> list[RunConfig]:
+    """The runs of a table, each once: every row of the first column with the first seed, then of the next column."""
+    values = read_parameters(file)
+    if data:
+        values["common"] = values.get("common", {}) | {"dataset": "folder", "root": str(data)}
+    grid = Grid(**{key: value for key, value in values.items() if key in Grid.model_fields})
+    rows, columns, seeds = grid.cells.values(), grid.columns, range(len(grid.seeds))
+    every = [row[name][seed] for seed in seeds for name in columns for row in rows]
+    return [*{c.id: c for c in every}.values()]
 
 
 def leave(c: RunConfig, runs: Path, out: Path, put: Put, status: int | None) -> None:

@@ -99,6 +99,18 @@ def test_runs_that_are_not_done_in_time_are_put_down_with_how_far_they_came(tmp_
     assert found[0]["step"] > 0 and found[0]["of"] == 100_000 and found[0]["best_predictor_so_far"] >= 0
 
 
+def test_each_run_of_a_table_is_begun_once_all_rows_of_a_column_first(tmp_path):
+    rows, columns = (
+        {"all": {"split": "full"}, "few": {}},
+        {"a": {"split": "random/6"}, "b": {"split": "random/8"}},
+    )
+    table = {"common": {"method": "supervised"}, "rows": rows, "columns": columns, "seeds": [0, 1]}
+    (tmp_path / "table.yaml").write_text(json.dumps(table))
+    found = [(c.seed, c.split) for c in gpu.planned(tmp_path / "table.yaml", None)]
+    each = ["full", "random/6", "random/8"]
+    assert found == [(seed, split) for seed in (0, 1) for split in each]
+
+
 def test_the_comparison_of_steps_can_fail():
     def step() -> tuple:
         return gpu_checks.one_step("mean_teacher", {}, CPU, "float32")
