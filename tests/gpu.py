@@ -1,6 +1,7 @@
 """make gpu: what this suite does on a GPU, in one folder: checks, speed, then training for the time that is left.
 
-    python tests/gpu.py --out FOLDER [--minutes 8] [--data ROOT] [--runs FILE.yaml] [--slots 4] [--parts methods,bench] [--dry]
+    python tests/gpu.py --out FOLDER [--minutes 8] [--runs FILE.yaml] [--data ROOT] [--weights FILE] [--slots 4]
+        [--parts methods,bench] [--dry]
 
 results.jsonl has a line for each result as soon as it is there, report.md the same for reading, log.txt what the parts
 printed, history.jsonl the training curves. Each part is a process with a time limit: one that fails or hangs is put down, the
@@ -194,7 +195,7 @@ def train(device: torch.device, put: Put, args: argparse.Namespace) -> None:
     elif not args.runs:
         return put("no --runs", True)
     else:
-        configs = planned(args.runs, args.data)
+        configs = args.configs
     waiting = [c.model_copy(update={"device": str(device)}) for c in configs[::-1]]  # as `mkd batch` names it
     with tempfile.TemporaryDirectory() as place:
         active: list[tuple[BaseProcess, RunConfig]] = []
@@ -215,11 +216,10 @@ def train(device: torch.device, put: Put, args: argparse.Namespace) -> None:
             put(f"{c.method} {c.split} seed {c.seed}", True, state="not begun")
 
 
-def planned(file: Path, data: Path | None) -> list[RunConfig]:
+def planned(file: Path, given: dict[str, str]) -> list[RunConfig]:
     """The runs of a table, each once: every row of the first column with the first seed, then of the next column."""
     values = read_parameters(file)
-    if data:
-        values["common"] = values.get("common", {}) | {"dataset": "folder", "root": str(data)}
+    values["common"] = values.get("common", {}) | given
     grid = Grid(**{key: value for key, value in values.items() if key in Grid.model_fields})
     rows, columns, seeds = grid.cells.values(), grid.columns, range(len(grid.seeds))
     every = [row[name][seed] for seed in seeds for name in columns for row in rows]
@@ -349,12 +349,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--weights", type=Path)
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--slots", type=int, default=4)
     parser.add_argument("--parts", default=",".join(name for of in ROUNDS for name in of))
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
     args.out = args.out.resolve()
+    given = {"dataset": "folder", "root": str(args.data)} if args.data else {}
+    given |= {"weights": str(args.weights)} if args.weights else {}
+    args.configs = planned(args.runs, given) if args.runs else []  # what is wrong with them shows at once
     if not args.dry and not found_gpu():
         parser.error("torch sees no GPU; --dry does everything at toy size on a CPU")
     args.out.mkdir(parents=True, exist_ok=True)

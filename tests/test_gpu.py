@@ -106,7 +106,7 @@ def test_each_run_of_a_table_is_begun_once_all_rows_of_a_column_first(tmp_path):
     )
     table = {"common": {"method": "supervised"}, "rows": rows, "columns": columns, "seeds": [0, 1]}
     (tmp_path / "table.yaml").write_text(json.dumps(table))
-    found = [(c.seed, c.split) for c in gpu.planned(tmp_path / "table.yaml", None)]
+    found = [(c.seed, c.split) for c in gpu.planned(tmp_path / "table.yaml", {})]
     each = ["full", "random/6", "random/8"]
     assert found == [(seed, split) for seed in (0, 1) for split in each]
 
