@@ -7,8 +7,12 @@ import copy
 import bench
 import pytest
 import torch
+from memory import memory
 from released import SWITCHES, Released
 from tiny import batch, make
+
+from mkd_core import RunConfig
+from mkd_core.suite.cost import Step, peak_bytes
 
 SMALL = {"encoder": "tu-test_resnet", "channels": 16, "crop": (32, 32), "batch": 2}
 
@@ -57,3 +61,15 @@ def test_the_table_of_steps_has_a_vision_transformer_and_targets_are_met_or_miss
     assert bench.Row("a", 3.0, target=2).met == "met" and bench.Row("a", 1.0, target=2).met == "MISSED"
     share = bench.Row("a", 3.0, target=2, unit="%")
     assert share.met == "MISSED" and bench.Row("a", 3.0).met == ""
+
+
+@pytest.mark.parametrize("method", ["supervised", "mkd"])
+def test_the_memory_that_is_computed_grows_with_the_batch_as_what_is_held(method):
+    small = {"method": method, "encoder": "tu-test_resnet", "channels": 16, "crop": (96, 96)}
+    computed, held = [], []
+    for n in (2, 8):
+        computed.append(memory(batch=n, **small)[0])
+        held.append(
+            peak_bytes(Step(RunConfig(batch=n, device="cpu", strong="none", split="random/6", **small)))
+        )
+    assert computed[1] - computed[0] == pytest.approx(held[1] - held[0], rel=0.05)

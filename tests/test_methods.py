@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from memory import pretended
 from oracle import METHODS_OF, labels
 from released import SWITCHES as RELEASED
 from slow import IGNORE, ce, close, fix, mixed, sharp
@@ -18,7 +19,6 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.utils._pytree import tree_map_only
 
 from mkd_core.augment.colour import blur, colour_jitter, equalize, greyscale, solarize
 from mkd_core.augment.weak import constant
@@ -234,18 +234,11 @@ def gpu(monkeypatch):
     torch.clear_autocast_cache()
 
 
-def pretended(tensor: Tensor) -> Tensor:
-    like = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
-    return nn.Parameter(like, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else like
-
-
 @every_case
 def test_a_step_stays_on_its_device_and_asks_it_nothing(name, request):
     method, b = case(name), batch()
     request.getfixturevalue("gpu")
-    for holder in [of for m in method.modules() for of in (m._parameters, m._buffers)]:
-        holder.update({key: pretended(t) for key, t in holder.items() if t is not None})
-    terms, stats = method(Batch(**tree_map_only(Tensor, pretended, vars(b))), 0.7)
+    terms, stats = pretended(method, "cuda")(Batch(**pretended(vars(b), "cuda")), 0.7)
     method.update(1)
     assert {t.device.type for t in (terms | stats).values()} == {"cuda"}
 
