@@ -170,6 +170,8 @@ def test_a_row_has_its_methods_colour_and_no_two_rows_share_one(monkeypatch):
     own = {"CPS": "#d55e00", "MKD": "#0072b2", "SupOnly": "#8a8a8a", "all labels": figures.INK}
     assert own.items() <= colours.items() and len({*map(str, colours.values())}) == 6
     assert report.look(dict(reversed(cells.items())))[1]["SupOnly"] == "#8a8a8a"
+    alike = report.look({name: [record(config=of(name))] for name in METHODS})[1]
+    assert len({*alike.values()}) == len(METHODS) > len({method.colour for method in METHODS.values()})
     many = report.look({f"row {k}": [record(config=of("mkd"))] for k in range(30)})[1]
     assert len({*map(str, many.values())}) == 30
 

@@ -53,7 +53,7 @@ def write(
 def look(cells: Runs) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Lay out records with names that can be drawn, and give each row its colour.
 
-    The first row of a method has the method's colour, others have what is free; SupOnly on all labels is black.
+    The first row of methods of one colour has it, others have what is free; SupOnly on all labels is black.
     """
     runs = records.frame(cells)
     rows = runs.row.cat.remove_unused_categories().cat.rename_categories(plain)
@@ -62,9 +62,9 @@ def look(cells: Runs) -> tuple[pd.DataFrame, dict[str, Any]]:
     methods: dict[str, list[str]] = {}
     for row, method in runs[~runs.all_labels].drop_duplicates("row").set_index("row").method.items():
         methods.setdefault(method, []).append(row)
-    own = {rows[0]: METHODS[method].colour for method, rows in methods.items()}
-    every = (*CYCLE, *sns.husl_palette(len(runs.row.cat.categories), s=0.8))
-    spare = iter([colour for colour in every if colour not in own.values()])
+    firsts = {METHODS[method].colour: names[0] for method, names in reversed(methods.items())}
+    own = {row: colour for colour, row in firsts.items()}
+    spare = iter([c for c in (*CYCLE, *sns.husl_palette(len(rows.cat.categories), s=0.8)) if c not in firsts])
     return runs, colours | {row: own.get(row) or next(spare) for rows in methods.values() for row in rows}
 
 
