@@ -174,6 +174,19 @@ def released(keys: dict[str, Any] = REAL, pairs: int = 3) -> Iterator[Row]:
     yield memory("step of the paper's recipe: memory", most, peak_bytes(paper))
 
 
+def growth(keys: dict[str, Any] = REAL, pairs: int = 3) -> Iterator[Row]:
+    """SupOnly's step against the same of another size: no goal, but what a change of it costs."""
+    first = Step(config("supervised", **keys))
+    side, batch, most = keys["crop"][0], keys["batch"], peak_bytes(first)
+    for what, more, classes in (
+        ("crop x 2", {"crop": (2 * side, 2 * side)}, 21), ("batch x 2", {"batch": 2 * batch}, 21),
+        ("81 classes", {}, 81), ("150 classes", {}, 150), ("ResNet-50", {"encoder": "resnet50"}, 21),
+    ):  # fmt: skip
+        step = Step(config("supervised", **keys | more), classes)
+        yield compare(f"growth, SupOnly, {what}: time of a step", step, first, pairs)
+        yield memory(f"growth, SupOnly, {what}: memory", peak_bytes(step), most)
+
+
 def checkpointing(keys: dict[str, Any] = REAL, pairs: int = 3) -> Iterator[Row]:
     """MKD's step that keeps every activation, against one that computes those of the encoder's blocks again."""
     plain, again = (Step(config("mkd", activation_checkpointing=on, **keys)) for on in (False, True))
@@ -312,7 +325,7 @@ def steps(
 def main() -> None:
     started = time.perf_counter()
     print(f"torch {torch.__version__}, CPU, {torch.get_num_threads()} thread")
-    for part in (fda, parts, loader, cache, waiting, evaluation, released, checkpointing):
+    for part in (fda, parts, loader, cache, waiting, evaluation, released, checkpointing, growth):
         for row in part():
             span = f"{row.low:,.3g} .. {row.high:,.3g}" if row.low == row.low else ""
             goal = f"  (target {row.target:g}: {row.met})" if row.met else ""

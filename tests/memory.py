@@ -1,4 +1,4 @@
-"""Memory of a training step, computed without a GPU: python tests/memory.py
+"""Memory and operations of a training step, computed without a GPU: python tests/memory.py
 
 A step of tables 1, 2 and today's VOC is made with tensors that have a shape and no values; counted is what they would hold at once. For MKD on
 two ResNet-50 (crop 256, 2 + 2 images) that is 1,335 MiB where a CPU held 1,330, and 737 with activation_checkpointing where it held 714.
@@ -6,16 +6,17 @@ Not in it: workspaces of convolutions, what an allocator cannot reuse, and the C
 """
 
 import weakref
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 from mkd_core import METHODS, RunConfig
-from mkd_core.suite.cost import Step
+from mkd_core.suite.cost import CLASSES, Step
 
 T = TypeVar("T")
 CARDS = (11, 24, 40, 80)  # GiB
@@ -26,6 +27,10 @@ NETWORKS = {
     "ResNet-101": {"encoder": "tu-resnet101c"} | PAPERS,
     "DINOv2-S": ON_VIT,
 }
+GROWN: dict[str, dict[str, Any]] = {
+    "nothing": {}, "crop 256": {"crop": (256, 256)}, "crop 768": {"crop": (768, 768)}, "81 classes": {"classes": 81}, "150 classes": {"classes": 150},
+    "ResNet-101": NETWORKS["ResNet-101"], "DPT on DINOv2-S, crop 518": ON_VIT,
+}  # fmt: skip
 SHOWN = ("supervised", "fixmatch", "unimatch", "cps", "mkd", "u2pl")
 
 
@@ -69,39 +74,64 @@ class Held(TorchDispatchMode):
         self.now -= self.seen.pop(key)
 
 
-def memory(**keys: Any) -> tuple[int, int]:
-    """(bytes of a step, gradients included; of weights, buffers and momentum) of a run on one device, in float32."""
-    step = Step(RunConfig(device="cpu", strong="none", split="random/6", **keys))
+class Planned(NamedTuple):
+    step: int  # bytes of a step, gradients included
+    fixed: int  # bytes of weights, buffers and momentum
+    sent: int  # bytes of gradients, which processes that share a batch exchange
+    operations: int  # floating-point operations of a step
+
+
+def planned(classes: int = CLASSES, **keys: Any) -> Planned:
+    """What a step of a run asks of one device, in float32."""
+    step = Step(RunConfig(device="cpu", strong="none", split="random/6", **keys), classes)
     own = [*step.method.parameters()]
-    fixed = [*own, *step.method.buffers(), *(p for p in own if p.requires_grad)]
-    with FakeTensorMode(), Held() as held:
+    trained = [p for p in own if p.requires_grad]
+    fixed, sent = (
+        sum(t.numel() * t.element_size() for t in of)
+        for of in ([*own, *step.method.buffers(), *trained], trained)
+    )
+    with FakeTensorMode(), Held() as held, FlopCounterMode(display=False) as operations:
         pretended(step.method, "cpu")
         vars(step.batch).update(pretended(vars(step.batch), "cpu"))
         before, held.most = held.now, held.now
         step()
-    return held.most - before, sum(t.numel() * t.element_size() for t in fixed)
+    return Planned(held.most - before, fixed, sent, operations.get_total_flops())
+
+
+def a_pair(**keys: Any) -> tuple[Planned, Planned]:
+    """A step of 2 + 2 images, and what a pair more takes."""
+    two, four = (planned(batch=n, **keys) for n in (2, 4))
+    return two, Planned(*((b - a) // 2 for a, b in zip(two, four, strict=True)))
 
 
 def main() -> None:
     torch.distributions.Distribution.set_default_validate_args(False)
     print(
-        "| | MiB, step of 2 + 2 | MiB, each image pair more | batch on",
-        ", ".join(map(str, CARDS)),
-        "GiB |\n|:--|--:|--:|:--|",
+        "| | 2 + 2 images, MiB | each pair more, MiB | TFLOP a pair | batch on",
+        *CARDS,
+        "GiB | gradients, MiB |",
     )
     for network, keys in NETWORKS.items():
         for method in SHOWN:
             for again in (False, True) if method == "mkd" else (False,):
-                two, four = (
-                    memory(method=method, batch=n, activation_checkpointing=again, **keys) for n in (2, 4)
-                )
-                a_pair, fixed = (four[0] - two[0]) / 2, two[1] + two[0] - (four[0] - two[0])
-                fits = [int((0.9 * card * 2**30 - fixed) / a_pair) for card in CARDS]
+                two, more = a_pair(method=method, activation_checkpointing=again, **keys)
+                fits = [
+                    int((0.9 * card * 2**30 - two.fixed - two.step + 2 * more.step) / more.step)
+                    for card in CARDS
+                ]
                 row = f"{METHODS[method].label}, {network}" + ", activation_checkpointing" * again
+                sizes = f"{(two.step + two.fixed) / 2**20:,.0f} | {more.step / 2**20:,.0f} | {more.operations / 1e12:.2f}"
                 print(
-                    f"| {row} | {sum(two) / 2**20:,.0f} | {a_pair / 2**20:,.0f} | {', '.join(map(str, fits))} |",
-                    flush=True,
+                    f"| {row} | {sizes} | {', '.join(map(str, fits))} | {two.sent / 2**20:,.0f} |", flush=True
                 )
+    first = None
+    print("\n| a pair of MKD, ResNet-50, but | MiB | x | TFLOP | x |")
+    for what, keys in GROWN.items():
+        more = a_pair(**{"method": "mkd", **NETWORKS["ResNet-50"], **keys})[1]
+        first = first or more
+        parts = (f"{more.step / 2**20:,.0f}", f"{more.step / first.step:.2f}",
+                 f"{more.operations / 1e12:.2f}", f"{more.operations / first.operations:.2f}")  # fmt: skip
+        print("|", " | ".join((what, *parts)), "|", flush=True)
 
 
 if __name__ == "__main__":

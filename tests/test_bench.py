@@ -7,7 +7,7 @@ import copy
 import bench
 import pytest
 import torch
-from memory import memory
+from memory import planned
 from released import SWITCHES, Released
 from tiny import batch, make
 
@@ -43,9 +43,10 @@ def test_every_comparison_runs_small_and_has_a_number():
     rows = [
         *bench.fda(1024, 1), *bench.parts((48, 64), 1), *bench.loader((60, 80), (32, 32), 1), *bench.waiting(SMALL, 6),
         *bench.evaluation(4, 32, 1), *bench.released(SMALL, 1),
+        *bench.growth(SMALL, 1),
     ]  # fmt: skip
     frame = bench.table(rows)
-    assert len(rows) == len(frame) == len(set(frame.index)) >= 18
+    assert len(rows) == len(frame) == len(set(frame.index)) >= 28
     assert (frame["value"] > 0).all() and frame["value"].notna().all()
     of = {row.what.split(",")[0].split(":")[0]: row for row in rows if row.unit == "x"}
     spans = [row for row in rows if row.low == row.low and row.unit == "x"]
@@ -68,7 +69,7 @@ def test_the_memory_that_is_computed_grows_with_the_batch_as_what_is_held(method
     small = {"method": method, "encoder": "tu-test_resnet", "channels": 16, "crop": (96, 96)}
     computed, held = [], []
     for n in (2, 8):
-        computed.append(memory(batch=n, **small)[0])
+        computed.append(planned(batch=n, **small).step)
         held.append(
             peak_bytes(Step(RunConfig(batch=n, device="cpu", strong="none", split="random/6", **small)))
         )

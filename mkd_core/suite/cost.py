@@ -45,12 +45,12 @@ def costs(configs: dict[str, RunConfig], pairs: int = 5) -> pd.DataFrame:
 class Step:
     """A training step without loader and optimiser: forward, backward, teachers; of a later stage where there are stages."""
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, classes: int = CLASSES):
         device, bare = pick_device(config.device), config.model_copy(update={"weights": "", "weights2": ""})
-        self.method: Method = build_method(bare, CLASSES).to(device).train()
+        self.method: Method = build_method(bare, classes).to(device).train()
         seed_step(config.seed, 0)
         x = torch.randn(config.batch, 3, *config.crop, device=device)
-        y = torch.randint(CLASSES, (config.batch, *config.crop), device=device)
+        y = torch.randint(classes, (config.batch, *config.crop), device=device)
         self.autocast = partial(autocast, config.precision, device)
         u = len(x) if self.method.unlabeled or self.method.stages else 0
         strong = tuple(x[:u].roll(1, 3) for _ in range(self.method.views if u else 0))
