@@ -87,7 +87,10 @@ def test_parameter_files_fit_their_notebooks(file):
     path = NOTEBOOKS / f"{file.stem}.ipynb"
     if not path.exists():
         pytest.skip(f"{file.name} names no notebook")
-    assert yaml.safe_load(file.read_text()).keys() <= parameters(path).keys()
+    values = yaml.safe_load(file.read_text())
+    assert values.keys() <= parameters(path).keys()
+    names = {name: parameter.default for name, parameter in parameters(path).items()} | values
+    exec(code(path)[1].source, names)  # what it imports, lays out and prints before anything runs
 
 
 def test_there_are_notebooks_and_files_for_them():
