@@ -85,16 +85,16 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
-class _Sum(torch.autograd.Function):
-    """`total` with a gradient."""
+class _OfAll(torch.autograd.Function):
+    """A value of each process, stacked; with a gradient, for which they meet once too."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
-        return total(value)
+        return gather(value[None])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return total(gradient)
+        return total(gradient)[rank()]
 
 
 def meet() -> None:
@@ -166,8 +166,7 @@ def _joined(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # which the end of the parent sends
     join()
     result = function(*args)
-    # Not after an error: it would wait for the others.
-    dist.destroy_process_group()
+    dist.destroy_process_group()  # not after an error: it would wait for the others
     return result if int(os.environ["RANK"]) == 0 else None
 
 
@@ -204,8 +203,9 @@ def _batch_norm(
     # nn.SyncBatchNorm has no kernels for a CPU, and on a GPU the host waits for each of its layers.
     count, shape = x.numel() // x.shape[1] * world(), (1, -1, 1, 1)
     var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
-    centre = _Sum.apply(mean) / world()
-    variance = _Sum.apply(var + (mean - centre).square()) / world()
+    means, variances = _OfAll.apply(torch.stack((mean, var))).unbind(1)
+    centre = means.mean(0)
+    variance = (variances + (means - centre).square()).mean(0)
     with torch.no_grad():
         running_mean.lerp_(centre.to(running_mean), momentum)
         running_var.lerp_((variance * count / (count - 1)).to(running_var), momentum)

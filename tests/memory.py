@@ -86,15 +86,16 @@ def planned(classes: int = CLASSES, **keys: Any) -> Planned:
     step = Step(RunConfig(device="cpu", strong="none", split="random/6", **keys), classes)
     own = [*step.method.parameters()]
     trained = [p for p in own if p.requires_grad]
-    fixed, sent = (
-        sum(t.numel() * t.element_size() for t in of)
-        for of in ([*own, *step.method.buffers(), *trained], trained)
-    )
-    with FakeTensorMode(), Held() as held, FlopCounterMode(display=False) as operations:
-        pretended(step.method, "cpu")
-        vars(step.batch).update(pretended(vars(step.batch), "cpu"))
-        before, held.most = held.now, held.now
-        step()
+    every = [*own, *step.method.buffers(), *trained]
+    fixed, sent = (sum(t.numel() * t.element_size() for t in of) for of in (every, trained))
+    with FakeTensorMode():
+        with Held() as held:
+            pretended(step.method, "cpu")
+            vars(step.batch).update(pretended(vars(step.batch), "cpu"))
+            before, held.most = held.now, held.now
+            step()
+        with FlopCounterMode(display=False) as operations:  # apart: it keeps tensors alive
+            step()
     return Planned(held.most - before, fixed, sent, operations.get_total_flops())
 
 
@@ -106,32 +107,25 @@ def a_pair(**keys: Any) -> tuple[Planned, Planned]:
 
 def main() -> None:
     torch.distributions.Distribution.set_default_validate_args(False)
-    print(
-        "| | 2 + 2 images, MiB | each pair more, MiB | TFLOP a pair | batch on",
-        *CARDS,
-        "GiB | gradients, MiB |",
-    )
+    cards = ", ".join(map(str, CARDS))
+    print(f"| | 2 + 2 images, MiB | a pair more, MiB | TFLOP | batch on {cards} GiB | gradients, MiB |")
     for network, keys in NETWORKS.items():
         for method in SHOWN:
             for again in (False, True) if method == "mkd" else (False,):
                 two, more = a_pair(method=method, activation_checkpointing=again, **keys)
-                fits = [
-                    int((0.9 * card * 2**30 - two.fixed - two.step + 2 * more.step) / more.step)
-                    for card in CARDS
-                ]
+                rest = two.fixed + two.step - 2 * more.step
+                fits = ", ".join(str(int((0.9 * card * 2**30 - rest) / more.step)) for card in CARDS)
                 row = f"{METHODS[method].label}, {network}" + ", activation_checkpointing" * again
-                sizes = f"{(two.step + two.fixed) / 2**20:,.0f} | {more.step / 2**20:,.0f} | {more.operations / 1e12:.2f}"
-                print(
-                    f"| {row} | {sizes} | {', '.join(map(str, fits))} | {two.sent / 2**20:,.0f} |", flush=True
-                )
+                mib = [f"{of / 2**20:,.0f}" for of in (two.step + two.fixed, more.step, two.sent)]
+                print("|", " | ".join((row, *mib[:2], f"{more.operations / 1e12:.2f}", fits, mib[2])), "|")
     first = None
     print("\n| a pair of MKD, ResNet-50, but | MiB | x | TFLOP | x |")
     for what, keys in GROWN.items():
         more = a_pair(**{"method": "mkd", **NETWORKS["ResNet-50"], **keys})[1]
         first = first or more
-        parts = (f"{more.step / 2**20:,.0f}", f"{more.step / first.step:.2f}",
-                 f"{more.operations / 1e12:.2f}", f"{more.operations / first.operations:.2f}")  # fmt: skip
-        print("|", " | ".join((what, *parts)), "|", flush=True)
+        size, work = more.step / first.step, more.operations / first.operations
+        mib, tflop = more.step / 2**20, more.operations / 1e12
+        print(f"| {what} | {mib:,.0f} | {size:.2f} | {tflop:.2f} | {work:.2f} |")
 
 
 if __name__ == "__main__":

@@ -69,8 +69,9 @@ def test_the_memory_that_is_computed_grows_with_the_batch_as_what_is_held(method
     small = {"method": method, "encoder": "tu-test_resnet", "channels": 16, "crop": (96, 96)}
     computed, held = [], []
     for n in (2, 8):
-        computed.append(planned(batch=n, **small).step)
+        computed.append(planned(batch=n, **small))
         held.append(
             peak_bytes(Step(RunConfig(batch=n, device="cpu", strong="none", split="random/6", **small)))
         )
-    assert computed[1] - computed[0] == pytest.approx(held[1] - held[0], rel=0.05)
+    assert computed[1].step - computed[0].step == pytest.approx(held[1] - held[0], rel=0.05)
+    assert computed[1].operations == 4 * computed[0].operations > 0
