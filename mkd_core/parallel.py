@@ -85,16 +85,19 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
-class _OfAll(torch.autograd.Function):
-    """A value of each process, stacked; with a gradient, for which they meet once too."""
+class _Whole(torch.autograd.Function):
+    """Mean and variance of the whole batch from those (C) of each process's rows; all meet once a direction."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        return gather(value[None])
+    def forward(ctx: Any, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        means, variances = gather(torch.stack((mean, var))[None]).unbind(1)
+        ctx.save_for_backward(mean - means.mean(0))
+        return means.mean(0), variances.mean(0) + means.var(0, correction=0)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return total(gradient)[rank()]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        to_mean, to_variance = total(torch.stack(gradients)) / world()
+        return to_mean + 2 * ctx.saved_tensors[0] * to_variance, to_variance
 
 
 def meet() -> None:
@@ -137,8 +140,7 @@ def launch(function: Callable[..., Any], processes: int, *args: Any) -> Any:
 
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # with it, starts now and then hang
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or it warns where every parameter has a gradient
-    # torch sets handlers in the main thread and leaves them there.
-    main = threading.current_thread() is threading.main_thread()
+    main = threading.current_thread() is threading.main_thread()  # there torch sets handlers and leaves them
     handlers = {number: signal.getsignal(number) for number in STOPS if main}
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, start_method="spawn",
@@ -203,9 +205,7 @@ def _batch_norm(
     # nn.SyncBatchNorm has no kernels for a CPU, and on a GPU the host waits for each of its layers.
     count, shape = x.numel() // x.shape[1] * world(), (1, -1, 1, 1)
     var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
-    means, variances = _OfAll.apply(torch.stack((mean, var))).unbind(1)
-    centre = means.mean(0)
-    variance = (variances + (means - centre).square()).mean(0)
+    centre, variance = _Whole.apply(mean, var)
     with torch.no_grad():
         running_mean.lerp_(centre.to(running_mean), momentum)
         running_var.lerp_((variance * count / (count - 1)).to(running_var), momentum)

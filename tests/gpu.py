@@ -32,10 +32,10 @@ from typing import Any
 
 import torch
 from gpu_checks import CHECKS, LOST, NAMES, Put, attempt
+from memory import counter
 from tiny import config
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from mkd_core import Grid, RunConfig, records, run
 from mkd_core.augment import STRONG
@@ -118,7 +118,7 @@ def _measure(step: Step, c: RunConfig, device: torch.device, last: bool, ceiling
             optimizer.zero_grad(set_to_none=True)
         step.method.update(10)
 
-    with FlopCounterMode(display=False) as flops:  # warms up too
+    with counter() as flops:  # warms up too
         whole()
     torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
     time_s, work = seconds(whole, device), flops.get_total_flops()

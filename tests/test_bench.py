@@ -7,7 +7,7 @@ import copy
 import bench
 import pytest
 import torch
-from memory import planned
+from memory import counter, planned
 from released import SWITCHES, Released
 from tiny import batch, make
 
@@ -75,3 +75,14 @@ def test_the_memory_that_is_computed_grows_with_the_batch_as_what_is_held(method
         )
     assert computed[1].step - computed[0].step == pytest.approx(held[1] - held[0], rel=0.05)
     assert computed[1].operations == 4 * computed[0].operations > 0
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.Conv2d(8, 4, 3, groups=2, stride=2),
+                                   torch.nn.ConvTranspose2d(8, 4, 2, 2, groups=2)])  # fmt: skip
+def test_a_convolution_with_groups_is_counted_as_such(layer):
+    x = torch.randn(2, 8, 8, 8, requires_grad=True)
+    with counter() as forward:
+        out = layer(x)
+    with counter() as backward:
+        out.sum().backward()
+    assert backward.get_total_flops() == 2 * forward.get_total_flops() > 0

@@ -90,7 +90,7 @@ def test_parameter_files_fit_their_notebooks(file):
     values = yaml.safe_load(file.read_text())
     assert values.keys() <= parameters(path).keys()
     names = {name: parameter.default for name, parameter in parameters(path).items()} | values
-    exec(code(path)[1].source, names)  # what it imports, lays out and prints before anything runs
+    exec(code(path)[1].source, names)  # what it imports, and where it does, lays out and prints
 
 
 def test_there_are_notebooks_and_files_for_them():
