@@ -83,7 +83,7 @@ def try_largest(dataset: SegDataset, predictor: Predictor) -> None:
                 pass
         except (MemoryError, RuntimeError) as error:  # of torch, on either device
             what = f"memory does not suffice to evaluate {id}, {pixels / 1e6:.0f} megapixels"
-            raise ValueError(f"{what}: protocol=sliding or long512, or smaller images to evaluate") from error
+            raise ValueError(f"{what}: protocol=sliding or long512, or smaller images. {error}") from error
 
 
 def data_identity(dataset: SegDataset, split: Split) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def data_now(config: RunConfig) -> dict[str, Any]:
     """Say what data a run would have now; {} where they are gone, which proves nothing."""
     try:
         return data_identity(*open_data(config))
-    except DataError:
+    except ValueError:  # a list that has gone is the name of no split
         return {}
 
 

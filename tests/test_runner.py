@@ -604,8 +604,8 @@ def test_a_record_of_other_data_of_the_same_name_is_not_handed_out(tmp_path):
         run(other, tmp_path, quiet=True)
     (tmp_path / "b/photos/u.png").unlink()
     assert run(other, tmp_path, quiet=True) == record  # absent data prove nothing
-    # As if it had been stopped; then a mask is changed, its size not.
-    (tmp_path / first.id / "record.json").unlink()
+    assert runner.data_now(first.model_copy(update={"split": "lists/gone"})) == {}
+    (tmp_path / first.id / "record.json").unlink()  # as if it had been stopped; then a mask is changed
     mask = tmp_path / "a/photos/u_.png"
     mask.write_bytes(mask.read_bytes()[:-1] + b"?")
     with pytest.raises(ValueError, match="other data .*contents"):
