@@ -4,7 +4,7 @@ Yuan et al. 2023, arXiv:2208.11499. Students s_1, s_2, teachers t_1, t_2; x, y l
 and strong views of unlabeled ones; mix: CutMix of `boxes`; j != i. No gradient into y_si, y_ti, t_i, w, Sigma.
 
 p_si = s_i(mix(u_s)),   p_ti = mix(t_i(u_w))                                                        logits
-y_si = argmax p_si,     y_ti = argmax p_ti  where max softmax p_ti >= T                            Eq. (3)
+y_si = argmax p_si,     y_ti = argmax p_ti  where max softmax p_ti >= T;  none on padding           Eq. (3)
 CE': logit k of a pixel labelled c rises by lambda/2 (w_k - w_c)^T Sigma_c (w_k - w_c), then CE    Eq. (4)
 L_st = sum_i CE'(p_si, y_tj),  L_ss = sum_i CE'(p_si, y_sj),  L_s = sum_i CE(s_i(x), y)  Eq. (2), (7), (6)
 L    = L_s + alpha L_st + beta L_ss;    after each step  t_i <- gamma t_i + (1 - gamma) s_i   Eq. (5), (1)
@@ -28,7 +28,8 @@ class MKD(Method):
     threshold    T (paper), on the teacher as text and Table 5 say; Eq. (3) prints the student. 0 keeps all
     fda          lambda at the end of training, reached by a cosine (released code 1.5); 0: no FDA
     decay        gamma = min(1 - 1 / (step + 1), decay): no value in the paper, 0.6 in the released code
-    rampup       alpha and beta (as released) grow as (progress / rampup)^2: ours, from scratch; 0: constant
+    alpha, beta  no values in the paper, the default ones in the released code
+    rampup       alpha and beta grow as (progress / rampup)^2: ours, from scratch; 0: constant, as released
     ema_buffers  "all": teachers average BatchNorm statistics too (ours); "none": they gather their own
     """
 
@@ -71,6 +72,6 @@ class MKD(Method):
         terms = {"sup": sup, "ss": self.beta * grown * ss, "st": self.alpha * grown * st}
         return terms, {"kept": masked_mean((torch.stack(y_t) != IGNORE).float().mean(0), inside)}
 
-    def update(self, step: int) -> None:
+    def update(self, step: int) -> None:  # Algorithm 1: at the start of the next step, which is the same
         for teacher, student in zip(self.teachers, self.students, strict=True):
             teacher.update(student, step)
