@@ -19,12 +19,11 @@ from .data.base import folder_name, local
 from .methods import METHODS
 from .models import ARCHITECTURES, file_sha256, imagenet_file, stride
 from .parameters import lay_over, read_parameters
-from .records import ROOT
+from .records import PLACES, ROOT
 
 # Not in the id: where things lie, on what they run (other hardware changes bits, and training
 # amplifies them), how often the run is logged and saved. Weights enter by their hash.
-PLACES = {"root", "weights", "weights2", "cache"}
-NOT_IDENTITY = PLACES | {"device", "devices", "threads", "workers", "tensorboard"}
+NOT_IDENTITY = {*PLACES, "device", "devices", "threads", "workers", "tensorboard"}
 NOT_IDENTITY |= {"activation_checkpointing", "checkpoint_every", "keep_every", "log_every"}
 # Fields of options: the field that says whose they are, and the constructors that take them.
 OPTIONS: dict[str, Any] = {"options": ("method", METHODS), "dataset_options": ("dataset", DATASETS)}

@@ -50,7 +50,7 @@ def sliding(net: nn.Module, images: Tensor, window: tuple[int, int]) -> Tensor:
     return torch.cat([*bands(net, images, window)], 2)
 
 
-PROTOCOLS = {"whole": whole, "long512": long512, "sliding": sliding}
+PROTOCOLS = {"whole": whole, "long512": long512, "sliding": sliding}  # RunConfig.protocol lists them too
 
 
 def bands(net: nn.Module, images: Tensor, window: tuple[int, int]) -> Iterator[Tensor]:
@@ -79,10 +79,10 @@ def bands(net: nn.Module, images: Tensor, window: tuple[int, int]) -> Iterator[T
         open_rows, times = total[:, :, rows:], times[rows:]
 
 
-def _padded(net: nn.Module, images: Tensor, multiple: int = 32) -> Tensor:
+def _padded(net: nn.Module, images: Tensor) -> Tensor:
     height, width = images.shape[-2:]
     fits = height % 16 == width % 16 == 0 or any(isinstance(part, ViT) for part in net.modules())
-    pad = (0, 0, 0, 0) if fits else (0, -width % multiple, 0, -height % multiple)
+    pad = (0, 0, 0, 0) if fits else (0, -width % 32, 0, -height % 32)
     return net(nn.functional.pad(images, pad))[..., :height, :width].float()
 
 

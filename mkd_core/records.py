@@ -60,7 +60,7 @@ class Record(BaseModel):
     protocol: str
     evaluated: dict[str, Any]  # number of images
     versions: dict[str, str]
-    commit: str
+    commit: str  # of the code that finished the run
 
 
 Rows = Mapping[str, Sequence[Record]]
@@ -167,6 +167,7 @@ def commit() -> str:
 
 # Many records.
 
+PLACES = ("root", "weights", "weights2", "cache")  # keys of a configuration: where things lie on a machine
 COLUMNS = (
     "row", "column", "seed", "method", "dataset", "data", "dataset_options", "split", "all_labels", "protocol",
     "encoder", "steps", "weights", "labeled", "sha256", "sha256_unlabeled", "sha256_val", "evaluated", "images",
@@ -259,8 +260,7 @@ def dump(cells: Rows | Cells, path: Path) -> None:
         for title, found in of.items():
             kept: list[dict[str, Any]] = [record.model_dump(mode="json") for record in found]
             for line in kept:
-                places = ("root", "weights", "weights2", "cache")
-                line["config"] |= {key: Path(line["config"].get(key, "")).name for key in places}
+                line["config"] |= {key: Path(line["config"].get(key, "")).name for key in PLACES}
             lines += [{"row": row, "column": title} | line for line in kept or [{}]]
     write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
