@@ -60,7 +60,7 @@ class Record(BaseModel):
     protocol: str
     evaluated: dict[str, Any]  # number of images
     versions: dict[str, str]
-    commit: str  # of the code that finished the run
+    commit: str  # of the code; where a run went on under another, all of them
 
 
 Rows = Mapping[str, Sequence[Record]]

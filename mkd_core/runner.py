@@ -97,6 +97,7 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self.unfinished: dict[str, Any] | None = None  # the last step's row, not evaluated yet
         self.step, self.seconds, self.seconds_training = 0, 0.0, 0.0
+        self.commit = records.commit()  # of all code that trained it, in its order
         self._restore()
         self.board = records.board(folder, self.step) if config.tensorboard and self.first else lambda _: None
         self._write("config.json", config.absolute().model_dump_json(indent=1) + "\n")
@@ -112,9 +113,9 @@ class _Run:
             self._keep(self.unfinished)
         record = self._record()
         if self.first:
-            records.save(record, self.folder)
             for labels in self.folder.glob("labels-*"):
                 shutil.rmtree(labels)
+            records.save(record, self.folder)
         self.progress(f"done, mIoU {record.miou:.1f} in {record.seconds:.0f} s", now=True)
         return record
 
@@ -160,16 +161,17 @@ class _Run:
         return step == self.config.steps or (every > 0 and step % every == 0)
 
     def _due(self, step: int) -> bool:
-        config = self.config
-        return self._evaluates(step) or step % config.log_every == 0 or step % config.checkpoint_every == 0
+        every = self.config.log_every, self.config.checkpoint_every
+        return self._evaluates(step) or 0 in (step % n for n in every)
 
     def _labels(self, stage: int, anew: bool) -> Path:
         """The folder with the pseudo-labels of a stage, written before its first step."""
         before, folder = self.folder / f"labels-{stage - 1}", self.folder / f"labels-{stage}"
         needed = before if anew else folder
         if (stage > 1 or not anew) and not needed.is_dir():
-            lost = f"{needed}, pseudo-labels of the run, is gone"
-            raise ValueError(f"{lost}; delete {self.folder} to start anew")
+            raise ValueError(
+                f"{needed}, pseudo-labels of the run, is gone; delete {self.folder} to start anew"
+            )
         if anew:
             began = time.perf_counter()
             self.progress(f"labels {len(self.split.unlabeled):,} images for stage {stage}", now=True)
@@ -189,9 +191,8 @@ class _Run:
         done, steps = self._images(self.step), self.config.steps
         speed = done / self.seconds_training
         left = (self._images(steps) - done) / speed / 60
-        bar = "#" * (20 * self.step // steps)
         self.progress(
-            f"[{bar:20}] step {self.step:,} of {steps:,}, {self.seconds_training / self.step:.2g} s a step, loss {row['loss']:.3f}, "
+            f"[{'#' * (20 * self.step // steps):20}] step {self.step:,} of {steps:,}, {self.seconds_training / self.step:.2g} s a step, loss {row['loss']:.3f}, "
             f"{speed:.3g} images/s, {left:.1f} min left" + ", evaluating" * self._evaluates(self.step), now
         )  # fmt: skip
 
@@ -211,8 +212,8 @@ class _Run:
             found["pseudo_labels"] = {name: q.summary() for name, q in quality.items()}
             kept = any(q["kept"] for q in found["pseudo_labels"].values())
             if not kept and self.config.method != "supervised":
-                text = f"WARNING: no pixel is predicted with a confidence of {QUALITY_THRESHOLD} yet"
-                self.progress(f"{text}: no pseudo-label is kept where T is as high", now=True)
+                text = f"WARNING: no pixel has a confidence of {QUALITY_THRESHOLD} yet: such a T keeps none"
+                self.progress(text, now=True)
         return found
 
     # What survives a kill.
@@ -234,7 +235,8 @@ class _Run:
         state = {
             "step": self.step, "method": self.method.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers], "history": json.dumps(self.history),
-            "data": json.dumps(self.data), "classes": list(self.dataset.classes), "seconds": self.seconds, "seconds_training": self.seconds_training,
+            "data": json.dumps(self.data), "classes": list(self.dataset.classes), "commit": self.commit,
+            "seconds": self.seconds, "seconds_training": self.seconds_training,
         }  # fmt: skip
         checkpoints.write(state, self.folder, names)
         self._write("history.csv", records.numbers(self.history).to_csv(index=False))
@@ -260,7 +262,9 @@ class _Run:
             if self._evaluates(self.step) and "miou" not in self.history[-1]:  # it ended while evaluating
                 self.unfinished = self.history.pop()
             self.seconds, self.seconds_training = state["seconds"], state["seconds_training"]
-            self.progress(f"goes on from step {self.step:,}", now=True)
+            made, now = state["commit"], self.commit
+            self.commit = made if made.endswith(now) else f"{made}, {now}"
+            self.progress(f"goes on from step {self.step:,}" + f" of commit {made}" * (made != now), now=True)
         # Rows after the checkpoint will be written again.
         self._write("history.jsonl", "".join(json.dumps(row) + "\n" for row in self.history))
 
@@ -284,5 +288,5 @@ class _Run:
             threads=torch.get_num_threads(), split=self.data,
             weights={"name": Path(config.weights).name, "sha256": file_sha256(config.weights) if config.weights else ""},
             evaluated={"images": len(self.dataset.val), "set": config.dataset_options.get("val", "val")},
-            versions=records.environment(), commit=records.commit(),
+            versions=records.environment(), commit=self.commit,
         )  # fmt: skip

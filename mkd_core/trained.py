@@ -54,7 +54,9 @@ def open_run(run: RunConfig | str | Path, step: int | str | None = None, device:
         method.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{folder / name} does not fit config.json beside it: {str(error)[:300]}") from error
-    return OpenRun(folder, config, name, method.eval(), names, _palette(config, len(names)), where)
+    colours = getattr(DATASETS[config.dataset], "palette", config.dataset_options.get("palette"))
+    palette = colormap(len(names)) if colours is None else np.array(colours, np.uint8)
+    return OpenRun(folder, config, name, method.eval(), names, palette, where)
 
 
 def find_run(run: RunConfig | str | Path) -> Path:
@@ -66,9 +68,3 @@ def find_run(run: RunConfig | str | Path) -> Path:
             return folder
     known = sorted(path.parent.name for path in records.RUNS.glob("*/config.json"))
     return records.RUNS / choose("run (a folder, or an id under runs/)", str(run), known)
-
-
-def _palette(config: RunConfig, classes: int) -> NDArray[np.uint8]:
-    """The data set's colours (C, 3)."""
-    colours = getattr(DATASETS[config.dataset], "palette", config.dataset_options.get("palette"))
-    return colormap(classes) if colours is None else np.array(colours, np.uint8)

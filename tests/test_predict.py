@@ -506,6 +506,8 @@ def test_an_export_is_checked_and_stands_beside_its_facts(run, tmp_path, capsys,
 @torch.no_grad()
 def test_exports_take_every_batch_and_size_where_the_network_can_be_traced(tmp_path, kind, keys, least):
     net = SegNet(4, channels=16, **keys).eval()
+    if "arch" in keys:  # four of the twelve blocks, which are alike
+        net.encoder.model.blocks, net.encoder.indices = net.encoder.model.blocks[:4], [0, 1, 2, 3]
     if kind == "onnx":
         session = pytest.importorskip("onnxruntime").InferenceSession
         pytest.importorskip("onnxscript")
