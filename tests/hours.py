@@ -46,7 +46,6 @@ if __name__ == "__main__":
     for name in sys.argv[1:]:
         every = runs(Path(name))
         if unknown := {c.encoder for c in every} - SECONDS.keys():
-            known = f"known: {', '.join(SECONDS)}"
-            sys.exit(f"{name}: no published throughput is known for {', '.join(unknown)}; {known}")
+            sys.exit(f"{name}: no published throughput of {', '.join(unknown)}; known: {', '.join(SECONDS)}")
         mkd = next((f", {hours(c):.1f} a run of MKD ({c.encoder})" for c in every if c.method == "mkd"), "")
         print(f"{name}: {sum(map(hours, every)):,.1f} GPU-hours, {len(every)} runs{mkd}")

@@ -339,13 +339,14 @@ def test_check_of_sound_data(own):
     report = check(data, load_split(data, "full"), progress=lambda *call: calls.append(call))
     report.raise_if_bad()
     assert "no problems found" in str(report) and calls == [(k, 4) for k in range(1, 5)]
+    assert "1 classes (car) in no mask of the validation set: how well they" in "".join(report.warnings)
     sixths = {"labeled": [3, 1, 1, 1], "val": [5, 1, 0, 0]}
     for part, (sky, road, car, ignored) in sixths.items():
         shares = {"sky": sky, "road": road, "car": car, "ignored": ignored}
         assert report.shares[part] == pytest.approx({name: 100 * n / 6 for name, n in shares.items()})
     assert "labeled     val" in str(report) and "road                16.67   16.67" in str(report)
     assert check(data, load_split(data, "full"), deep=False).shares == {}
-    shapes = open_dataset("shapes", train_size=4, val_size=2)
+    shapes = open_dataset("shapes", train_size=4, val_size=8)
     report = check(shapes, load_split(shapes, "full"))
     assert report.problems == report.warnings == [] and shapes.files(shapes.train[0]) == (None, None)
 

@@ -102,7 +102,7 @@ def test_every_term_reaches_every_student_and_no_teacher(name):
     stated = {term for term in method.terms if CASES[name][1].get(weights.get(term)) != 0}
     assert set(terms) == stated, "returned, and stated as `terms`"
     for key, term in terms.items():
-        assert term > 0, key
+        assert term > 0, f"{key} is zero: do untrained networks need other options (AT_WORK, SELECTING)?"
         for number, student in enumerate(students(method), 1):
             for part in ("encoder", "decoder", "classifier"):
                 wanted = key != "critic" and part not in UNREACHED.get((CASES[name][0], key), ())

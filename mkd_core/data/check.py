@@ -182,7 +182,7 @@ def _check_contents(
 
 
 def _check_classes(report: Report, dataset: SegDataset, counts: dict[str, np.ndarray]) -> None:
-    """At least two classes in each part; no class that is evaluated and was never shown."""
+    """At least two classes in each part; classes that are not learned, or not measured, are told."""
     names = dataset.classes
     held = {part: [name for k, name in enumerate(names) if count[k]] for part, count in counts.items()}
     for part, found in held.items():
@@ -190,9 +190,10 @@ def _check_classes(report: Report, dataset: SegDataset, counts: dict[str, np.nda
             hint = f" {IGNORE} means ignored: an object needs a class value of its own, 1 for example."
             needed = f"{len(found)} of {len(names)} classes, at least 2 are needed."
             report.problems.append(f"the {part} masks hold {needed}{hint * bool(counts[part][IGNORE])}")
-    if unseen := [name for name in held["val"] if name not in held["labeled"]]:
-        hint = "of the validation set in no labeled mask: they cannot be learned"
-        report.warnings.append(f"{some(unseen, 'classes')} {hint}")
-    if nowhere := [name for name in names if name not in held["val"] + held["labeled"]]:
-        hint = "do the labels start from 1, or does the class list hold a line that is no class?"
-        report.warnings.append(f"{some(nowhere, 'classes')} in no mask: {hint}")
+    labeled, val, hint = {*held["labeled"]}, {*held["val"]}, "a line of the class list that is no class?"
+    for of, why in (
+        (val - labeled, "of the validation set in no labeled mask: they cannot be learned"),
+        (labeled - val, "in no mask of the validation set: how well they are learned shows nowhere"),
+        ({*names} - labeled - val, f"in no mask: do the labels start from 1, or is there {hint}"),
+    ):
+        report.warnings += [f"{some(sorted(of, key=names.index), 'classes')} {why}"] * bool(of)

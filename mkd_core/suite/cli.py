@@ -62,8 +62,7 @@ def _add_notebooks(command: Callable[..., Any]) -> None:
     add("file", type=Path, metavar="FILE")
     add("pairs", nargs="*", metavar="key=value", help="parameters that win over the file: common.root=DIR")
     add("--dry-run", action="store_true", help="check everything, show the plan with expected hours")
-    several: Any = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
-    add("--only", help="row=MKD, column=1/16, split=..., ...", **several)
+    add("--only", action="append", default=[], metavar="KEY=VALUE", help="row=MKD, split=..., ...")
     add("--seeds", help="instead of the file's: 0,1,2")
     add("--slots", default="", help="0,1,2 or cpu,cpu (default: every GPU, else the file's slots on the CPU)")
     add("--retries", type=int, default=1, help="how often a failed run is tried again (default: %(default)s)")

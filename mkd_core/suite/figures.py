@@ -186,8 +186,8 @@ def figure2(
     caption = (
         f"First {len(chosen) // 4}: largest gains of {second} over {first}; next {len(chosen) // 4}: largest losses\n"
         f"(or least gains); the others: drawn at random (seed 0) from the {len(truth)} images.\n"
-        f"Corners: per-image mIoU in %; above: {second} minus {first}."
-    )
+    ) * (len(chosen) < len(truth))
+    caption += f"Corners: per-image mIoU in %; above: {second} minus {first}."
     return sheet(rows, palette=palette, classes=classes, titles=titles, notes=notes, caption=caption)
 
 
@@ -197,9 +197,9 @@ def figure2(
 def draw(plot: so.Plot, width: float, height: float, grid: Any = "y", **labels: Any) -> Picture:
     """Draw a plot of seaborn.objects; labels as its `label` takes them, "" for none."""
     figure = Picture(figsize=(width, height))
-    plot.label(**{"color": "", "y": "mIoU (%)", **labels}).theme(STYLE).on(figure).plot()
-    for ax in figure.axes:
-        ax.grid(axis=grid)
+    theme = STYLE | {"axes.grid": True, "axes.grid.axis": grid}
+    plot = plot.label(**{"color": "", "y": "mIoU (%)", **labels}).theme(theme)
+    plot.layout(extent=(0, 0, 0.97, 1)).on(figure).plot()  # the legend begins at 0.98
     return figure
 
 

@@ -31,7 +31,7 @@ from .notebook import holds_other_runs
 from .predict import indexed, relative, save_png
 
 RECIPE = PARAMETERS / "recipes/own_images.yaml"
-QUICK = {"steps": 120, "batch": 4, "evaluate_every": 60, "quality_images": 16}
+QUICK = {"steps": 120, "batch": 4, "evaluate_every": 60, "quality_images": 16, "checkpoint_every": 20}
 Classes = Sequence[str] | int | None
 TEXT = {name for name, field in RunConfig.model_fields.items() if isinstance(field.default, str)}
 
@@ -197,7 +197,7 @@ def train_folder(
     The folder is prepared where that was not done; `classes`, and all else about that: `prepare_folder`.
     out       where the folder was prepared, default <folder>/mkd; the report lies in <out>/report, or in
               report-2 ... beside that of other settings
-    quick     few steps, minutes on two cores
+    quick     few steps on small crops, minutes on two cores
     keys      of RunConfig over <out>/mkd.yaml; "options.alpha": 2.0 reaches into MKD's options
 
     Where there is a test.txt, the trained runs are evaluated on it too.
@@ -208,15 +208,15 @@ def train_folder(
     elif classes:
         raise ValueError(f"{out} is prepared already; give the classes to mkd prepare --overwrite")
     given = read_parameters(out / DONE, TEXT) | {"root": str(out)}  # which may be a copy
-    values = merge(given, (QUICK if quick else {}) | keys, given)
+    small = QUICK | {"crop": [min(112, side) for side in given["crop"]]} if quick else {}
+    values = merge(given, small | keys, given)
     if "steps" in keys and "evaluate_every" not in keys and isinstance(values["steps"], int):
         values["evaluate_every"] = min(given["evaluate_every"], max(1, values["steps"] // 4))  # for curves
     own, options, seed = values.pop("method"), values.pop("options"), values.pop("seed")
-    for name in methods:
-        choose("method", name, METHODS)
     if own not in methods and any(key.startswith("options") for key in keys):
         raise ValueError(f"options are {own}'s, which is not among the methods")
-    rows: Any = {METHODS[m].label: {"method": m, "options": options if m == own else {}} for m in methods}
+    row = {m: METHODS[choose("method", m, METHODS)].label for m in methods}
+    rows: Any = {row[m]: {"method": m, "options": options if m == own else {}} for m in methods}
     grid = Grid(**dict[str, Any](common=values, rows=rows, seeds=[seed]))
     places = (out / f"report{'-quick' * quick}{k}" for k in ("", *(f"-{k}" for k in range(2, 1000))))
     place = next(place for place in places if not holds_other_runs(place, grid))
@@ -237,9 +237,9 @@ def train_folder(
     best = max(found, key=lambda record: record.miou)
     print(f"Report: {place}\nNext: mkd predict {best.id} PHOTOS --out predictions")
     if quick:
-        share = given["steps"] * given["batch"] / (values["steps"] * values["batch"])
-        minutes = share * sum(record.seconds for record in found) / 60
-        print(f"Without --quick: {given['steps']:,} steps, about {minutes:.0f} minutes here")
+        full, made = (of["steps"] * of["batch"] * np.prod(of["crop"]) for of in (given, values))
+        minutes = full / made * sum(record.seconds for record in found) / 60
+        print(f"Too short to compare. Without --quick: {given['steps']:,} steps, about {minutes:.0f} minutes")
     return cells
 
 

@@ -111,9 +111,8 @@ def seeds(cells: Runs) -> Picture:
     plot = plot.add(so.Dash(color=INK, width=0.5), so.Agg(), orient="y", legend=False)
     means = runs.groupby("row", observed=True).miou.mean()
     figure = draw(plot, 5.2, 0.6 + 0.3 * len(means), "x", x="mIoU (%); at the right: mean", y="")
-    where: Any = {"xycoords": ("axes fraction", "data"), "va": "center"}
-    for k, mean in enumerate(means):
-        figure.axes[0].annotate(f"{mean:.1f}", (1.01, k), fontsize=8, **where)
+    for k, x in enumerate(means):
+        figure.axes[0].annotate(f"{x:.1f}", (1.01, k), None, ("axes fraction", "data"), va="center", size=8)
     return figure
 
 
