@@ -105,10 +105,8 @@ def _class_names(root: Path, classes: Sequence[str] | int | None) -> tuple[str, 
     given = [f"class {k}" for k in range(classes)] if isinstance(classes, int) else classes
     if given is None and not file.is_file():
         ways = "Give classes=[names], classes=<number>, or one name per line in"
-        prepared = (
-            f". Or take what is prepared, root={file.parent / 'mkd'}" * (root / "mkd/mkd.yaml").is_file()
-        )
-        raise DataError(f"which classes do the masks hold? {ways} {file}{prepared}")
+        made = f", or root={root / 'mkd'}, which is prepared" * (root / "mkd/mkd.yaml").is_file()
+        raise DataError(f"which classes do the masks hold? {ways} {file}{made}")
     names = tuple(read_classes(file) if given is None else _plain_names(map(str, given), "classes"))
     if isinstance(classes, str) or not 1 < len(names) <= IGNORE or len(set(names)) < len(names):
         wanted = f"classes are 2 to {IGNORE} different names, or their number"
