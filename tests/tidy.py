@@ -89,10 +89,10 @@ def executed(path: Path) -> str:
 
 
 def _smaller(picture: str) -> str:
-    """A PNG in base64 with 32 colours: a quarter of its bytes; lines and numbers stay, colour bars show steps."""
+    """A PNG in base64 with 24 colours: a quarter of its bytes; lines and numbers stay, colour bars show steps."""
     buffer = io.BytesIO()
     full = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
-    full.quantize(32).save(buffer, "PNG", optimize=True)
+    full.quantize(24).save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
