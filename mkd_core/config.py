@@ -27,7 +27,7 @@ NOT_IDENTITY = {*PLACES, "device", "devices", "threads", "workers", "tensorboard
 NOT_IDENTITY |= {"activation_checkpointing", "checkpoint_every", "keep_every", "log_every"}
 # Fields of options: the field that says whose they are, and the constructors that take them.
 OPTIONS: dict[str, Any] = {"options": ("method", METHODS), "dataset_options": ("dataset", DATASETS)}
-DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
+DEVICE = r"^(auto|cpu|cuda(:(0|[1-9][0-9]?))?)$"
 PARAMETERS = ROOT / "parameters"
 TABLE = {"common", "recipes", "rows", "columns"}  # keys of a table's file; a single run's has none of them
 OF_METHOD = ("method", "options", "weak_photometric", "bn_momentum")  # of a single run's file, for a row

@@ -88,8 +88,7 @@ def _padded(net: nn.Module, images: Tensor) -> Tensor:
 
 def starts(side: int, window: int) -> list[int]:
     """Where the windows of the sliding protocol begin along a side."""
-    stride = math.ceil(window * 2 / 3)
-    last = max(0, side - window)
+    stride, last = math.ceil(window * 2 / 3), max(0, side - window)
     return sorted({min(s, last) for s in range(0, last + stride, stride)})
 
 
@@ -263,8 +262,7 @@ def evaluate(
 
 def autocast(precision: str, device: torch.device, cache: bool = False) -> torch.autocast:
     """Compute in bfloat16 where the precision is that; cache: weights that stay as they are are cast once."""
-    low = precision == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=low, cache_enabled=cache)
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=cache)
 
 
 def pick_device(name: str, count: int = 1) -> torch.device:

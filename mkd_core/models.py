@@ -49,8 +49,7 @@ def _pspnet(encoder: str, depth: int, channels: int, dropout: float, classes: in
 
 def _mmseg(encoder: str, depth: int, channels: int, dropout: float, classes: int) -> Parts:
     net = smp.encoders.get_encoder(encoder, in_channels=3, depth=depth, weights=None, output_stride=16)
-    decoder = SeparableASPP(net.out_channels[2], net.out_channels[-1], channels, dropout)
-    return net, decoder, channels
+    return net, SeparableASPP(net.out_channels[2], net.out_channels[-1], channels, dropout), channels
 
 
 def _dpt(encoder: str, depth: int, channels: int, dropout: float, classes: int) -> Parts:

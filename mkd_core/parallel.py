@@ -73,8 +73,7 @@ def following(rows: Tensor) -> Tensor:
     if world() == 1:
         return rows.roll(-1, 0)
     assert not rows.requires_grad, "no gradient goes to the row of another process"
-    first = gather(rows[:1])[(rank() + 1) % world()]
-    return torch.cat((rows[1:], first[None]))
+    return torch.cat((rows[1:], gather(rows[:1])[(rank() + 1) % world()][None]))
 
 
 def total(value: Tensor) -> Tensor:

@@ -159,8 +159,7 @@ def commit() -> str:
         return subprocess.check_output(command, text=True, stderr=subprocess.PIPE).strip()
 
     try:
-        changed = git("status", "--porcelain", "--", "mkd_core")
-        return git("rev-parse", "HEAD") + "+changes" * bool(changed)
+        return git("rev-parse", "HEAD") + "+changes" * bool(git("status", "--porcelain", "--", "mkd_core"))
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -273,7 +272,7 @@ def read_cells(path: str | Path) -> dict[str, dict[str, list[Record]]]:
             line = json.loads(text)
             found = cells.setdefault(line.pop("row"), {}).setdefault(line.pop("column"), [])
             found += [Record(**line)] if line else []
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             fault = f"line {number} is not a record with its row and column: {str(error)[:300]}"
             raise ValueError(f"{path}, {fault}") from error
     return cells

@@ -269,11 +269,9 @@ class _Run:
         self._write("history.jsonl", "".join(json.dumps(row) + "\n" for row in self.history))
 
     def _record(self) -> Record:
-        config = self.config
-        evaluations = [row for row in self.history if "miou" in row]
+        config, evaluations = self.config, [row for row in self.history if "miou" in row]
         last, best = evaluations[-1], self._best()
-        first = next(iter(last["miou"]))
-        cuda = self.device.type == "cuda"
+        first, cuda = next(iter(last["miou"])), self.device.type == "cuda"
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         peak = torch.cuda.max_memory_allocated(self.device) if cuda else peak
         return Record(

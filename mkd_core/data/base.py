@@ -280,8 +280,7 @@ def read_palette(path: Path) -> bytes:
 
 def colormap(classes: int) -> np.ndarray:
     """Make PASCAL VOC's colours, (classes, 3) uint8: the bits of the index in the high bits of R, G and B."""
-    index = np.arange(classes)[:, None]
-    colours = np.zeros((classes, 3), np.int64)
+    index, colours = np.arange(classes)[:, None], np.zeros((classes, 3), np.int64)
     for bit in range(8):
         colours |= ((index >> (3 * bit + np.arange(3))) & 1) << (7 - bit)
     return colours.astype(np.uint8)

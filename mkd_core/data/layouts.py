@@ -144,10 +144,15 @@ def draw_parts(
     val, test: shares of the photos with masks, drawn from `seed` where no folder is called so. group_by: a regular
     expression of a file's name, or a number of letters from its start; photos that are alike in it stay together.
     """
-    pattern = f"^.{{{group_by}}}" if group_by.isdigit() else group_by
+    if not (0 <= val <= 1 and 0 <= test <= 1):
+        raise ValueError(f"val and test are shares, from 0 to 1; got {val} and {test}")
+    try:
+        pattern = re.compile(f"^.{{{group_by}}}" if group_by.isdigit() else group_by)
+    except (re.error, OverflowError) as error:
+        raise ValueError(f"group_by is a number or a regular expression: {group_by!r}, {error}") from error
 
     def group(pair: Pair) -> str:
-        found = re.search(pattern, pair.image.name) if pattern else None
+        found = pattern.search(pair.image.name) if group_by else None
         return found[0] if found else pair.name
 
     parts: dict[str, list[Pair]] = {"train": [], "val": [], "test": []}
@@ -164,9 +169,8 @@ def draw_parts(
             parts[part], parts["train"] = ranked[:end], sorted(ranked[end:])
     if not parts["train"] or not parts["val"]:
         counts = ", ".join(f"{part} {len(of)}" for part, of in parts.items())
-        needed = "train and val need some: more photos, or groups, are needed"
-        raise DataError(f"photos with masks: {counts}; {needed}")
-    held = {group(pair) for pair in parts["val"] + parts["test"]} if pattern else set()
+        raise DataError(f"photos with masks: {counts}; train and val need some: more photos, or groups")
+    held = {group(pair) for pair in parts["val"] + parts["test"]} if group_by else set()
     bare = [pair for pair in pairs if not pair.mask]
     parts[""] = [pair for pair in bare if group(pair) not in held]
     lost = len(bare) - len(parts[""])

@@ -73,11 +73,11 @@ def understand(
 
 def _of_values(values: set[int], names: list[str], shown: str) -> tuple[dict[int, int], str]:
     """Number -> class of grey levels and indices, and what was decided."""
-    proper = sorted(values - {IGNORE, 65535})
+    proper = sorted(values - {IGNORE, 65535, -1})
     ignored = dict.fromkeys(values - set(proper), IGNORE)
     if values <= {0, IGNORE} and len(names) == 2:
         return {0: 0, IGNORE: 1}, "0 is the first class and 255 the second"
-    if len(names) >= 2 and proper and proper[-1] < len(names):
+    if len(names) >= 2 and proper and 0 <= proper[0] <= proper[-1] < len(names):
         told = "0 occurs nowhere; " * (0 not in values)
         return {value: value for value in proper} | ignored, f"{told}the numbers in the masks are the classes"
     order = proper if len(proper) == len(names) else sorted(values) if len(values) == len(names) else None
@@ -153,8 +153,10 @@ def _numbers(path: Path, colours: bool) -> np.ndarray:
         if colours:
             red, green, blue = np.moveaxis(np.array(picture.convert("RGB"), np.int32), -1, 0)
             return red << 16 | green << 8 | blue
-        numbers = stored(picture).astype(np.int32)
-        return numbers if numbers.ndim == 2 else numbers[..., 0]
+        numbers = stored(picture)
+        if numbers.dtype.kind == "f" and (numbers % 1 != 0).any():  # NaN too
+            raise DataError(f"{path}: a mask holds whole numbers, this one has fractions or NaN")
+        return (numbers if numbers.ndim == 2 else numbers[..., 0]).astype(np.int32)
 
 
 def _colour(value: int) -> str:

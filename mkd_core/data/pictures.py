@@ -28,7 +28,7 @@ def find_pictures(paths: Sequence[str | Path], out: Path, beside: str = "") -> t
         for why, others in found.items():
             tell(left_out, why, path, others)
         if not pictures:
-            nothing = f"{path}: no picture ({PICTURES}) in this folder or below it"
+            nothing = f"{path}: no picture ({PICTURES}) in or below it" + ", which is --out" * (path == out)
             raise DataError("\n".join([nothing, *left_out]))
     if not files:
         raise DataError("no images given: name files or folders")

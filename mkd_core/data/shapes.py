@@ -66,8 +66,7 @@ def _draw(id: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     for _ in range(rng.integers(1, 3)):
         regions.append(_object(x, y, rng, size))
 
-    image = np.zeros((side, side, 3))
-    label = np.zeros((side, side), np.uint8)
+    image, label = np.zeros((side, side, 3)), np.zeros((side, side), np.uint8)
     for region, kind in zip(regions, order, strict=False):
         image = np.where(region[..., None], _texture(int(kind), x, y, rng), image)
         label[region] = kind

@@ -133,8 +133,7 @@ def _published_split(dataset: SegDataset, name: str) -> Split:
         others = ["random/1_16", "random/32", "random/32@3", "full"]
         choose(f"{dataset.name} split", name, [*counts, *own, *others])
     count, file, sha256 = _lists()[dataset.name][name]
-    labeled = _verified(file, dataset.pattern, count, sha256)
-    key = f"{dataset.name}/train"
+    labeled, key = _verified(file, dataset.pattern, count, sha256), f"{dataset.name}/train"
     if not as_published(key, dataset.train):
         whole = f"split {name} is drawn from the {published_count(key)} training images of {dataset.name!r}"
         missing = some(sorted(set(labeled) - set(dataset.train)), "labeled images")

@@ -74,7 +74,7 @@ def run_table(grid: Grid, slots: int = 1, train: bool = True) -> records.Cells:
     runs = expand(grid)
     missing = [one for one in runs if train and not one.record]
     check(runs if train else [])
-    if slots == 1 or len(missing) < 2:
+    if slots < 2 or len(missing) < 2:
         for one in missing:
             run(one.config)
     else:

@@ -130,7 +130,7 @@ def _batch(words: Words) -> int:
     tables.check(grid, parameters.get("published", ""), **shown)
     every = batch.expand(grid)
     runs = batch.select(every, words.only)
-    cluster = words.dask or words.slurm
+    cluster, resources = words.dask or words.slurm, read_parameters(words.slurm) if words.slurm else {}
     slots = [] if cluster else execution.pick_slots(words.slots, parameters.get("slots", 1))
     for run, slot in itertools.product(runs, slots):
         count, config = slot.count("+") + 1, run.config
@@ -144,7 +144,6 @@ def _batch(words: Words) -> int:
     if words.dry_run:
         return 0
     if missing:
-        resources = read_parameters(words.slurm) if words.slurm else {}
         with execution.executor(slots, words.dask, resources) as pool:
             failed = batch.run_batch(missing, pool, len(slots), words.retries)
     for run, error in failed.items():

@@ -87,7 +87,7 @@ def _prepare(words: Words) -> None:
     from ..parameters import parse_values
     from .own_images import TEXT, prepare_folder
 
-    prepare_folder(**_given(words), **parse_values(words.pairs, TEXT))
+    prepare_folder(**_given(words, **parse_values(words.pairs, TEXT)))
 
 
 def _train(words: Words) -> None:
@@ -99,12 +99,15 @@ def _train(words: Words) -> None:
     from ..parameters import parse_values
     from .own_images import TEXT, train_folder
 
-    train_folder(**_given(words), **parse_values(words.pairs, TEXT))
+    train_folder(**_given(words, **parse_values(words.pairs, TEXT)))
 
 
-def _given(words: Words) -> dict[str, Any]:
-    """What was typed, by the names of a function's arguments."""
-    return {name: value for name, value in vars(words).items() if name not in ("command", "handle", "pairs")}
+def _given(words: Words, /, **typed: Any) -> dict[str, Any]:
+    """What was typed, as key=value too, by the names of a function's arguments."""
+    given = {name: value for name, value in vars(words).items() if name not in ("command", "handle", "pairs")}
+    if both := given.keys() & typed.keys():
+        raise ValueError(f"give {min(both)} as mkd {words.command} --help says, not as key=value")
+    return given | typed
 
 
 def _classes(text: str) -> list[str] | int | None:
@@ -192,7 +195,9 @@ def _runs(words: Words) -> None:
     if words.remove:
         from ..trained import find_run
 
-        folders = [find_run(name) for name in words.remove]
+        folders = [*dict.fromkeys(map(find_run, words.remove))]
+        if odd := [f for f in folders if f.resolve().parent != records.RUNS and not records.history(f)]:
+            raise ValueError(f"{odd[0]} is no run that was begun, nothing is removed")
         if busy := [folder.name for folder in folders if records.is_busy(folder)]:
             raise ValueError(f"at work just now, nothing is removed: {', '.join(busy)}")
         for folder in folders:

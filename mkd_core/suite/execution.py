@@ -33,7 +33,7 @@ def pick_slots(words: str, slots: int = 1) -> list[str]:
     """
     gpus = [str(i) for i in range(torch.cuda.device_count())]
     names = [word.strip() for word in words.split(",")] if words else gpus or ["cpu"] * slots
-    for name in names:
+    for name in names or [f"slots={slots}"]:
         parts = name.split("+")
         once = "cpu" in parts or len({*parts}) == len(parts)
         if not once or not re.fullmatch(r"\d+(\+\d+)*|cpu(\+cpu)*", name):

@@ -281,8 +281,7 @@ def confusion(matrix: ArrayLike, classes: Sequence[str], title: str = "") -> Pic
     counts = np.asarray(matrix, float)
     counts = counts.reshape(-1, *counts.shape[-2:]).sum(0)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    names = [*map(plain, classes)]
-    bar = "% of the true class's pixels"
+    names, bar = [*map(plain, classes)], "% of the true class's pixels"
     picture = heat(shares, names, names, ".0f", "prediction", "ground truth", bar, cmap="Blues")
     picture.axes[0].set_title(title)
     return picture

@@ -86,10 +86,13 @@ def read_cell(notebook: Path) -> dict[str, Parameter]:
     tree = notebook.resolve().parents[1]
     if (tree / "mkd_core").is_dir() and tree != ROOT:
         raise ValueError(f"{notebook} is of another copy of the project than this command, of {ROOT}")
-    cells = json.loads(notebook.read_bytes())["cells"]
-    tagged = ("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", []))
-    source, found = next(tagged, ""), {}
-    for node in ast.parse(source).body:
+    try:
+        cells, found = json.loads(notebook.read_bytes())["cells"], {}
+        tagged = ("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
+        code = ast.parse(source := next(tagged, ""))
+    except (ValueError, KeyError, TypeError, SyntaxError) as error:
+        raise ValueError(f"{notebook} is no notebook with parameters in Python: {error!r}") from error
+    for node in code.body:
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value:
             name = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
             line = source.splitlines()[(node.end_lineno or 1) - 1].encode()[node.end_col_offset :].decode()

@@ -31,7 +31,7 @@ from .notebook import holds_other_runs
 from .predict import indexed, relative, save_png
 
 RECIPE = PARAMETERS / "recipes/own_images.yaml"
-QUICK = {"steps": 120, "batch": 4, "evaluate_every": 60, "quality_images": 16, "checkpoint_every": 20}
+QUICK = {"steps": 120, "batch": 4, "evaluate_every": 60, "quality_images": 16, "checkpoint_every": 20, "crop": 112}  # fmt: skip
 Classes = Sequence[str] | int | None
 TEXT = {name for name, field in RunConfig.model_fields.items() if isinstance(field.default, str)}
 
@@ -94,12 +94,14 @@ def _understand(root: Path, pairs: list[Pair], classes: Classes, colours: str | 
 
     table = local(colours) if colours else first(TABLE_FILES)
     listed = first(CLASS_FILES) if classes is None else None
-    classes = read_classes(listed) if listed else classes
+    classes = read_classes(listed) if listed else classes.split(",") if isinstance(classes, str) else classes
     if drawings := {pair.mask: pair.drawing for pair in pairs if pair.mask and pair.drawing}:
         meaning, table = understand_drawings(drawings, classes), None
     else:
         meaning = understand([p.mask for p in pairs if p.mask], classes, read_table(table) if table else {})
     found = [f"classes of {listed}"] * bool(listed and not table) + [f"colours of {table}"] * bool(table)
+    if odd := [n for n in map(str, meaning.classes) if n[:1] == "#" or len(n.strip().splitlines()) != 1]:
+        raise DataError(f"{odd[0]!r} is no class name: classes.txt holds one in a line")
     return replace(meaning, notes=found + meaning.notes)
 
 
@@ -207,8 +209,10 @@ def train_folder(
         prepare_folder(folder, out, classes=classes)
     elif classes:
         raise ValueError(f"{out} is prepared already; give the classes to mkd prepare --overwrite")
-    given = read_parameters(out / DONE, TEXT) | {"root": str(out)}  # which may be a copy
-    small = QUICK | {"crop": [min(112, side) for side in given["crop"]]} if quick else {}
+    read = read_parameters(RECIPE, TEXT) | read_parameters(out / DONE, TEXT) | {"root": str(out)}
+    weights = {key: read.get(key, "") for key in ("weights", "weights2")}  # gone, maybe, in a copy
+    given = RunConfig(**read | dict.fromkeys(weights, "")).model_dump(mode="json") | weights
+    small = {key: np.minimum(most, given[key]).tolist() for key, most in QUICK.items()} if quick else {}
     values = merge(given, small | keys, given)
     if "steps" in keys and "evaluate_every" not in keys and isinstance(values["steps"], int):
         values["evaluate_every"] = min(given["evaluate_every"], max(1, values["steps"] // 4))  # for curves

@@ -101,8 +101,7 @@ def pseudo_label(
     out, progress = absolute(out), Progress("pseudo-label", quiet)
     parts = _parts(opened, images, out, with_labeled, val, quiet)
     items = _named([item for part in parts for item in part])
-    new = dict(zip(items, parts[0], strict=False))
-    texts = _texts(opened, out, items, parts)
+    new, texts = dict(zip(items, parts[0], strict=False)), _texts(opened, out, items, parts)
     pictures = [item.file for item in items.values() if item.generated]
     made = [*texts, *(out / "masks" / name for name in items), *pictures]
     _check(made, [item for item in items.values() if not item.generated], overwrite, progress)
@@ -180,8 +179,8 @@ def _parts(
 
 def relative(file: Path, folder: Path) -> str:
     """The name of a file from a folder, the way that the system goes through links; the file itself may be one."""
-    if odd := set(str(file)) & set("\t\n\r"):
-        parted = f"lists part names by tabs and lines, this one holds {odd.pop()!r}"
+    if odd := [c for c in str(file) if c == "\t" or c.splitlines() != [c] or "\ud800" <= c <= "\udfff"]:
+        parted = f"lists are UTF-8 and part names by tabs and lines, this one holds {odd[0]!r}"
         raise ValueError(f"{str(file)!r}: {parted}: rename it")
     return os.path.join(os.path.relpath(file.parent.resolve(), folder.resolve()), file.name)
 
@@ -220,7 +219,7 @@ def _report(table: pd.DataFrame, threshold: float, out: Path, with_labeled: bool
     """Print what was kept, what is suspicious about it, and the next command."""
     print(f"In percent: share of the pixels, kept of these (confidence >= {threshold}), accuracy of the kept")
     print(table.to_string(float_format="{:.1f}".format, na_rep="-"))
-    if table["kept"]["all"] < 1:
+    if table["kept"].iloc[-1] < 1:
         print("WARNING: under 1 % of the pixels are kept; lower the threshold or train longer")
     if gone := list(table.index[:-1][table["kept"][:-1].fillna(0) == 0]):
         lost = "" if with_labeled else ": trained on these alone, a network forgets it (--with-labeled)"
