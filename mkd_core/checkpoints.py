@@ -42,7 +42,7 @@ def read(path: Path, device: torch.device | str) -> dict[str, Any]:
     keys = ("step", "method", "optimizers", "history", "data", "classes", "seconds", "seconds_training")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        return {key: state[key] for key in keys} | {"commit": state.get("commit", "unknown")}
+        return {"commit": "unknown", "id": "unknown"} | state | {key: state[key] for key in keys}
     # Not the file's fault, nothing to delete. Of a file that was cut, torch raises a plain OSError.
     except (PermissionError, IsADirectoryError, MemoryError, torch.OutOfMemoryError):
         raise

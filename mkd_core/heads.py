@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 def conv(inputs: int, outputs: int, size: int = 1, dilation: int = 1, groups: int = 1) -> nn.Sequential:
     """Convolution without bias that keeps the map's size, BatchNorm, ReLU."""
-    layer = nn.Conv2d(inputs, outputs, size, 1, dilation * (size // 2), dilation, groups, bias=False)
+    padding = dilation * (size // 2)
+    layer = nn.Conv2d(inputs, outputs, size, 1, padding, dilation, groups, bias=False)
     return nn.Sequential(OrderedDict(conv=layer, bn=nn.BatchNorm2d(outputs), relu=nn.ReLU(inplace=True)))
 
 
@@ -124,7 +125,8 @@ class ViT(nn.Module):
         size = [max(1, (side + half) // self.patch) * self.patch for side in sides]
         if size != [*sides]:
             x = F.interpolate(x, size, mode="bilinear", align_corners=False)
-        return [x, x, *self.model.forward_intermediates(x, self.indices, norm=True, intermediates_only=True)]
+        maps = self.model.forward_intermediates(x, self.indices, norm=True, intermediates_only=True)
+        return [x, x, *maps]
 
     def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Name the tensors of a file of timm's or of Meta's as here, without a classification head.

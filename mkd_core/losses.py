@@ -94,7 +94,8 @@ def percentiles(values: Tensor, mask: Tensor, shares: tuple[float, ...]) -> list
     are. Where there is none, a percentile is infinite or not a number.
     """
     values, mask = parallel.gather(values), parallel.gather(mask)
-    ordered, found = values.masked_fill(~mask, float("inf")).flatten().sort().values, []
+    ordered = values.masked_fill(~mask, float("inf")).flatten().sort().values
+    found = []
     for share in shares:
         place = share * (mask.sum(dtype=torch.float64) - 1).clamp_min(0)
         below, above = (ordered.gather(0, i.long()[None])[0] for i in (place.floor(), place.ceil()))

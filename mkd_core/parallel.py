@@ -73,7 +73,8 @@ def following(rows: Tensor) -> Tensor:
     if world() == 1:
         return rows.roll(-1, 0)
     assert not rows.requires_grad, "no gradient goes to the row of another process"
-    return torch.cat((rows[1:], gather(rows[:1])[(rank() + 1) % world()][None]))
+    first = gather(rows[:1])[(rank() + 1) % world()]
+    return torch.cat((rows[1:], first[None]))
 
 
 def total(value: Tensor) -> Tensor:

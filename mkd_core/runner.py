@@ -235,7 +235,7 @@ class _Run:
         state = {
             "step": self.step, "method": self.method.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers], "history": json.dumps(self.history),
-            "data": json.dumps(self.data), "classes": list(self.dataset.classes), "commit": self.commit,
+            "data": json.dumps(self.data), "classes": list(self.dataset.classes), "commit": self.commit, "id": self.config.id,
             "seconds": self.seconds, "seconds_training": self.seconds_training,
         }  # fmt: skip
         checkpoints.write(state, self.folder, names)
@@ -253,6 +253,8 @@ class _Run:
             state = checkpoints.read(path, self.device)
             refuse_other_data(self.folder, json.loads(state["data"]), self.data)
             try:
+                if state["id"] not in ("unknown", self.config.id):
+                    raise ValueError(state["id"])
                 self.method.load_state_dict(state["method"])
                 for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                     optimizer.load_state_dict(saved)

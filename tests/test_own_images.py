@@ -88,8 +88,9 @@ def test_what_cannot_be_paired_is_refused(tmp_path):
     pairs, left_out = find_pairs(tmp_path, tmp_path / "mkd", images="a", masks="b")
     assert pairs[0].mask.parent.name == "b" and "b/train/00.png" in left_out[0]
     save(tmp_path / "a/00.jpg", photo(0))
-    with pytest.raises(DataError, match="photos of one name"):
-        find_pairs(tmp_path, tmp_path / "mkd", images="a", masks="b")
+    for masks, said in (("b", "photos of one name"), ("c", "c is no folder")):
+        with pytest.raises(ValueError, match=said):
+            find_pairs(tmp_path, tmp_path / "mkd", images="a", masks=masks)
 
 
 def palette(y, order=(0, 1, 2)):

@@ -525,7 +525,7 @@ def test_a_gpu_is_in_use_before_its_peak_memory_is_reset(tmp_path, monkeypatch):
 
 
 def test_records_and_checkpoints_of_another_run_and_damaged_ones_are_refused(tmp_path):
-    mine, other = config(steps=2), config("cps", steps=2)
+    mine, other = config(steps=2), config(steps=2, lr=0.02)
     for c in (mine, other):
         run(c, tmp_path, quiet=True)
     path = tmp_path / mine.id / "record.json"

@@ -59,6 +59,8 @@ def find_pairs(root: Path, out: Path, images: str = "", masks: str = "") -> tupl
     of labelme, one JSON file of COCO's kind, and the like.
     images, masks: folders below root, where their names tell nothing. DataError where two of one name are found.
     """
+    if gone := [name for name in (images, masks) if name and not (root / name).is_dir()]:
+        raise ValueError(f"{root / gone[0]} is no folder")
     found, left_out = find_pictures([root], out, f".json {CLASS_FILES} {TABLE_FILES}")
     prepared = {path.parent for path in root.rglob(DONE)}
     found = [path for path in found if not prepared.intersection(path.parents)]

@@ -60,7 +60,8 @@ def guided_cutout(features: Tensor, label: Tensor, classes: int) -> Tensor:
         drawn = parallel.share(torch.rand_like(parallel.like(first), dtype=torch.float32))
         start = first + (drawn * ((0.6 * extent).floor() + 1)).floor()
         inside.append((place >= start) & (place < start + (0.4 * extent).floor()))
-    return features * ~(inside[0][:, :, None] & inside[1][:, None]).any(-1)[:, None]
+    erased = (inside[0][:, :, None] & inside[1][:, None]).any(-1)
+    return features * ~erased[:, None]
 
 
 PERTURBATIONS = (dropout, guided_cutout, context, objects, feature_drop, feature_noise)
