@@ -60,19 +60,16 @@ class Relabelled:
             return mix(x, mask)
 
         def relabel(*args, **keys):  # MKD labels what is mixed already
-            return labels(
-                self.kind, mix(batch.label, masks[0]) if module is mkd else batch.label, *args, **keys
-            )
+            truth = mix(batch.label, masks[0]) if module is mkd else batch.label
+            return labels(self.kind, truth, *args, **keys)
 
         with mock.patch.multiple(module, mix=keep_mask, pseudo_label=relabel):
             return super().forward(batch, progress)
 
 
 METHODS_OF = {
-    f"{method.__name__.lower()}_{kind}": type(
-        f"{method.__name__}_{kind}", (Relabelled, method), {"kind": kind}
-    )
-    for method in (fixmatch.FixMatch, mkd.MKD)
+    f"{of.__name__.lower()}_{kind}": type(f"{of.__name__}_{kind}", (Relabelled, of), {"kind": kind})
+    for of in (fixmatch.FixMatch, mkd.MKD)
     for kind in ("oracle", "sure", "shares")
 }
 

@@ -226,8 +226,10 @@ def test_lists_of_parameters_methods_and_runs(tmp_path, monkeypatch, capsys):
     assert "at work just now" in capsys.readouterr().err
     monkeypatch.setattr(records, "RUNS", tmp_path / "runs")  # elsewhere a config.json may be anyone's
     assert main(["runs", "--remove", str(tmp_path / config.id)]) == 2
-    (tmp_path / config.id).rename(records.folder(records.RUNS) / config.id)
-    assert main(["runs", "--remove", config.id]) == 0 and not (records.RUNS / config.id).exists()
+    gone = records.folder(records.RUNS) / config.id
+    (tmp_path / config.id).rename(gone)
+    assert main(["runs", "--remove", config.id]) == 0 and not gone.exists()
+    assert f"Removed: {gone}" in capsys.readouterr().out
 
 
 def test_results_of_other_settings_are_not_overwritten(tmp_path):

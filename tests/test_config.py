@@ -36,7 +36,7 @@ BAD = [
     ({"supervised_loss": "ohm"}, "'cross_entropy' or 'ohem'"),
     ({"ohem_keep": 9}, "ohem_keep is of supervised_loss 'ohem'"),
     ({"ohem_keep": 0}, "'ohem_keep': input should be greater than 0"),
-    ({"protocol": "slide"}, "input should be 'whole', 'long512'"), ({"strong": "oneof"}, "'one_of', 'chain'"),
+    ({"protocol": "slide"}, "'whole', 'long512' or 'sliding'"), ({"strong": "oneof"}, "'one_of', 'chain'"),
     ({"precision": "fp16"}, "'float32' or 'bfloat16'"), ({"norm": "layer"}, "'batch' or 'group'"),
     ({"optimizer": "adam"}, "'sgd' or 'adamw'"), ({"device": "gpu"}, "'device'"),
     ({"options": {"treshold": 0.9}}, "mkd has no option 'treshold'; did you mean 'threshold'? It has: alpha, beta"),

@@ -525,8 +525,8 @@ def test_a_gpu_is_in_use_before_its_peak_memory_is_reset(tmp_path, monkeypatch):
 
 
 def test_records_and_checkpoints_of_another_run_and_damaged_ones_are_refused(tmp_path):
-    mine, other = config(steps=2), config(steps=2, lr=0.02)
-    for c in (mine, other):
+    mine, *others = config(steps=2), config("cps", steps=2), config(steps=2, lr=0.02)
+    for c in (mine, *others):
         run(c, tmp_path, quiet=True)
     path = tmp_path / mine.id / "record.json"
     text = path.read_text()
@@ -536,9 +536,10 @@ def test_records_and_checkpoints_of_another_run_and_damaged_ones_are_refused(tmp
             run(mine, tmp_path, quiet=True)
     path.unlink()
     path = tmp_path / mine.id / "checkpoint.pt"
-    path.write_bytes((tmp_path / other.id / "checkpoint.pt").read_bytes())
-    with pytest.raises(ValueError, match="checkpoint.pt is of another run; delete it"):
-        run(mine, tmp_path, quiet=True)
+    for other in others:
+        path.write_bytes((tmp_path / other.id / "checkpoint.pt").read_bytes())
+        with pytest.raises(ValueError, match="checkpoint.pt is of another run; delete it"):
+            run(mine, tmp_path, quiet=True)
     torch.save({"a": 1}, path)
     with pytest.raises(ValueError, match="damaged"):
         checkpoints.read(path, "cpu")

@@ -48,7 +48,8 @@ def test_memory_for_the_largest_image_is_tried_before_the_first_step(tmp_path, m
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory") if images.shape[2] == 96 else None
 
     monkeypatch.setitem(evaluation.PROTOCOLS, "whole", full)
-    with pytest.raises(ValueError, match="1.png, 0 megapixels: protocol=sliding.*can't allocate"):
+    message = "does not suffice to evaluate 1.png, 0 megapixels: protocol=sliding.*can't allocate"
+    with pytest.raises(ValueError, match=message):
         run(config(**own, seed=1), tmp_path / "runs", quiet=True)
 
 
