@@ -218,8 +218,12 @@ def test_lists_of_parameters_methods_and_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / config.id).mkdir()
     (tmp_path / config.id / "config.json").write_text(config.model_dump_json())
     records.save(tiny.record(id=config.id), tmp_path / config.id)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/config.json").write_text("{")  # hides no other
     assert main(["runs"]) == 0
-    assert f"{config.id}  supervised  shapes random/6  step 0  mIoU 50.0  0 MB" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"{config.id}  supervised  shapes random/6  step 0  mIoU 50.0  0 MB" in text
+    assert "a  config.json, history.jsonl or record.json is damaged" in text
     assert main(["runs", "--remove", "nothing"]) == 2 and (tmp_path / config.id).is_dir()
     with FileLock(tmp_path / config.id / "lock"):
         assert main(["runs", "--remove", config.id]) == 2

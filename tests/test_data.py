@@ -441,6 +441,8 @@ def test_both_parts_need_two_classes(own):
     assert all(f"the {part} masks hold 1 of 3" in examine(own)[0] for part in ("labeled", "val"))
     save(own / "v_.png", grey(255))
     assert "the val masks hold 0 of 3" in examine(own)[0]
+    save(own / "v_.png", [[0, 1, 255, 255, 255, 255], *[[255] * 6] * 3])
+    assert "92 % of the pixels of the val masks are ignored (255)" in examine(own)[1]
 
 
 def test_classes_without_a_labeled_pixel_are_told(own):

@@ -115,7 +115,7 @@ def test_every_form_of_mask_becomes_the_same_classes(tmp_path, form):
     make, classes = FORMS[form]
     folder(tmp_path, make)
     before = tree(tmp_path)
-    config = prepare_folder(tmp_path, classes=classes.split(","), quiet=True, weights="")
+    config = prepare_folder(tmp_path, classes=classes.replace(",", ", "), quiet=True, weights="")
     data = open_dataset("folder", config.root, **config.dataset_options)
     assert len(data.train) + len(data.val) == 12
     names = {name: k for k, name in enumerate(data.classes)}
@@ -292,8 +292,11 @@ def test_photos_without_masks_are_unlabeled_and_what_is_left_out_is_told(tmp_pat
     test = open_dataset("folder", str(tmp_path / "mkd"), val="test.txt").val
     assert len(split.unlabeled) == 8 and len(test) == 2 and len(data.val) == 2 and len(split.labeled) == 4
     assert not set(data.val) & set(test) and not {*data.val, *test} & set(data.train)
-    assert main(["prepare", str(tmp_path)]) == 2
-    assert "--overwrite" in capsys.readouterr().err
+    before = tree(tmp_path)  # lists are not drawn anew before all that can be refused is
+    for words, fault in (([], "prepared already; --overwrite"), (["--overwrite", "--labeled", "0"], "labeled is 1/4, 40 or all"),
+                         (["--overwrite", "crop=[5, 5]"], "multiples of"), (["--overwrite", "root=x"], "give root as")):  # fmt: skip
+        assert main(["prepare", str(tmp_path), *words]) == 2 and fault in capsys.readouterr().err
+    assert tree(tmp_path) == before
     save(tmp_path / "images/t\tab.png", photo(1))
     assert main(["prepare", str(tmp_path), "--overwrite"]) == 2 and "rename it" in capsys.readouterr().err
 
@@ -318,7 +321,7 @@ def test_draws_repeat_keep_groups_together_and_know_folders_called_val(tmp_path)
     assert not (tmp_path / "out/test.txt").exists()
     folder(tmp_path / "b", lambda y: y, 9, 0, "train/img/{}.png train/ann/{}.png")
     folder(tmp_path / "b", lambda y: y, 2, 0, "val/img/x{}.png val/ann/x{}.png", 50)
-    config = prepare_folder(tmp_path / "b", classes=3, quiet=True, weights="")
+    config = prepare_folder(tmp_path / "b", classes="3", quiet=True, weights="")
     assert [Path(id).name for id in open_dataset("folder", config.root).val] == ["x00.png", "x01.png"]
 
 

@@ -190,6 +190,8 @@ def _check_classes(report: Report, dataset: SegDataset, counts: dict[str, np.nda
             hint = f" {IGNORE} means ignored: an object needs a class value of its own, 1 for example."
             needed = f"{len(found)} of {len(names)} classes, at least 2 are needed."
             report.problems.append(f"the {part} masks hold {needed}{hint * bool(counts[part][IGNORE])}")
+        elif (share := report.shares[part]["ignored"]) > 90:
+            report.warnings.append(f"{share:.0f} % of the pixels of the {part} masks are ignored ({IGNORE})")
     labeled, val, hint = {*held["labeled"]}, {*held["val"]}, "a line of the class list that is no class?"
     for of, why in (
         (val - labeled, "of the validation set in no labeled mask: they cannot be learned"),

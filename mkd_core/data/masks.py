@@ -14,7 +14,6 @@ from .base import IGNORE, DataError, open_mask, read_text, some, stored
 
 VOID = {"void", "ignore", "ignored", "unlabeled", "unlabelled", "__ignore__"}
 MOST = 64  # colours or grey levels: more are no classes but a lossy file, or soft edges
-INDEX_MODES = ("L", "P", "1")
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def understand(
         names = ["background", "foreground"]
     classes_of, said = _of_values(set(counts), names, shown)
     same = all(value == index for value, index in classes_of.items())
-    as_is = same and {*modes} <= {*INDEX_MODES}
+    as_is = same and {*modes} <= {"L", "P", "1"}
     palette = [list(palettes[k]) for k in range(len(names)) if same and k in palettes]
     whole = palette if len(palette) == len(names) else None
     return Meaning(tuple(names), partial(_read, classes_of, False), as_is, whole, [said])

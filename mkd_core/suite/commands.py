@@ -62,7 +62,7 @@ def _add_folder(add: Any) -> None:
     add("folder", metavar="FOLDER", help="photos with masks or JSON of labelme or COCO, told apart by names")
     add("pairs", nargs="*", metavar="key=value", help="parameters of the runs: weights=FILE, steps=5000")
     add("-o", "--out", metavar="DIR", help="folder of lists and report (default: FOLDER/mkd)")
-    add("--classes", type=_classes, help="names in the order of the masks' values, a,b,c; or their number")
+    add("--classes", help="names in the order of the masks' values, a,b,c; or their number")
 
 
 def _add_predictor(add: Any) -> None:
@@ -105,14 +105,9 @@ def _train(words: Words) -> None:
 def _given(words: Words, /, **typed: Any) -> dict[str, Any]:
     """What was typed, as key=value too, by the names of a function's arguments."""
     given = {name: value for name, value in vars(words).items() if name not in ("command", "handle", "pairs")}
-    if both := given.keys() & typed.keys():
+    if both := {*given, "dataset", "root"} & typed.keys():
         raise ValueError(f"give {min(both)} as mkd {words.command} --help says, not as key=value")
     return given | typed
-
-
-def _classes(text: str) -> list[str] | int | None:
-    names = [name.strip() for name in text.split(",")]
-    return int(text) if text.strip().isdigit() else names if names[0] else None
 
 
 def _check(words: Words) -> int:
@@ -205,9 +200,12 @@ def _runs(words: Words) -> None:
             print(f"Removed: {folder}")
         return
     for folder in sorted(path.parent for path in records.RUNS.glob("*/config.json")):
-        config, record = json.loads((folder / "config.json").read_bytes()), records.load(folder)
-        step = (records.history(folder) or [{"step": 0}])[-1]["step"]
+        try:
+            config, record = json.loads((folder / "config.json").read_bytes()), records.load(folder)
+            step = (records.history(folder) or [{"step": 0}])[-1]["step"]
+            about = f"{config['method']}  {config['dataset']} {config['split']}  step {step:,}"
+        except (ValueError, TypeError, KeyError):
+            about, record = "config.json, history.jsonl or record.json is damaged", None
         files = {path.stat().st_ino: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         found = f"{record.miou:.1f}" if record else "-"
-        about = f"{config['method']}  {config['dataset']} {config['split']}  step {step:,}"
         print(f"{folder.name}  {about}  mIoU {found}  {sum(files.values()) / 1e6:.0f} MB")

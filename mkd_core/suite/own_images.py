@@ -46,8 +46,8 @@ def prepare_folder(
     out       default <folder>/mkd: train.txt, val.txt, test.txt where asked for, the split "labeled", classes.txt, a
               sheet.png to look at, mkd.yaml (parameters of a run), and masks/ where masks had to be converted. Nothing
               outside it is touched
-    classes   names in the order of the numbers (or sorted colours) in the masks, or their count; default: a list of
-              names in the folder
+    classes   names in the order of the numbers (or sorted colours) in the masks, also "a,b,c", or their count;
+              default: a list of names in the folder
     colours   file of a colour table, lines "r g b name"; default: one in the folder
     images, masks  folders below, where their names tell nothing
     val, test shares of the photos with masks, drawn from `seed`; folders called val and test come first
@@ -63,6 +63,10 @@ def prepare_folder(
     out = absolute(out or root / "mkd")
     if (out / DONE).exists() and not overwrite:
         raise ValueError(f"{out} is prepared already; --overwrite prepares it anew, --out elsewhere")
+    if not (fraction := re.fullmatch(r"(1/)?([1-9]\d*)|all|", labeled)):
+        raise ValueError(f"labeled is 1/4, 40 or all; got {labeled!r}")
+    recipe = read_parameters(RECIPE, TEXT)
+    RunConfig(**recipe | {"weights": ""} | keys)  # what is wrong is told before a list is written
     say = (lambda *lines: None) if quiet else (lambda *lines: print(*lines, sep="\n") if lines else None)
     pairs, left_out = find_pairs(root, out, images, masks)
     say(*left_out)
@@ -74,8 +78,8 @@ def prepare_folder(
     say(*apart)
     values = _write(out, parts, meaning) | {"seed": seed}
     dataset = open_dataset("folder", str(out), **values["dataset_options"])
-    _draw(out, dataset, labeled, seed)
-    values = read_parameters(RECIPE, TEXT) | values | keys
+    _draw(out, dataset, fraction, seed)
+    values = recipe | values | keys
     config, split = RunConfig(**values), load_split(dataset, "labeled")
     figures.save(_sheet(dataset, split.labeled), out / "sheet.png")
     found = check(dataset, split)
@@ -93,8 +97,10 @@ def _understand(root: Path, pairs: list[Pair], classes: Classes, colours: str | 
         return next((root / name for name in names.split() if (root / name).is_file()), None)
 
     table = local(colours) if colours else first(TABLE_FILES)
-    listed = first(CLASS_FILES) if classes is None else None
-    classes = read_classes(listed) if listed else classes.split(",") if isinstance(classes, str) else classes
+    listed = first(CLASS_FILES) if classes in (None, "") else None
+    if isinstance(classes, str) and classes:
+        classes = int(classes) if classes.strip().isdigit() else [name.strip() for name in classes.split(",")]
+    classes = read_classes(listed) if listed else classes
     if drawings := {pair.mask: pair.drawing for pair in pairs if pair.mask and pair.drawing}:
         meaning, table = understand_drawings(drawings, classes), None
     else:
@@ -143,8 +149,7 @@ def _write(out: Path, parts: dict[str, list[Pair]], meaning: Meaning) -> dict[st
         if text:
             records.write_atomically(out / f"{part}.txt", "".join(f"{line}\n" for line in text))
     records.write_atomically(out / "classes.txt", "".join(f"{name}\n" for name in meaning.classes))
-    shapes = np.array([picture_size(pair.image) for pairs in parts.values() for pair in pairs])
-    height, width = np.median(shapes, 0)
+    height, width = np.median([picture_size(pair.image) for pairs in parts.values() for pair in pairs], 0)
     large = max(height, width) > 768  # native crops would show too little of it
     factor = 512 / max(height, width) if large else 1
     crop = [int(min(320, max(32, side * factor // 16 * 16))) for side in (height, width)]
@@ -153,17 +158,14 @@ def _write(out: Path, parts: dict[str, list[Pair]], meaning: Meaning) -> dict[st
     return values | {"dataset_options": {"palette": palette.tolist()}}
 
 
-def _draw(out: Path, dataset: SegDataset, labeled: str, seed: int) -> None:
+def _draw(out: Path, dataset: SegDataset, fraction: re.Match[str], seed: int) -> None:
     """Write the split "labeled"."""
     masked = [id for id in dataset.train if dataset.has_label(id)]
-    fraction = re.fullmatch(r"(1/)?([1-9]\d*)", labeled)
-    if fraction:
+    if fraction[2]:
         counts = [-(-len(masked) // int(fraction[2])) if fraction[1] else int(fraction[2])]
-    elif labeled in ("", "all"):
-        whole = labeled == "all" or len(masked) < len(dataset.train)
-        counts = [len(masked)] if whole else [-(-len(masked) // part) for part in (4, 2, 1)]
     else:
-        raise ValueError(f"labeled is 1/4, 40 or all; got {labeled!r}")
+        whole = fraction[0] == "all" or len(masked) < len(dataset.train)
+        counts = [len(masked)] if whole else [-(-len(masked) // part) for part in (4, 2, 1)]
     for count in counts:
         try:
             chosen = masked if count == len(masked) else load_split(dataset, f"random/{count}", seed).labeled
@@ -238,8 +240,7 @@ def train_folder(
             confusion, _ = evaluate(model, dataset, dataset.val)
             print(f"  {name}: {miou(confusion[model.names[0]]):.1f}")
     found = [record for of in cells.values() for record in of[""]]
-    best = max(found, key=lambda record: record.miou)
-    print(f"Report: {place}\nNext: mkd predict {best.id} PHOTOS --out predictions")
+    print(f"Report: {place}\nNext: mkd predict {max(found, key=lambda r: r.miou).id} PHOTOS -o predictions")
     if quick:
         full, made = (of["steps"] * of["batch"] * np.prod(of["crop"]) for of in (given, values))
         minutes = full / made * sum(record.seconds for record in found) / 60
