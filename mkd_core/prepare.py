@@ -57,7 +57,7 @@ def check_data(
         raise DataError(f"{config.method} pairs the images of a batch: {has}")
     if not found and config.method != "supervised":
         raise DataError(f"{config.method} needs unlabeled images: split {config.split} has none")
-    result = check(dataset, split, deep, report)
+    result = check(dataset, split, deep and isinstance(dataset, FileDataset), report)
     result.raise_if_bad()
     for warning in result.warnings if deep else ():
         print(f"WARNING: {warning}", flush=True)

@@ -7,7 +7,11 @@ at a small size.
 
 from __future__ import annotations
 
+import os
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -322,10 +326,28 @@ def steps(
     return costs(configs, pairs=pairs)
 
 
+def start(times: int = 3) -> Iterator[Row]:
+    """What a process asks of a CPU for its imports, and for a run of one step of MKD on the embedded data set (goal 5)."""
+    keys = dict(config("mkd", dataset_options={"val_size": 1}, steps=1, quality_images=0))
+    for what, goal in (
+        ("mkd_core.run", float("nan")),
+        (f"mkd_core.run(mkd_core.RunConfig(**{keys}), quiet=True)", 5),
+    ):
+        seconds = []
+        for _ in range(times):
+            with tempfile.TemporaryDirectory() as place:
+                before, own = resource.getrusage(resource.RUSAGE_CHILDREN), os.environ | {"MKD_RUNS": place}
+                subprocess.run([sys.executable, "-c", f"import mkd_core; {what}"], env=own, check=True)
+                after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        name = "start: a run of one step" if goal == goal else "start: imports"
+        yield Row(name, statistics.median(seconds), min(seconds), max(seconds), goal, "s", "CPU time")
+
+
 def main() -> None:
     started = time.perf_counter()
     print(f"torch {torch.__version__}, CPU, {torch.get_num_threads()} thread")
-    for part in (fda, parts, loader, cache, waiting, evaluation, released, checkpointing, growth):
+    for part in (start, fda, parts, loader, cache, waiting, evaluation, released, checkpointing, growth):
         for row in part():
             span = f"{row.low:,.3g} .. {row.high:,.3g}" if row.low == row.low else ""
             goal = f"  (target {row.target:g}: {row.met})" if row.met else ""
