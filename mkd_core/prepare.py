@@ -4,7 +4,6 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,15 @@ from typing import Any
 from .config import RunConfig
 from .data import SegDataset, open_dataset
 from .data.base import DataError, FileDataset, local, picture_size
-from .data.check import check
+from .data.check import Progress, check
 from .data.splits import Split, load_split, set_hash
 from .evaluate import LARGE, Predictor
 from .methods import Method
 from .train import build_method, loaders
 
-Report = Callable[[int, int], None]  # (files looked at, of so many)
-
 
 def prepare(
-    config: RunConfig, deep: bool = False, report: Report | None = None
+    config: RunConfig, deep: bool = False, report: Progress | None = None
 ) -> tuple[SegDataset, Split, Method]:
     """Open the data and build the method of a run. DataError, ValueError for all that is wrong; deep: opens all files."""
     if config.tensorboard and not find_spec("tensorboard"):
@@ -46,7 +43,7 @@ def open_data(config: RunConfig) -> tuple[SegDataset, Split]:
 
 
 def check_data(
-    config: RunConfig, dataset: SegDataset, split: Split, min_batch: int, deep: bool = False, report: Report | None = None
+    config: RunConfig, dataset: SegDataset, split: Split, min_batch: int, deep: bool = False, report: Progress | None = None
 ) -> None:  # fmt: skip
     """Raise DataError for all that is wrong with the data of a run, and print what may be."""
     if not dataset.val:

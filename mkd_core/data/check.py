@@ -15,7 +15,8 @@ import numpy as np
 from .base import IGNORE, DataError, SegDataset, faulty, read_palette, read_turned, some
 from .splits import Split, as_published
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # (files looked at, of so many)
+Files = dict[str, tuple[Path | None, Path | None]]  # image and mask
 
 
 @dataclass
@@ -60,8 +61,9 @@ def check(dataset: SegDataset, split: Split, deep: bool = True, progress: Progre
         ("labeled", f"{len(split.labeled)}, sha256 {split.sha256}"),
         ("unlabeled", f"{len(split.unlabeled)}, sha256 {split.sha256_unlabeled}"),
     ]
-    _check_lists(report, dataset, split)
-    there = _check_files(report, dataset, split)
+    files = {id: dataset.files(id) for id in sorted({*split.labeled, *split.unlabeled, *dataset.val})}
+    _check_lists(report, dataset, split, files)
+    there = _check_files(report, dataset, split, files)
     if deep:
         _check_contents(report, dataset, split, there, progress)
     return report
@@ -72,7 +74,7 @@ def _count(key: str, ids: tuple[str, ...]) -> str:
     return f"{len(ids)}{verdict[as_published(key, ids)]}"
 
 
-def _check_lists(report: Report, dataset: SegDataset, split: Split) -> None:
+def _check_lists(report: Report, dataset: SegDataset, split: Split, files: Files) -> None:
     for part, ids in (("labeled", split.labeled), ("unlabeled", split.unlabeled), ("val", dataset.val)):
         if not ids:
             (report.warnings if part == "unlabeled" else report.problems).append(f"the {part} list is empty")
@@ -82,22 +84,20 @@ def _check_lists(report: Report, dataset: SegDataset, split: Split) -> None:
     reused = split.name == "full" or set(split.labeled) == set(dataset.train)
     if not reused and (overlap := sorted(set(split.labeled) & set(split.unlabeled))):
         report.problems.append(f"{some(overlap, 'images')} both labeled and unlabeled")
-
     folder = cache(os.path.realpath)  # there are few of them, and files by the hundred thousand
 
     def picture(id: str) -> str:  # by links, one may have two names
-        file = dataset.files(id)[0] or Path(id)
-        return os.path.realpath(file) if file.is_symlink() else os.path.join(folder(file.parent), file.name)
+        place, name = os.path.split(file := files[id][0] or id)
+        return os.path.realpath(file) if os.path.islink(file) else os.path.join(folder(place), name)
 
     val = set(map(picture, dataset.val))
     if leak := sorted(id for id in {*split.labeled, *split.unlabeled} if picture(id) in val):
         report.problems.append(f"{some(leak, 'images')} of the validation set in training")
 
 
-def _check_files(report: Report, dataset: SegDataset, split: Split) -> list[str]:
+def _check_files(report: Report, dataset: SegDataset, split: Split, files: Files) -> list[str]:
     """Report files that are missing; return the ids of the others."""
     required = {*split.labeled, *dataset.val}
-    files = {id: dataset.files(id) for id in sorted({*required, *split.unlabeled})}
     images = {id: image for id, (image, _) in files.items() if image and not image.is_file()}
     wanted = {id: mask for id, (image, mask) in files.items() if image and id in required}
     masks = {id: mask or id for id, mask in wanted.items() if not (mask and mask.is_file())}

@@ -60,10 +60,11 @@ class Folder(FileDataset):
 
     def _file(self, name: str) -> Path:
         """Find a name's file in whichever Unicode form the disk has it: a Mac writes decomposed ones."""
-        forms = [self.root / name]
-        if not name.isascii():
-            forms += [self.root / unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
-        return next((path for path in forms if path.is_file()), forms[0])
+        path = self.root / name
+        if name.isascii() or path.is_file():  # of 100,000 ASCII names none is looked for here
+            return path
+        forms = [self.root / unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
+        return next((form for form in forms if form.is_file()), path)
 
     def read_list(self, path: Path) -> tuple[str, ...]:
         """Read the images of a list file; their masks are remembered."""
