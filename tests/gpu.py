@@ -191,42 +191,46 @@ def versions(device: torch.device, put: Put, args: argparse.Namespace) -> None:
 def train(device: torch.device, put: Put, args: argparse.Namespace) -> None:
     """Runs side by side until the time is up: mIoU of what is done, the last state of what is not."""
     if args.dry and not args.runs:
-        configs = [config(method, steps=4, evaluate_every=2) for method in ("supervised", "cps")]
+        configs = {method: config(method, steps=4, evaluate_every=2) for method in ("supervised", "cps")}
     elif not args.runs:
         return put("no --runs", True)
     else:
         configs = args.configs
-    waiting = [c.model_copy(update={"device": str(device)}) for c in configs[::-1]]  # as `mkd batch` names it
+    where = {"device": str(device)}  # as `mkd batch` names it
+    waiting = [(name, c.model_copy(update=where)) for name, c in configs.items()][::-1]
     with tempfile.TemporaryDirectory() as place:
-        active: list[tuple[BaseProcess, RunConfig]] = []
+        active: list[tuple[BaseProcess, str, RunConfig]] = []
         while (waiting or active) and time.time() < args.until - 5:
             while waiting and len(active) < args.slots:
-                c = waiting.pop()
-                active.append((FORK.Process(target=run, args=(c, Path(place), True)), c))
+                name, c = waiting.pop()
+                active.append((FORK.Process(target=run, args=(c, Path(place), True)), name, c))
                 active[-1][0].start()
-            for process, c in [(p, c) for p, c in active if not p.is_alive()]:
-                active.remove((process, c))
-                leave(c, Path(place), args.out, put, process.exitcode)
+            for process, name, c in [one for one in active if not one[0].is_alive()]:
+                active.remove((process, name, c))
+                leave(name, c, Path(place), args.out, put, process.exitcode)
             time.sleep(0.1)
-        for process, c in active:
+        for process, name, c in active:
             process.kill()
             process.join()
-            leave(c, Path(place), args.out, put, None)
-        for c in waiting:
-            put(f"{c.method} {c.split} seed {c.seed}", True, state="not begun")
+            leave(name, c, Path(place), args.out, put, None)
+        for name, _ in waiting:
+            put(name, True, state="not begun")
 
 
-def planned(file: Path, given: dict[str, str]) -> list[RunConfig]:
-    """The runs of a table, each once: every row of the first column with the first seed, then of the next column."""
+def planned(file: Path, given: dict[str, str]) -> dict[str, RunConfig]:
+    """The runs of a table by name, each once: every row of the first column with the first seed, then of the next column."""
     values = read_parameters(file)
     values["common"] = values.get("common", {}) | given
     grid = Grid(**{key: value for key, value in values.items() if key in Grid.model_fields})
-    rows, columns, seeds = grid.cells.values(), grid.columns, range(len(grid.seeds))
-    every = [row[name][seed] for seed in seeds for name in columns for row in rows]
-    return [*{c.id: c for c in every}.values()]
+    runs: dict[str, tuple[str, RunConfig]] = {}
+    for k, seed in enumerate(grid.seeds):
+        for column in grid.columns:
+            for row, cells in grid.cells.items():
+                runs.setdefault(cells[column][k].id, (f"{row}, {column}, seed {seed}", cells[column][k]))
+    return dict(runs.values())
 
 
-def leave(c: RunConfig, runs: Path, out: Path, put: Put, status: int | None) -> None:
+def leave(name: str, c: RunConfig, runs: Path, out: Path, put: Put, status: int | None) -> None:
     """Put down a run: its record, or how far it came."""
     rows = records.history(runs / c.id)
     with open(out / "history.jsonl", "a") as file:
@@ -242,7 +246,7 @@ def leave(c: RunConfig, runs: Path, out: Path, put: Put, status: int | None) -> 
         )
     elif scores:
         about |= {"best_predictor_so_far": max(scores)}
-    put(f"{c.method} {c.split} seed {c.seed} {c.precision}", not status, **about)
+    put(name, not status, id=c.id, **about)
 
 
 def put(out: Path, part: str, name: str, ok: bool, **measures: Any) -> None:
@@ -358,7 +362,7 @@ def main() -> int:
     args.out = args.out.resolve()
     given = {"dataset": "folder", "root": str(args.data)} if args.data else {}
     given |= {"weights": str(args.weights)} if args.weights else {}
-    args.configs = planned(args.runs, given) if args.runs else []  # what is wrong with them shows at once
+    args.configs = planned(args.runs, given) if args.runs else {}  # what is wrong with them shows at once
     if not args.dry and not found_gpu():
         parser.error("torch sees no GPU; --dry does everything at toy size on a CPU")
     args.out.mkdir(parents=True, exist_ok=True)

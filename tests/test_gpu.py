@@ -100,15 +100,12 @@ def test_runs_that_are_not_done_in_time_are_put_down_with_how_far_they_came(tmp_
 
 
 def test_each_run_of_a_table_is_begun_once_all_rows_of_a_column_first(tmp_path):
-    rows, columns = (
-        {"all": {"split": "full"}, "few": {}},
-        {"a": {"split": "random/6"}, "b": {"split": "random/8"}},
-    )
+    rows, columns = {"all": {"split": "full"}, "few": {}}, {k: {"split": f"random/{k}"} for k in ("6", "8")}
     table = {"common": {"method": "supervised"}, "rows": rows, "columns": columns, "seeds": [0, 1]}
     (tmp_path / "table.yaml").write_text(json.dumps(table))
-    found = [(c.seed, c.split) for c in gpu.planned(tmp_path / "table.yaml", {})]
-    each = ["full", "random/6", "random/8"]
-    assert found == [(seed, split) for seed in (0, 1) for split in each]
+    found = [(name, c.split) for name, c in gpu.planned(tmp_path / "table.yaml", {}).items()]
+    each = {"all, 6": "full", "few, 6": "random/6", "few, 8": "random/8"}  # rows of one method, told apart
+    assert found == [(f"{name}, seed {seed}", split) for seed in (0, 1) for name, split in each.items()]
 
 
 def test_the_comparison_of_steps_can_fail():
