@@ -22,7 +22,7 @@ gpu: .venv/.ok  ## checks, speed and training on a GPU in eight minutes, into ru
 	$(PY) tests/gpu.py --out runs/gpu $(ARGS)
 
 lab: .venv/.ok  ## JupyterLab on the notebooks: the demo's, where it is finished; its Run All makes no run again
-	.venv/bin/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. $(firstword $(wildcard runs/demo/00_quickstart.ipynb) notebooks/00_quickstart.ipynb)
+	.venv/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. $(firstword $(wildcard runs/demo/00_quickstart.ipynb) notebooks/00_quickstart.ipynb)
 
 viewer: .venv/.ok  ## the explorer alone on the newest runs, or RUN="id id": this machine only, with a token; Ctrl-C stops it
 	MKD_EXPLORE="$(RUN)" .venv/bin/voila notebooks/50_explorer.ipynb --Voila.ip=127.0.0.1 --Voila.auto_token=True

@@ -211,7 +211,7 @@ class _Run:
             _, quality = measure(self.withheld, quality=QUALITY_THRESHOLD)
             found["pseudo_labels"] = {name: q.summary() for name, q in quality.items()}
             kept = any(q["kept"] for q in found["pseudo_labels"].values())
-            if not kept and self.config.method != "supervised":
+            if not kept and self.config.options.get("threshold"):
                 text = f"WARNING: no pixel has a confidence of {QUALITY_THRESHOLD} yet: such a T keeps none"
                 self.progress(text, now=True)
         return found

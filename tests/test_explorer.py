@@ -318,6 +318,8 @@ def test_newest_runs_are_comparable_mkd_is_first_and_they_are_told_apart(runs, t
     broken = copy(runs["mkd"], place / "broken", "checkpoint.pt")
     (broken / "config.json").write_text("{}x")
     (copy(runs["mkd"], place / "half removed", "checkpoint.pt") / "config.json").unlink()
+    whole = copy(runs["supervised"], place / "all labels", "checkpoint.pt")  # the demo's last run
+    (whole / "config.json").write_text(config(split="full").model_dump_json())
     assert set(newest_runs(place)) == set(folders)
     other = copy(runs["mkd"], place / "other", "checkpoint.pt")
     (other / "config.json").write_text(config(seed=5).model_dump_json())

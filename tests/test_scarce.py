@@ -59,6 +59,8 @@ def test_what_a_run_says(tmp_path, capsys, monkeypatch):
     text = capsys.readouterr().out
     assert re.search(r"\[#+ +\] step 1 of 3, [\d.e-]+ s a step, .*images/s, .*min left", text)
     assert "WARNING: no pixel has a confidence of 0.95" in text
+    run(config("mean_teacher", steps=2, lr=1e-9), tmp_path)  # has no T
+    assert "0.95" not in capsys.readouterr().out
     c = config(steps=2, log_every=100)
     spread, one = torch.eye(5, dtype=torch.int64), torch.zeros(5, 5, dtype=torch.int64)
     one[:, 1] = 7

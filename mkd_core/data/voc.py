@@ -27,7 +27,7 @@ class VOC(FileDataset):
     pattern = r"\d{4}_\d{6}"
     where = (
         "VOC 2012 (JPEGImages, SegmentationClass, ImageSets): http://host.robots.ox.ac.uk/pascal/VOC/voc2012/"
-        "VOCtrainval_11-May-2012.tar, or `mkd check --download`."
+        "VOCtrainval_11-May-2012.tar, or `mkd check voc --root FOLDER --download`."
     )
     train_list = "train"
 

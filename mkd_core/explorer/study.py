@@ -151,7 +151,7 @@ class Study:
 def newest_runs(place: Path | None = None) -> list[Path]:
     """Find the run with the newest checkpoint and all that are comparable with it, MKD first.
 
-    Comparable: the same data, split and seed, and as many steps.
+    Comparable: the same data, split and seed, and as many steps. Runs on all labels count where none has few.
     """
     found: dict[Path, RunConfig] = {}
     for path in sorted((place or records.RUNS).glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime):
@@ -160,5 +160,6 @@ def newest_runs(place: Path | None = None) -> list[Path]:
         except (ValueError, OSError):  # of another version of the suite, or half removed
             continue
     alike = {f: (c.dataset, c.root, c.dataset_options, c.split, c.seed, c.steps) for f, c in found.items()}
-    same = [folder for folder in found if alike[folder] == next(iter(alike.values()))]
+    newest = min(found, key=lambda folder: found[folder].split == "full", default=None)
+    same = [folder for folder in found if newest and alike[folder] == alike[newest]]
     return sorted(same, key=lambda folder: ["mkd", "cps", *METHODS].index(found[folder].method))
