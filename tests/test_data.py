@@ -161,6 +161,9 @@ def test_voc_download_is_torchvisions(monkeypatch, tmp_path):
     assert asked == []
     download("voc_aug", str(tmp_path))
     assert asked == [((str(tmp_path),), {"year": "2012", "image_set": "trainval", "download": True})]
+    monkeypatch.setattr("torchvision.datasets.VOCSegmentation", mock.Mock(side_effect=OSError("no network")))
+    with pytest.raises(DataError, match=r"no network: fetch it by other means.*VOCtrainval"):
+        download("voc", str(tmp_path))
 
 
 # ---- Cityscapes

@@ -37,8 +37,7 @@ class VOC(FileDataset):
         self.train = self._list(self.train_list, f"{self.name}/train")
         self.val = self._list("val", "voc/val")
         # annotated by VOC itself; another file in SegmentationClass is at best a copy of the augmented mask
-        annotated = () if prefer_aug_masks else self._list("train", "voc/train")
-        self._own_first = frozenset(annotated + self.val)
+        self._own_first = frozenset(self.val + (() if prefer_aug_masks else self._list("train", "voc/train")))
 
     def _list(self, file: str, key: str) -> tuple[str, ...]:
         path = self.root / "ImageSets/Segmentation" / f"{file}.txt"
@@ -46,10 +45,8 @@ class VOC(FileDataset):
 
     def files(self, id: str) -> tuple[Path, Path]:
         """Prefer SegmentationClass where VOC annotated the image, else, or if asked to, SegmentationClassAug."""
-        folders = ["SegmentationClass", "SegmentationClassAug"]
-        if id not in self._own_first:
-            folders.reverse()
-        masks = [self.root / folder / f"{id}.png" for folder in folders]
+        masks = [self.root / folder / f"{id}.png" for folder in ("SegmentationClass", "SegmentationClassAug")]
+        masks = masks if id in self._own_first else masks[::-1]
         mask = next((mask for mask in masks if mask.is_file()), masks[0])
         return self.root / "JPEGImages" / f"{id}.jpg", mask
 
@@ -73,4 +70,7 @@ def download(name: str, root: str) -> None:
     choose("data set to download", name, ["voc", "voc_aug"])
     if not root:
         raise DataError("a download needs root, the folder to put the data in")
-    datasets.VOCSegmentation(root, year="2012", image_set="trainval", download=True)
+    try:
+        datasets.VOCSegmentation(root, year="2012", image_set="trainval", download=True)
+    except OSError as error:
+        raise DataError(f"{error}: fetch it by other means. {VOC.where}") from error
