@@ -34,7 +34,7 @@ def rank() -> int:
 
 def free_cores() -> int:
     """Cores for each process that are idle at this moment, at least one: threads beyond them wait for each other."""
-    import psutil  # where the number of threads is given, as on borrowed GPU machines, it may be missing
+    import psutil  # where the number of threads is given, it may be missing
 
     idle = sum(100 - busy for busy in psutil.cpu_percent(0.3, percpu=True)) / 100
     return max(1, min(round(idle), len(os.sched_getaffinity(0))) // on_this_host())

@@ -43,7 +43,7 @@ def test_every_comparison_runs_small_and_has_a_number():
     rows = [
         *bench.fda(1024, 1), *bench.parts((48, 64), 1), *bench.loader((60, 80), (32, 32), 1), *bench.waiting(SMALL, 6),
         *bench.evaluation(4, 32, 1), *bench.released(SMALL, 1), *bench.growth(SMALL, 1),
-        *bench.start(1), *bench.many(300),
+        *bench.start(1, 300),
     ]  # fmt: skip
     frame = bench.table(rows)
     assert len(rows) == len(frame) == len(set(frame.index)) >= 28
