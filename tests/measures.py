@@ -42,7 +42,7 @@ def measures() -> dict[str, tuple[int, int, int, str]]:
         "public methods of a class": (methods[0], 6, 6, methods[1]),
         "lines of methods/mkd.py": (lines([ROOT / "mkd_core/methods/mkd.py"]), 80, 80, ""),
         "lines of parameters": (lines((ROOT / "parameters").rglob("*.yaml")), 1400, 1400, ""),
-        "lines of tests": (lines((ROOT / "tests").glob("*.py")), 11791, 7500, ""),
+        "lines of tests": (lines((ROOT / "tests").glob("*.py")), 11782, 7500, ""),
         "lines of the README": (lines([ROOT / "README.md"]), 150, 150, ""),
     }
 

@@ -21,23 +21,14 @@ SIZES = {"advsemseg": 64, "gct": 64}  # what a critic says of less is rounding
 CASES = CASES | {name + " alone": (name, {"contrast": 0.0, "dim": 16}) for name in ("u2pl", "pc2seg")}
 CASES |= {"mit_b0": ("mean_teacher", {"encoder": "mit_b0"})}  # has DropPath
 CASES = {name: (*case, SIZES.get(name, 32)) for name, case in CASES.items()}
-SLOW = bool(os.environ.get("MKD_SLOW"))
-# What these leave out of their method is not shared in another way.
-LESS = ("mean_teacher eval", "cutmix_seg no boxes", "mkd no selection", "mkd_ablation a", "mkd_ablation alone",
-        "mkd_ablation naive", "mkd_ablation pspnet", "fixmatch separate", "unimatch_v2 whole", "unimatch one", "vat radius 0",
-        "ps_mt plain", "st_plus_plus plain", "simple_baseline one norm", "pseudoseg all")  # fmt: skip
-TWO = CASES if SLOW else CASES.keys() - LESS
-# Each shares in a way of its own.
-FOUR = METHODS if SLOW else ("cct", "gct", "mkd", "pc2seg", "ps_mt", "st_plus_plus", "u2pl", "unimatch_v2")
 
 
 @pytest.fixture(scope="module")
 def alone():
-    assert CASES.keys() >= {*LESS}
-    return train({name: CASES[name] for name in TWO}, 2)  # for DropPath, which FOUR have not
+    return train(CASES, 2)  # with the draws of two processes: of DropPath, which METHODS have not
 
 
-@pytest.mark.parametrize("processes, names", [(2, TWO), (4, FOUR)], ids=["2", "4"])
+@pytest.mark.parametrize("processes, names", [(2, CASES), (4, METHODS)], ids=["2", "4"])
 def test_n_processes_give_the_losses_and_weights_of_one(processes, names, alone):
     ours, wrong = parallel.launch(train, processes, {name: CASES[name] for name in names}), []
     for case in names:
