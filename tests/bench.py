@@ -8,7 +8,6 @@ at a small size.
 from __future__ import annotations
 
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -330,34 +329,33 @@ def steps(
 def start(times: int = 3, photos: int = 118_287) -> Iterator[Row]:
     """CPU time of the imports, of a run of one step of MKD on the embedded data set (goal 5 s), and of so many photos."""
     keys = dict(config("mkd", dataset_options={"val_size": 1}, steps=1, quality_images=0))
-    for what, goal in (
-        ("mkd_core.run", float("nan")),
-        (f"mkd_core.run(mkd_core.RunConfig(**{keys}), quiet=True)", 5),
-    ):
-        seconds = []
-        for _ in range(times):
-            with tempfile.TemporaryDirectory() as place:
-                before, own = resource.getrusage(resource.RUSAGE_CHILDREN), os.environ | {"MKD_RUNS": place}
-                code = f"import mkd_core, os; {what}; os._exit(0)"  # to take down what torch imported takes a second more
-                subprocess.run([sys.executable, "-c", code], env=own, check=True)
-                after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        name = "start: a run of one step" if goal == goal else "start: imports"
-        yield Row(name, statistics.median(seconds), min(seconds), max(seconds), goal, "s", "CPU time")
+    yield process("start: imports", "mkd_core.run", times)
+    one_step = f"mkd_core.run(mkd_core.RunConfig(**{keys}), quiet=True)"
+    yield process("start: a run of one step", one_step, times, 5)
     yield many(photos)
+
+
+def process(what: str, code: str, times: int, target: float = float("nan")) -> Row:
+    """CPU time of a process until it has done `code`: to take down what torch imported takes a second more."""
+    seconds, code = [], f"import time, mkd_core; {code}; print(time.process_time(), flush=True)"
+    for _ in range(times):
+        with tempfile.TemporaryDirectory() as place:
+            own = os.environ | {"MKD_RUNS": place}
+            seconds.append(float(subprocess.check_output([sys.executable, "-c", code], env=own).split()[-1]))
+    return Row(what, statistics.median(seconds), min(seconds), max(seconds), target, "s", "CPU time")
 
 
 def many(photos: int) -> Row:
     """What lists and the look for missing files cost where there are as many photos as COCO has (goal 2 s)."""
     with tempfile.TemporaryDirectory() as place:
-        root, seconds = Path(place), []
+        root, seconds, numbers = Path(place), [], range(photos // 4)
         for folder in "abcd":  # of one file there may be 65,000 links
             save(root / f"{folder}/0.png", np.eye(3, dtype=np.uint8))
-            for k in range(1, photos // 4):
+            for k in numbers[1:]:
                 os.link(root / f"{folder}/0.png", root / f"{folder}/{k}.png")
-        lines = [f"{folder}/{k}.png\ta/0.png\n" for folder in "abc" for k in range(photos // 4)]
-        (root / "train.txt").write_text("".join(lines))
-        (root / "val.txt").write_text("".join(f"d/{k}.png\ta/0.png\n" for k in range(photos // 4)))
+        for name, folders in (("train", "abc"), ("val", "d")):
+            lines = [f"{folder}/{k}.png\ta/0.png\n" for folder in folders for k in numbers]
+            (root / f"{name}.txt").write_text("".join(lines))
         c = config(dataset="folder", dataset_options={"classes": 2}, root=place, split="full")
         for _ in range(3):
             began = time.process_time()

@@ -62,7 +62,8 @@ def make_data(root):
         id = data.train[k]
         image, label = data.image(id).permute(1, 2, 0).numpy(), data.label(id).numpy()
         tall, wide = (200, 300) if k == 6 else (512, 512)
-        picture = Image.fromarray(np.tile(image, (11, 11, 1))[:tall, :wide])  # as networks know them
+        # textures as the networks know them
+        picture = Image.fromarray(np.tile(image, (11, 11, 1))[:tall, :wide])
         picture.convert("L" if k == 6 else "RGB").save(place, quality=90)
         Image.fromarray(np.tile(label, (11, 11))[:tall, :wide]).save(mask)
         if k == 7:

@@ -492,7 +492,8 @@ def test_an_export_is_checked_and_stands_beside_its_facts(run, tmp_path, capsys,
         export(run, tmp_path, predictor="teacher 1")
     with pytest.raises(ValueError, match="several networks"):
         export(run, tmp_path / "mean", predictor="mean")
-    write, net = exporting._pt2, open_run(run, device="cpu").method.predictors["student 2"]  # is not written
+    # The program of another network is not written.
+    write, net = exporting._pt2, open_run(run, device="cpu").method.predictors["student 2"]
     monkeypatch.setattr(exporting, "_pt2", lambda _, x, shapes: write(net, x, shapes))
     with pytest.raises(ValueError, match="other logits"):
         export(run, tmp_path / "other")
